@@ -1,0 +1,61 @@
+"""Fixtures that several test files use."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from fakes import ModelServer
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# What a child of a test may inherit: nothing that configures openpista or holds a key.
+KEPT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory):
+    """openpista.pyz, built once for all tests."""
+    path = tmp_path_factory.mktemp("archive") / "openpista.pyz"
+    subprocess.run([sys.executable, ROOT / "build_zipapp.py", "--output", path], check=True)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A fresh folder for OPENPISTA_HOME that is not made yet."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def environ(home, tmp_path):
+    """A clean environment for a child: no key, no configuration, a home of its own."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return kept | {"HOME": str(tmp_path), "OPENPISTA_HOME": str(home), "TERM": "xterm"}
+
+
+@pytest.fixture
+def model():
+    """A fake model server, a process of its own."""
+    with ModelServer() as server:
+        yield server
+
+
+@pytest.fixture
+def openai(environ, model):
+    """The environment in which openpista asks the fake server as if it were OpenAI."""
+    return environ | {"OPENAI_API_KEY": "test-key-123456", "OPENAI_BASE_URL": model.url}
+
+
+@pytest.fixture
+def openpista(environ, tmp_path):
+    """Runs a command as a process: openpista("run", "-e", "hi", env=..., input=...) -> CompletedProcess."""
+
+    def run(*words, env=None, input="", cwd=tmp_path, timeout=60):
+        argv = [sys.executable, str(ROOT / "openpista.py"), *words]
+        env = environ | (env or {})
+        return subprocess.run(argv, env=env, input=input, cwd=cwd, timeout=timeout, capture_output=True, text=True)
+
+    return run
