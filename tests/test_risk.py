@@ -1081,7 +1081,8 @@ def examples(*strategies):
 SEPARATORS = ["; ", " && ", " || ", " | ", " & ", "\n"]
 
 
-@examples(st.sampled_from(RISKY), st.sampled_from(WRAPPINGS))
+# A \\ at the end would join the line with what follows, and mean another thing.
+@examples(st.sampled_from([line for line in RISKY if not line.endswith("\\")]), st.sampled_from(WRAPPINGS))
 def test_a_wrapped_risk_is_a_risk(line, wrap):
     assert risk(wrap(line))
 
