@@ -494,7 +494,7 @@ class ToolsConfig(NamedTuple):
     timeout: int = 30
     max_timeout: int = 300
     output_limit: int = 10_000
-    workdir: str = "~"
+    workdir: str = ""
     keep_env: tuple[str, ...] = ()
 
 
@@ -846,7 +846,7 @@ class Store:
         row = self._run("SELECT id, name, elided_upto FROM sessions WHERE name = ?", name).fetchone()
         if row is None:
             names = [row[0] for row in self._run("SELECT name FROM sessions ORDER BY updated_at DESC LIMIT 1000")]
-            raise StoreError(f"no session named {name!r}{near(name, names)}", "openpista sessions list")
+            raise StoreError(f"no session named {name!r}{near(name, names)}", "see `openpista sessions list`")
         return Session(*row)
 
     def sessions(self, limit: int = 1_000) -> list[SessionInfo]:
@@ -2817,11 +2817,11 @@ def rule_find(name: str, args: list[str], depth: int) -> None:
 
 SED_OPTION = re.compile(r"-[nErsuz]+|--(?:quiet|silent|regexp-extended|null-data|unbuffered|separate)")
 # A bracket must not hold the delimiter: seds disagree about where s/[/]/x/ ends.
-SED_ADDRESS = r"(?:\d+(?:~\d+)?|\$|/(?:\\.|\[\^?+\]?+(?:\[:\w+:\]|[^][/\n])*+\]|[^/\\\n[])*/I?)"
+SED_ADDRESS = r"(?:\d+(?:~\d+)?|\$|/(?:\\.|\[\^?+\]?+(?>(?:\[:\w+:\]|[^][/\n])*)\]|[^/\\\n[])*/I?)"
 SED_STEP = re.compile(
     rf"[\s;}}]*(?:{SED_ADDRESS}(?:,[+~]?{SED_ADDRESS})?)?[ \t]*!?[ \t]*(?:"
     r"\{|[dDgGhHlnNpPxz=}]|[qQ]\d*|[btT:][ \t]*\w*|#[^\n]*|$"
-    r"|[sy](?P<by>[^\w\s\\;[])(?:\\.|\[\^?+\]?+(?:\[:\w+:\]|(?!(?P=by))[^][])*+\]|(?!(?P=by))[^\\[])*(?P=by)"
+    r"|[sy](?P<by>[^\w\s\\;[])(?:\\.|\[\^?+\]?+(?>(?:\[:\w+:\]|(?!(?P=by))[^][])*)\]|(?!(?P=by))[^\\[])*(?P=by)"
     r"(?:\\.|(?!(?P=by))[^\\])*(?P=by)[gpiIm\d]*(?=[\s;}]|$))",
     re.S | re.A,
 )
@@ -3347,10 +3347,10 @@ class Skill(NamedTuple):
 YAML_DEPTH = 10
 YAML_FENCE = re.compile(r"^---[^\S\n]*$", re.MULTILINE)
 YAML_KEY = re.compile(
-    r"""("(?:[^"\\]++|\\.)*+"|'(?:[^']++|'')*+'|[^\s"'#{\[](?:[^:]|:(?=\S))*+)\s*:(?:\s+(.*))?$""", re.DOTALL
+    r"""("(?>(?:[^"\\]++|\\.)*)"|'(?>(?:[^']++|'')*)'|[^\s"'#{\[](?>(?:[^:]|:(?=\S))*))\s*:(?:\s+(.*))?$""", re.DOTALL
 )
 YAML_BLOCK = re.compile(r"([|>])([+-]?)([1-9]?)([+-]?)(?:\s+#.*)?")
-YAML_QUOTED = re.compile(r"""("(?:[^"\\]++|\\.)*+"|'(?:[^']++|'')*+')((?:\s+#[^\n]*)*+\s*)""", re.DOTALL)
+YAML_QUOTED = re.compile(r"""("(?>(?:[^"\\]++|\\.)*)"|'(?>(?:[^']++|'')*)')((?>(?:\s+#[^\n]*)*)\s*)""", re.DOTALL)
 YAML_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))|\n+", re.DOTALL)
 YAML_ESCAPES = dict(zip("0abtnvfre", "\0\a\b\t\n\v\f\r\x1b", strict=True))
 YAML_ESCAPES |= {"N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029", "\n": ""} | {char: char for char in ' "/\\\t'}
@@ -3853,11 +3853,11 @@ class Bench(NamedTuple):
     skills: tuple[Skill, ...] = ()
 
     def folder(self, chosen: str = "") -> Path:
-        """The folder to work in: the chosen one, else [tools] workdir, else where openpista was started."""
-        path = user_path(chosen or self.settings.workdir)
-        if chosen and not path.is_dir():
-            raise ToolError(f"no folder {path}")
-        return path if path.is_dir() else Path.cwd()
+        """Where to work: [tools] workdir, else where openpista was started; a call may choose another from there."""
+        path = Path.cwd() / user_path(self.settings.workdir) / user_path(chosen)
+        if not path.is_dir():
+            raise ToolError(f"no folder {path}", "" if chosen else "see [tools] workdir")
+        return path
 
     def seconds(self, wanted: int | None) -> int:
         """A time limit: the wanted one or the default, never above the greatest allowed."""
@@ -4065,8 +4065,8 @@ class Gate:
         danger = danger or "every call is asked for"
         if self.approve is None:
             return (
-                f"denied: {danger}, and there is nobody to ask. Do not try it another way: "
-                "say what you wanted to run and why, so that the person can run it or allow it with --yes."
+                f"denied: {danger}, and nobody can be asked here (--yes allows it). Do not try it another way: "
+                "say what should be run, and why."
             )
         async with self._asking:
             if to_json(call[1:3]) in self.always:
@@ -4870,7 +4870,7 @@ def cmd_run(ctx: Context) -> int:
     chosen_endpoints(ctx)  # a missing key is said before anything is read or written
     text = "\n\n".join(filter(None, (clean(args.execute).strip(), piped_input(args.timeout))))
     if not text:
-        raise UsageError("nothing to do", "openpista run -e TEXT")
+        raise UsageError("nothing to do", "say what with -e TEXT")
     return asyncio.run(answer_once(ctx, text))
 
 
@@ -5027,7 +5027,7 @@ def read_key(args: argparse.Namespace, needed: bool) -> str:
         key = sys.stdin.read(10_000)
     elif key is None and needed:
         if args.non_interactive or not sys.stdin.isatty():
-            raise UsageError(f"no key for {args.provider}", "--api-key -, with the key on standard input")
+            raise UsageError(f"no key for {args.provider}", "give it on standard input with --api-key -")
         import getpass
 
         key = getpass.getpass(f"Key for {args.provider}: ")
@@ -5226,13 +5226,12 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if not args.words:
         top.print_help()
         raise SystemExit(0)
-    name = next((name for name in (" ".join(args.words[:2]), args.words[0]) if name in COMMANDS), None)
-    if name is None:
-        known = [entry for entry in COMMANDS if entry.startswith(f"{args.words[0]} ")]
-        guess = " ".join(args.words[:2])
-        top.error(
-            f"unknown command {guess!r}{near(guess, COMMANDS)}" + (f" (there are: {', '.join(known)})" if known else "")
-        )
+    name = next((name for name in (" ".join(args.words[:2]), args.words[0]) if name in COMMANDS), "")
+    if not name:
+        first = args.words[0]
+        if seconds := [entry.split()[1] for entry in COMMANDS if entry.startswith(f"{first} ")]:
+            top.error(f"{first} what? {', '.join(seconds)}")
+        top.error(f"unknown command {first!r}{near(first, {entry.split()[0] for entry in COMMANDS})}")
     entry = COMMANDS[name]
     parser = global_options(Parser(prog=f"openpista {name}", description=summary(entry)))
     for names, settings in entry.options:

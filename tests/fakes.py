@@ -348,7 +348,7 @@ class OpenAI:
         need(not model.startswith("missing"), message, None, "model_not_found", status=404)
         for key, (low, high) in NUMBER_RANGES.items():
             value = body.get(key)
-            fits = value is None or is_number(value) and low <= value <= high
+            fits = value is None or (is_number(value) and low <= value <= high)
             need(fits, f"Invalid '{key}': expected a number from {low} to {high}.", key, "invalid_value")
         for key in ("stream", "store", "parallel_tool_calls"):
             fits = body.get(key) is None or isinstance(body[key], bool)
@@ -823,7 +823,7 @@ class Responses(OpenAI):
 
     def check_limits(self, body: dict):
         limit, before = body.get("max_output_tokens"), body.get("previous_response_id")
-        fits = limit is None or is_count(limit) and limit >= 16
+        fits = limit is None or (is_count(limit) and limit >= 16)
         message = "Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16."
         need(fits, message, "max_output_tokens", "integer_below_min_value")
         message = f"Previous response with id '{before}' not found."
@@ -1224,7 +1224,7 @@ class Messages:
         need(not model.startswith("missing"), f"model: {model}", status=404)
         need(is_count(limit), "max_tokens: Input should be greater than or equal to 1")
         heat = body.get("temperature")
-        need(heat is None or is_number(heat) and 0 <= heat <= 1, "temperature: range: 0..1")
+        need(heat is None or (is_number(heat) and 0 <= heat <= 1), "temperature: range: 0..1")
         stream = body.get("stream")
         need(stream is None or isinstance(stream, bool), "stream: Input should be a valid boolean")
         kind = thinking.get("type", "disabled")
@@ -1239,7 +1239,7 @@ class Messages:
             need(budget < limit, "`max_tokens` must be greater than `thinking.budget_tokens`.")
             need(heat in (None, 1), "`temperature` may only be set to 1 when thinking is enabled.")
         choice = body.get("tool_choice")
-        known = choice is None or isinstance(choice, dict) and choice.get("type") in ("auto", "any", "tool", "none")
+        known = choice is None or (isinstance(choice, dict) and choice.get("type") in ("auto", "any", "tool", "none"))
         need(known, "tool_choice: Input should be an object with type 'auto', 'any', 'tool' or 'none'")
         need(choice is None or body.get("tools"), "tool_choice: may only be specified while providing tools.")
         system = body.get("system")
@@ -1400,7 +1400,7 @@ class Messages:
                     f"messages.{i}.content.0.type: Expected `thinking` or `redacted_thinking`, but found "
                     f"`{blocks[0]['type']}`."
                 )
-                need(not wanted or wanted in signed and blocks[0]["type"] == "thinking", message)
+                need(not wanted or (wanted in signed and blocks[0]["type"] == "thinking"), message)
 
     # ---- what it answers ----
 
@@ -1789,7 +1789,7 @@ class Exchange:
             body, size = b"".join(parts), step["split"]
             parts, middle = [body[i : i + size] for i in range(0, len(body), size)], len(body) // size // 2
         self.write(parts, middle, step)
-        if cut and not step.get("clean") or step.get("close_delimited"):
+        if (cut and not step.get("clean")) or step.get("close_delimited"):
             self.leave(step)
         self.conn.sendall(b"0\r\n\r\n")
 
@@ -2002,7 +2002,8 @@ def serve_model(arguments: list[str]):
 class ScriptedModels:
     """Stands for openpista.Models: answers in turn, and remembers what it was asked.
 
-    An answer is a Completion, an exception, or a function that takes the request and gives one of the two;
+    An answer is a Completion, an exception, or a function, async or not, that takes the request
+    and gives one of the two;
     a single function instead of a list answers for ever.
     """
 
@@ -2015,6 +2016,8 @@ class ScriptedModels:
         answer = self.answers if callable(self.answers) else self.answers.pop(0)
         if callable(answer):
             answer = answer(request)
+        if hasattr(answer, "__await__"):
+            answer = await answer
         if isinstance(answer, BaseException):
             raise answer
         return answer

@@ -8,10 +8,11 @@ import time
 import unicodedata
 from pathlib import Path
 
-import openpista
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import openpista
 from openpista import Skill, SkillError
 
 DATA = Path(__file__).parent / "data" / "skills"
@@ -777,7 +778,7 @@ def test_catalogue():
         "<available_skills>",
         "<skill><name>ant</name><description>About ant.</description></skill>",
         "<skill><name>bee</name><description>About bee.</description></skill>",
-        '<skill><name>&lt;b&gt;</name><description>a &amp; &quot;b&quot; &lt;i&gt;</description></skill>',
+        "<skill><name>&lt;b&gt;</name><description>a &amp; &quot;b&quot; &lt;i&gt;</description></skill>",
         "</available_skills>",
     ]
 

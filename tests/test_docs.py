@@ -1,0 +1,277 @@
+"""What README.md, README_ko.md and config.example.toml say is what the program does, and all of it."""
+
+import os
+import pathlib
+import platform
+import re
+import select
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import openpista as pista
+
+ROOT = pathlib.Path(__file__).parent.parent
+README, KOREAN, EXAMPLE = (
+    (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "config.example.toml")
+)
+GLOBAL = {"--config", "--log-level", "--debug", "--version", "--help"}
+BUILDER = {"--universal"}
+KEY = "sk-not-a-real-key-123456"
+
+
+def blocks(text):
+    """[(kind, body), ...] of the fenced blocks."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S)
+
+
+def spans(text):
+    """The `code` outside of the blocks, on one line each."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def calls(text):
+    """[(command, options), ...] for each time the text calls openpista."""
+    lines = [line for _, body in blocks(text) for line in body.splitlines()] + spans(text)
+    for line in lines:
+        if match := re.search(r"\bopenpista(?:\.pyz)? +([-a-z].*)", line):
+            words = shlex.split(match[1])
+            words = words[: next((i for i, word in enumerate(words) if word in ("|", "<", "&&")), None)]
+            two = " ".join(words[:2])
+            yield two if two in pista.COMMANDS else words[0], {word for word in words if word.startswith("--")}
+
+
+def options(command):
+    return {name for names, _ in pista.COMMANDS[command].options for name in names if name.startswith("--")}
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def code(*words):
+    return ", ".join(f"`{word}`" for word in words if word) or "–"
+
+
+# README
+
+
+def test_readme_is_short():
+    assert README.count("\n") <= 170
+
+
+def test_readme_opens_with_the_two_commands():
+    build, tests = (body for _, body in blocks(README)[:2])
+    assert build == "python3 build_zipapp.py && python3 openpista.pyz run --provider offline -e '$ uname -a'\n"
+    assert tests == (
+        "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+        ".venv/bin/pip install -q -r tests/requirements.txt && .venv/bin/python -m pytest -q tests\n"
+    )
+    assert [line for line in README.splitlines() if line.startswith("python3 -m venv ")] == [tests.strip()]  # .ci/run
+
+
+def test_readme_names_each_command_and_no_other():
+    called = {command for command, _ in calls(README)}
+    assert called == {*pista.COMMANDS, "--version"}
+
+
+def test_readme_names_only_options_that_exist():
+    for command, given in calls(README):
+        assert given <= GLOBAL | (options(command) if command in pista.COMMANDS else set()), command
+    alone = {span.split()[0] for span in spans(README) if span.startswith("--")}
+    assert alone <= GLOBAL.union(*map(options, pista.COMMANDS))
+    assert alone.union(*(given for _, given in calls(README))) >= GLOBAL
+    assert {word for span in spans(README) if "build_zipapp" in span for word in re.findall(r"--\w+", span)} <= BUILDER
+
+
+def test_global_options_are_all():
+    parser = pista.global_options(pista.argparse.ArgumentParser())
+    assert {name for action in parser._actions for name in action.option_strings if name[:2] == "--"} == (
+        GLOBAL - {"--version"}
+    )
+
+
+def test_provider_table():
+    table = re.findall(r"^\| `.+\n", README[README.index("## Providers") : README.index("## Skills")], re.M)
+    rows = [row(code(name), code(*spec.key_env), code(spec.model)) for name, spec in pista.PROVIDERS.items()]
+    assert [line.strip() for line in table] == rows
+
+
+def test_every_variable_is_named():
+    names = {f"OPENPISTACRAB_{name}" for name in (*pista.ENVIRONMENT, "API_KEY")}
+    names |= {"OPENPISTA_HOME", "OPENPISTA_CONFIG", "OPENPISTA_CACHE", "TELEGRAM_BOT_TOKEN"}
+    names |= {name for spec in pista.PROVIDERS.values() for name in (*spec.key_env, spec.url_env) if name}
+    assert {name for name in names if name not in README and name not in EXAMPLE} == set()
+
+
+def test_version():
+    assert f"Version {pista.__version__} " in README
+    assert f"## {pista.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_links_lead_somewhere():
+    for text in (README, KOREAN):
+        targets = re.findall(r"\]\(([^)]+)\)", text)
+        assert [name for name in targets if "://" not in name and not (ROOT / name).is_file()] == []
+
+
+# README_ko.md
+
+
+def test_translation_has_the_same_parts():
+    assert re.findall(r"^#+(?= )", KOREAN, re.M) == re.findall(r"^#+(?= )", README, re.M)
+    assert blocks(KOREAN) == blocks(README)
+    assert set(spans(KOREAN)) == set(spans(README))
+
+
+# config.example.toml
+
+
+def settings(part, where=""):
+    """The names of all settings, a table's with its own before them."""
+    for name, value in part._asdict().items():
+        yield from settings(value, f"{where}{name}.") if hasattr(value, "_fields") else [where + name]
+
+
+def keys(table, where=""):
+    """The same of a TOML table."""
+    for name, value in table.items():
+        yield from keys(value, f"{where}{name}.") if isinstance(value, dict) else [where + name]
+
+
+def test_example_is_the_default():
+    assert pista.load_config(ROOT / "config.example.toml", {}) == pista.Config()
+
+
+def test_example_has_every_setting_and_says_why():
+    assert sorted([*keys(tomllib.loads(EXAMPLE)), "cron"]) == sorted(settings(pista.Config()))
+    assert [line for line in EXAMPLE.splitlines() if re.match(r"\w+ =", line) and "  # " not in line] == []
+
+
+def test_example_of_a_job():
+    job = re.sub(r"^# ", "", EXAMPLE[EXAMPLE.index("# [[cron]]") :], flags=re.M)
+    assert sorted(keys(tomllib.loads(job)["cron"][0])) == sorted(pista.CronConfig._fields)
+    assert pista.build(pista.Config, tomllib.loads(job)).cron == (pista.CronConfig(),)
+
+
+# The sessions, as they are shown
+
+
+@pytest.fixture(scope="module")
+def path(archive, tmp_path_factory):
+    """A folder for PATH, as after the installation in the README."""
+    folder = tmp_path_factory.mktemp("path")
+    (folder / "openpista").symlink_to(archive)
+    (folder / "python3").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (folder / "python3").chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def fresh(path, archive, tmp_path):
+    """The environment of a person who has just installed it: an empty home, openpista.pyz in the folder."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/openpista.pyz").symlink_to(archive)
+    search = f"{tmp_path}/.local/bin:{path}:{os.environ['PATH']}"
+    return {"HOME": str(tmp_path), "PATH": search, "TERM": "dumb", "OPENPISTA_CACHE": f"{path}/cache"}
+
+
+def bash(line, env):
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env=env,
+        cwd=f"{env['HOME']}/work",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
+def steps(block):
+    """[(command line, what it prints), ...] of a console block; a line that begins with > goes on with the command."""
+    block = re.sub(r"\n> ?", "\0", block)
+    return [
+        (line.replace("\0", "\n"), shown) for line, shown in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.M)
+    ]
+
+
+def looks_like(printed, shown):
+    """The same but for numbers, and for what … stands for."""
+    shown, printed = (re.sub(r"\d+", "0", text) for text in (shown, printed))
+    return re.fullmatch(re.escape(shown).replace("…", ".*"), printed) is not None
+
+
+SHOWN = [body for kind, body in blocks(README) if kind == "console" and "Run it?" not in body]
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.split("-e")[0][2:40].strip())
+def test_session_is_true(block, fresh):
+    for line, shown in steps(block):
+        printed = bash(line, fresh)
+        assert looks_like(printed, shown), f"{line}\n{printed}"
+
+
+def test_first_command_is_true(fresh):
+    line = blocks(README)[0][1].removeprefix("python3 build_zipapp.py && ")
+    assert bash(line, fresh).split()[0] == platform.uname().system
+
+
+def test_installation_is_true(fresh):
+    home = pathlib.Path(fresh["HOME"])
+    (home / "work/key.txt").write_text(KEY + "\n")
+    [block] = [body for kind, body in blocks(README) if kind == "sh" and "auth login" in body]
+    printed = bash(f"set -e\n{block}which openpista\nopenpista auth status", fresh)
+    assert f"{home}/.local/bin/openpista\n" in printed
+    assert re.search(r"anthropic +…3456 +`auth login`", printed) and "$OPENAI_API_KEY" in printed
+    assert (home / ".openpista/credentials.toml").stat().st_mode & 0o777 == 0o600
+
+
+def talk(line, env, answer):
+    """What a terminal shows while the command runs in it and its question is answered."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        ["bash", "-c", line], stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+    )
+    os.close(theirs)
+    seen = b""
+    while True:
+        if not select.select([ours], [], [], 30)[0]:
+            process.kill()
+            pytest.fail(f"nothing came after {seen}")
+        try:
+            data = os.read(ours, 65_536)
+        except OSError:  # Linux says so at the end
+            data = b""
+        if not data:
+            break
+        seen += data
+        if answer and seen.endswith(b"[N]o: "):
+            os.write(ours, answer + b"\n")
+            answer = b""
+    os.close(ours)
+    assert process.wait(10) == 0, seen
+    return seen.decode().replace("\r\n", "\n")
+
+
+def test_session_with_a_model_is_true(fresh, model):
+    [block] = [body for _, body in blocks(README) if "Run it?" in body]
+    [(line, shown)] = steps(block)
+    find, rm = re.findall(r"^✓ (.+)  \d", shown, re.M)
+    called = [{"tool_calls": [{"name": "system_run", "arguments": {"command": command}}]} for command in (find, rm)]
+    said = {"text": shown.splitlines()[-2], "usage": {"input": 2_000, "output": 656}}
+    model.script(*(step | {"usage": {"input": 0, "output": 0}} for step in called), said)
+    logs = pathlib.Path(fresh["HOME"], "app")
+    logs.mkdir()
+    for name, text in {"app.log": "1\n2\n", "old.log": "", "test.log": ""}.items():
+        (logs / name).write_text(text)
+    env = fresh | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": model.url}
+    printed = talk(line, env, b"y")
+    assert looks_like(printed, shown), printed
+    assert [path.name for path in logs.iterdir()] == ["app.log"]
