@@ -53,7 +53,7 @@ CREATE TABLE tool_calls (
     finished_at TEXT,
     UNIQUE (message_id, call_id)
 );
-CREATE INDEX tool_calls_open ON tool_calls (session_id) WHERE state IN ('asked', 'started');
+CREATE INDEX tool_calls_by_session ON tool_calls (session_id, state);
 
 -- One row for each call of a model.
 CREATE TABLE usage (

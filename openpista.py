@@ -311,7 +311,7 @@ def iso(moment: datetime) -> str:
 def clip(text: str, limit: int) -> str:
     """The text in one line, at most limit characters, with an ellipsis where it was cut."""
     line = " ".join(text[: limit * 4].split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return line if len(line) <= limit and len(text) <= limit * 4 else line[: limit - 1] + "…"
 
 
 def head_and_tail(text: str, limit: int) -> str:
@@ -397,10 +397,10 @@ def load_toml(path: Path) -> dict[str, Any]:
 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, tables nested 1,000 deep
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
@@ -408,7 +408,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 class Redactor:
     """Masks the secrets that are loaded, and what looks like one."""
 
-    LIKELY = r"\b\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
+    LIKELY = r"(?<!\d)\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
 
     def __init__(self, secrets: Iterable[str] = ()):
         self._secrets: set[str] = set()
@@ -591,7 +591,7 @@ def build(cls: type, table: Any, where: str = "") -> Any:
     hints = get_type_hints(cls)
     for key in table:
         if key not in hints:
-            raise ConfigError(f"unknown setting '{where}{key}'{near(key, hints)}")
+            raise ConfigError(f"unknown setting {where + key!r}{near(key, hints)}")
     return cls(**{key: convert(hints[key], value, where + key) for key, value in table.items()})
 
 
@@ -612,9 +612,11 @@ def convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def fits(kind: type, value: Any) -> bool:
-    """Whether a TOML value is of this kind; a bool is no number, a whole number is also a float."""
+    """Whether a TOML value is of this kind; a bool is no number, a whole number that is not huge is also a float."""
     if isinstance(value, bool):
         return kind is bool
+    if kind is float and isinstance(value, int):
+        return abs(value) < 1 << 1_000
     return isinstance(value, (int, float) if kind is float else str if kind is Secret else kind)
 
 
@@ -644,7 +646,7 @@ def find_config(chosen: str | None, environ: Mapping[str, str]) -> Path | None:
         if not path.is_file():
             raise ConfigError(f"no configuration file {path}")
         return path
-    candidates = [Path("config.toml"), home(environ) / "config.toml"]
+    candidates = [Path.cwd() / "config.toml", home(environ) / "config.toml"]
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -693,6 +695,14 @@ class Login(NamedTuple):
     api_key: str = ""
     base_url: str = ""
 
+    def __repr__(self) -> str:
+        return f"Login({self.provider!r}, {Secret(self.api_key)!r}, {self.base_url!r})"
+
+
+def toml_string(text: str) -> str:
+    """The text as TOML writes it: as JSON does, but DEL has to be escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
 
 class Credentials:
     """Keys in `credentials.toml`: mode 0600, the last login last."""
@@ -729,7 +739,7 @@ class Credentials:
 
     def _tighten(self) -> None:
         """A file that others can read is made private, and that is said."""
-        if os.name == "posix" and stat.S_IMODE(self.path.stat().st_mode) & 0o077:
+        if os.name == "posix" and self.path.is_file() and stat.S_IMODE(self.path.stat().st_mode) & 0o077:
             log.warning("%s could be read by others; its mode is now 0600", self.path)
             self.path.chmod(0o600)
 
@@ -738,9 +748,7 @@ class Credentials:
         for login in logins:
             lines.append(f"[{login.provider}]")
             lines += [
-                f"{key} = {json.dumps(value, ensure_ascii=False)}"
-                for key, value in login._asdict().items()
-                if key != "provider" and value
+                f"{key} = {toml_string(value)}" for key, value in login._asdict().items() if key != "provider" and value
             ]
             lines.append("")
         try:
@@ -951,8 +959,11 @@ class Store:
         columns = "id, role, text, tool_calls, call_id, is_error, echo, created_at"
         with self.border():
             for row in self.db.execute(f"SELECT {columns} FROM messages WHERE {where}", values):
-                calls = tuple(ToolCall(**call) for call in json.loads(row[3] or "[]"))
-                echo = json.loads(row[6]) if row[6] else None
+                try:
+                    calls = tuple(ToolCall(**call) for call in json.loads(row[3] or "[]"))
+                    echo = json.loads(row[6]) if row[6] else None
+                except (ValueError, TypeError) as error:
+                    raise StoreError(f"message {row[0]} in {self.path} is damaged: {error}") from None
                 yield Entry(row[0], Message(Role(row[1]), row[2], calls, row[4] or "", bool(row[5]), echo), row[7])
 
     def elide(self, session: Session, upto: int) -> Session:
@@ -1031,7 +1042,8 @@ class Store:
                 self._run("COMMIT")
         except BaseException:
             if self._depth == 1 and self.db.in_transaction:
-                self.db.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):  # what went wrong before is the error to tell
+                    self.db.execute("ROLLBACK")
             raise
         finally:
             self._depth -= 1
@@ -1043,6 +1055,8 @@ class Store:
             yield
         except sqlite3.Error as error:
             raise StoreError(*self._explain(str(error))) from error
+        except UnicodeEncodeError as error:
+            raise StoreError(f"{clip(ascii(error.object), 60)} cannot be stored: it is not Unicode text") from error
         except OSError as error:
             raise StoreError(f"cannot open the database {self.path}: {error.strerror}") from error
 
@@ -1073,8 +1087,10 @@ class Store:
 
     def _check(self) -> None:
         """Refuse another program's database."""
-        is_ours = self._pragma("application_id") == APPLICATION_ID
-        if not is_ours and self._run("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+        # In one statement: between two, another openpista could make the schema.
+        sql = "SELECT (SELECT application_id FROM pragma_application_id), EXISTS (SELECT 1 FROM sqlite_master)"
+        number, has_tables = self._run(sql).fetchone()
+        if has_tables and number != APPLICATION_ID:
             raise StoreError(f"{self.path} is another program's database", "name another file in [database] url")
 
     def _use_wal(self) -> None:
@@ -1138,38 +1154,36 @@ class SSEDecoder:
         self.limit = limit
         self._buffer = bytearray()
         self._seen = 0  # bytes of the buffer that are known to hold no line end
+        self._first, self._after_cr = True, False
         self._event, self._data, self._size = "", [], 0
 
     def feed(self, portion: bytes) -> Iterator[tuple[str, str]]:
         """The events that are complete with these bytes."""
         self._buffer += portion
-        while (end := self._line_end()) is not None:
-            line = self._buffer[:end].decode("utf-8", "replace")
-            crlf = self._buffer[end : end + 2] == b"\r\n"
-            del self._buffer[: end + 1 + crlf]
+        while match := re.compile(rb"[\r\n]").search(self._buffer, self._seen):
+            line, half = self._buffer[: match.start()], self._after_cr and match.group() == b"\n" and not match.start()
+            self._after_cr = match.group() == b"\r"
+            del self._buffer[: match.end()]
             self._seen = 0
-            yield from self._line(line)
+            if not half:  # an LF directly after a CR: the line has ended already
+                yield from self._line(line.decode("utf-8", "replace"))
+        self._seen = len(self._buffer)
         if self._size + len(self._buffer) > self.limit:
             raise ProviderError(f"the server sent an event of more than {self.limit >> 20} MiB")
 
-    def _line_end(self) -> int | None:
-        match = re.compile(rb"[\r\n]").search(self._buffer, self._seen)
-        # A CR that is the last byte may be half of a CRLF: wait for the next portion.
-        if match is None or (match[0] == b"\r" and match.end() == len(self._buffer)):
-            self._seen = len(self._buffer) if match is None else match.start()
-            return None
-        return match.start()
-
     def _line(self, line: str) -> Iterator[tuple[str, str]]:
+        if self._first:
+            line, self._first = line.removeprefix("\ufeff"), False
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
-        if not line and self._data:
-            event, data = self._event, "\n".join(self._data)
+        if not line:
+            event, data = self._event, self._data
             self._event, self._data, self._size = "", [], 0
-            yield event, data
+            if data:
+                yield event, "\n".join(data)
         elif field == "data":
             self._data.append(value)
-            self._size += len(value)
+            self._size += len(value) + 1
             if self._size > self.limit:
                 raise ProviderError(f"the server sent an event of more than {self.limit >> 20} MiB")
         elif field == "event":
@@ -1245,6 +1259,7 @@ def tool_dict(tool: ToolSpec, names: Mapping[str, str], schema: str) -> dict[str
 def chat_assistant(request: Request, message: Message, names: Mapping[str, str]) -> dict[str, Any]:
     """An assistant's message with its calls, and the reasoning that DeepSeek and OpenRouter want to see again."""
     entry: dict[str, Any] = {"role": "assistant", "content": message.text}
+    echo = echo_for(request, message)
     if message.tool_calls:
         entry["tool_calls"] = [
             {
@@ -1254,11 +1269,11 @@ def chat_assistant(request: Request, message: Message, names: Mapping[str, str])
                     "name": names.get(call.name) or wire_name(call.name),
                     "arguments": to_json(call.arguments),
                 },
-                **(call.extra or {}),
+                **(call.extra if echo and call.extra else {}),
             }
             for call in message.tool_calls
         ]
-        entry |= {key: value for key, value in echo_for(request, message).items() if key != "model"}
+        entry |= {key: value for key, value in echo.items() if key != "model"}
     return entry
 
 
@@ -1301,18 +1316,23 @@ def response_items(request: Request, message: Message, names: Mapping[str, str])
     if message.role is Role.TOOL:
         yield {"type": "function_call_output", "call_id": wire_id(request, message.call_id), "output": marked(message)}
         return
-    if items := echo_for(request, message).get("items"):
-        yield from items  # the answer as it came: reasoning must stand beside the call that it led to
-        return
-    if message.text:
-        yield {"role": message.role.value, "content": message.text}
-    for call in message.tool_calls:
-        yield {
+    calls = [
+        {
             "type": "function_call",
             "call_id": wire_id(request, call.id),
             "name": names.get(call.name) or wire_name(call.name),
             "arguments": to_json(call.arguments),
         }
+        for call in message.tool_calls
+    ]
+    if items := echo_for(request, message).get("items"):
+        # As it came, since reasoning must stand beside the call that it led to; but the calls as they were understood.
+        understood = iter(calls)
+        yield from (item | next(understood) if item["type"] == "function_call" else item for item in items)
+        return
+    if message.text:
+        yield {"role": message.role.value, "content": message.text}
+    yield from calls
 
 
 def reasons(model: str) -> bool:
@@ -1375,12 +1395,13 @@ class PartialCall:
         """One more piece of the arguments; some servers send an object in one piece."""
         if isinstance(arguments, str) and isinstance(self.arguments, str):
             self.arguments += arguments
-        elif arguments is not None:
+        elif arguments not in (None, ""):
             self.arguments = arguments if isinstance(arguments, dict) else to_json(arguments)
 
     def whole(self, taken: set[str], names: Mapping[str, str]) -> ToolCall:
         """The call, with an id that no other one of the answer has, and our name of the tool."""
-        call_id = self.id if self.id and self.id not in taken else f"call{os.urandom(8).hex()}"
+        usable = self.id and self.id.isprintable() and self.id not in taken
+        call_id = self.id if usable else f"call{os.urandom(8).hex()}"
         taken.add(call_id)
         arguments, problem = parse_arguments(self.arguments)
         return ToolCall(call_id, names.get(self.name, self.name), arguments, problem, self.extra)
@@ -1388,15 +1409,18 @@ class PartialCall:
 
 def parse_arguments(raw: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The arguments of a call and what is wrong with them; nothing at all counts as {}."""
-    if isinstance(raw, dict):
-        return raw, ""
     try:
-        value = json.loads(raw) if raw.strip() else {}
+        value = raw if isinstance(raw, dict) else json.loads(raw) if raw.strip() else {}
         if isinstance(value, str):  # encoded twice
             value = json.loads(value)
+        json.dumps(value, allow_nan=False)  # NaN and 1e999 are read, but no vendor would take them back
     except (ValueError, RecursionError) as error:
         return {}, f"the arguments are not valid JSON: {error}"
     return (value, "") if isinstance(value, dict) else ({}, "the arguments must be a JSON object")
+
+
+CUT = ("length", "model_length", "max_tokens", "max_output_tokens", "model_context_window_exceeded")
+BROKEN_OFF = ("error", "insufficient_system_resource", "failed", "cancelled")  # OpenRouter, DeepSeek, Responses
 
 
 class Decoder:
@@ -1407,10 +1431,16 @@ class Decoder:
         self.calls: list[PartialCall] = []
         self.usage = Usage()
         self.finish = ""  # the vendor's word for why the answer ended; '' while it has not
+        self.ended = False  # nothing more is to come: the connection need not be waited for
         self.echo: dict[str, Any] = {}
 
     def feed(self, data: str) -> str:
         """Take one event; the words that are new with it."""
+        if not data.strip():
+            return ""  # somebody's way to keep the connection alive
+        if data.strip() == "[DONE]":
+            self.finish, self.ended = self.finish or "stop", True
+            return ""
         try:
             event = json.loads(data)
         except (ValueError, RecursionError):
@@ -1418,7 +1448,7 @@ class Decoder:
         if not isinstance(event, dict):
             raise Unavailable(f"the server sent an event that is no object: {clip(data, 80)!r}")
         try:
-            words = self.take(event)
+            words = "" + self.take(event)  # what is no text is an unknown form too
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ProviderError(f"the server sent an event of an unknown form ({error!r}): {clip(data, 80)}") from None
         self.text.append(words)
@@ -1432,14 +1462,17 @@ class Decoder:
         """The whole answer; an answer that has not ended is an error, never an answer."""
         if not self.finish:
             raise Unavailable("the answer ended in the middle")
+        if self.finish in BROKEN_OFF:
+            raise Unavailable(f"the answer ended in the middle ({self.finish})")
         if self.finish in ("content_filter", "refusal"):
             raise ProviderError(f"the provider's filter stopped the answer ({self.finish})")
         taken: set[str] = set()
         ours = {wire: name for name, wire in names.items()}
         calls = tuple(call.whole(taken, ours) for call in self.calls)
-        echo = {**self.echo, "model": model.partition("/")[2]} if self.echo else None
+        kept = self.echo or any(call.extra for call in calls)
+        echo = {**self.echo, "model": model.partition("/")[2]} if kept else None
         message = Message(Role.ASSISTANT, "".join(self.text), calls, echo=echo)
-        return Completion(message, self.usage, model, cut=self.finish in ("length", "max_tokens", "max_output_tokens"))
+        return Completion(message, self.usage, model, cut=self.finish in CUT)
 
 
 class ChatDecoder(Decoder):
@@ -1453,7 +1486,7 @@ class ChatDecoder(Decoder):
         words = ""
         for choice in (event.get("choices") or [])[:1]:
             delta = choice.get("delta") or choice.get("message") or {}
-            words += text_of(delta.get("content"))
+            words += text_of(delta.get("content")) + (delta.get("refusal") or "")
             self._reasoning(delta)
             for piece in delta.get("tool_calls") or ():
                 self._call(piece)
@@ -1469,7 +1502,7 @@ class ChatDecoder(Decoder):
     def _call(self, piece: dict[str, Any]) -> None:
         function = piece.get("function") or {}
         name = function.get("name") or ""
-        call = self._call_for(piece.get("id") or "", piece.get("index"), name)
+        call = self._call_for(str(piece.get("id") or ""), piece.get("index"), name)
         if name != call.name:  # a vendor that repeats the name says it whole; one that splits it says the rest
             call.name += name
         call.add(function.get("arguments"))
@@ -1479,7 +1512,7 @@ class ChatDecoder(Decoder):
     def _call_for(self, call_id: str, index: Any, name: str) -> PartialCall:
         """The call that a piece belongs to: a new id, a new index, or a new name without either begins one."""
         for call in reversed(self.calls):
-            same_id = call_id and call.id == call_id
+            same_id = call_id and call.id == call_id and index in (None, call.index)
             same_index = index is not None and call.index == index and not (call_id and call.id)
             goes_on = index is None and not call_id and (not name or (name == call.name and unfinished(call.arguments)))
             if same_id or same_index or goes_on:
@@ -1510,11 +1543,16 @@ def chat_usage(usage: dict[str, Any]) -> Usage:
     )
     cost = usage.get("cost")
     return Usage(
-        usage.get("prompt_tokens") or 0,
-        cached,
-        usage.get("completion_tokens") or 0,
+        tokens_of(usage.get("prompt_tokens")),
+        tokens_of(cached),
+        tokens_of(usage.get("completion_tokens")),
         float(cost) if isinstance(cost, (int, float)) else None,
     )
+
+
+def tokens_of(count: Any) -> int:
+    """A number of tokens; nothing counts as 0, and what is no number as an event of an unknown form."""
+    return int(count or 0)
 
 
 class ResponsesDecoder(Decoder):
@@ -1536,7 +1574,7 @@ class ResponsesDecoder(Decoder):
 
     def _item(self, item: dict[str, Any]) -> None:
         if item["type"] == "function_call":
-            call = PartialCall(item.get("call_id") or item.get("id") or "", item["name"])
+            call = PartialCall(str(item.get("call_id") or item.get("id") or ""), "" + item["name"])
             call.add(item.get("arguments"))
             self.calls.append(call)
         self._items.append({key: value for key, value in item.items() if key != "status"})
@@ -1544,7 +1582,10 @@ class ResponsesDecoder(Decoder):
     def _end(self, response: dict[str, Any]) -> None:
         usage = response.get("usage") or {}
         cached = (usage.get("input_tokens_details") or {}).get("cached_tokens") or 0
-        self.usage = Usage(usage.get("input_tokens") or 0, cached, usage.get("output_tokens") or 0)
+        self.usage = Usage(
+            tokens_of(usage.get("input_tokens")), tokens_of(cached), tokens_of(usage.get("output_tokens"))
+        )
+        self.ended = True
         reason = (response.get("incomplete_details") or {}).get("reason")
         self.finish = reason or response.get("status") or "completed"
         # Only encrypted reasoning can come back, since nothing is kept at the vendor's; else words and calls do.
@@ -1571,18 +1612,18 @@ class MessagesDecoder(Decoder):
         elif kind == "content_block_start":
             return self._open(event["index"], event["content_block"])
         elif kind == "content_block_delta":
-            return self._grow(self._blocks[event["index"]], event["delta"])
+            return self._grow(event["index"], event["delta"])
         elif kind == "message_delta":
             self._count(event.get("usage") or {})
             self._stop_reason = event["delta"].get("stop_reason") or self._stop_reason
         elif kind == "message_stop":
-            self.finish = self._stop_reason or "end_turn"
+            self.finish, self.ended = self._stop_reason or "end_turn", True
         return ""
 
     def _open(self, index: int, block: dict[str, Any]) -> str:
         self._blocks[index] = block
         if block["type"] == "tool_use":
-            call = PartialCall(block["id"], block["name"], index)
+            call = PartialCall(str(block["id"]), "" + block["name"], index)
             if block.get("input"):  # a gateway that sends the whole input at once
                 call.add(block["input"])
             self.calls.append(call)
@@ -1590,9 +1631,12 @@ class MessagesDecoder(Decoder):
             self.echo.setdefault("blocks", []).append(block)  # the same dict: it grows with the deltas
         return block.get("text") or "" if block["type"] == "text" else ""
 
-    def _grow(self, block: dict[str, Any], delta: dict[str, Any]) -> str:
+    def _grow(self, index: int, delta: dict[str, Any]) -> str:
+        block = self._blocks[index]
         if delta["type"] == "input_json_delta":
-            self.calls[-1].add(delta["partial_json"])
+            for call in self.calls:
+                if call.index == index:  # a block of the vendor's own tools is no call of ours
+                    call.add(delta["partial_json"])
         elif delta["type"] == "thinking_delta":
             block["thinking"] = block.get("thinking", "") + delta["thinking"]
         elif delta["type"] == "signature_delta":
@@ -1601,11 +1645,11 @@ class MessagesDecoder(Decoder):
 
     def _count(self, usage: dict[str, Any]) -> None:
         """Usage comes in two parts; the cached part of the prompt is counted apart from the rest."""
-        cached = usage.get("cache_read_input_tokens") or 0
-        prompt = (usage.get("input_tokens") or 0) + (usage.get("cache_creation_input_tokens") or 0) + cached
-        self.usage = Usage(
-            max(prompt, self.usage.input), max(cached, self.usage.cached), usage.get("output_tokens") or 0
-        )
+        cached = tokens_of(usage.get("cache_read_input_tokens"))
+        prompt = tokens_of(usage.get("input_tokens")) + tokens_of(usage.get("cache_creation_input_tokens")) + cached
+        output = tokens_of(usage.get("output_tokens"))
+        old = self.usage
+        self.usage = Usage(max(prompt, old.input), max(cached, old.cached), max(output, old.output))
 
 
 # ---- errors, as vendors write them ----
@@ -1790,6 +1834,8 @@ def main_provider(agent: AgentConfig, logins: Mapping[str, Login], environ: Mapp
     """The provider that is set, else the first that has a key; CredentialError names the ways on."""
     if agent.provider:
         return agent.provider
+    if variable("API_KEY", environ)[0]:  # before the vendors' own: it must not go to one that it was not meant for
+        return "custom" if agent.base_url else "openai"
     for provider, spec in PROVIDERS.items():
         if any(environ.get(name) for name in spec.key_env):
             return provider
@@ -1797,7 +1843,7 @@ def main_provider(agent: AgentConfig, logins: Mapping[str, Login], environ: Mapp
         return list(logins)[-1]
     if agent.base_url:
         return "custom"
-    if agent.api_key or variable("API_KEY", environ)[0]:
+    if agent.api_key:
         return "openai"
     raise CredentialError(
         "no key for any model",
@@ -1831,13 +1877,19 @@ def resolve(wanted: str, agent: AgentConfig, logins: Mapping[str, Login], enviro
 
 def whole_url(url: str, spec: ProviderSpec) -> str:
     """The address with a scheme and, where it is only a host, the vendor's path (OLLAMA_HOST=box:11434)."""
-    url = url.strip().rstrip("/")
-    if "://" not in url:
-        url = f"http://{url}"
-    if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url, re.IGNORECASE):
+    from urllib.parse import urlsplit
+
+    host_only, own = "://" not in url, urlsplit(spec.base_url)
+    try:
+        parts = urlsplit((f"http://{url.strip()}" if host_only else url.strip()).rstrip("/"))
+        port = parts.port  # ValueError if it is none
+    except ValueError:
+        parts = None
+    if not parts or not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", parts.geturl()):
         raise ConfigError(f"base_url {url!r} is not an http or https address")
-    bare = re.fullmatch(r"https?://[^/]+", url, re.IGNORECASE)
-    return url + re.sub(r"^https?://[^/]+", "", spec.base_url) if bare else url
+    if host_only and port is None and own.port:  # Ollama's rule: a host alone has its port
+        parts = parts._replace(netloc=f"{parts.netloc}:{own.port}")
+    return (parts if parts.path else parts._replace(path=own.path)).geturl()
 
 
 def pick_format(provider: str, model: str, agent: AgentConfig) -> str:
@@ -1865,7 +1917,7 @@ def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
     headers = {"user-agent": f"openpista/{__version__}"}
     try:
         return httpx.AsyncClient(verify=context, timeout=limits, headers=headers, follow_redirects=False)
-    except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, a proxy's address that is none
+    except (ImportError, ValueError, httpx.InvalidURL) as error:  # no package for SOCKS, or no address at all
         raise ConfigError(
             f"the proxy of the environment cannot be used: {error}", "see HTTPS_PROXY, ALL_PROXY"
         ) from None
@@ -1950,7 +2002,10 @@ class HttpProvider:
                 return await self._mending(request, tell)
             except WrongFormat:
                 self.format = first
-                raise ProviderError(str(error)) from None
+                raise ProviderError(str(error), "is base_url right?") from None
+            except ProviderError:
+                self.format = first
+                raise
 
     async def _mending(self, request: Request, tell: Tell) -> Completion:
         """Ask; each thing that the vendor refuses is left out or renamed once, from then on."""
@@ -2019,10 +2074,10 @@ class HttpProvider:
             if size > self.MOST_BYTES:
                 raise ProviderError(f"{self.name} sent an answer of more than {self.MOST_BYTES >> 20} MiB")
             for _, data in events.feed(portion):
-                if data.strip() == "[DONE]":
-                    return await drain(portions)
                 if words := decoder.feed(data):
                     tell(Progress("delta", words))
+                if decoder.ended:
+                    return await drain(portions)
 
     def _refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> Exception:
         """The error that a status and its body stand for."""
@@ -2031,14 +2086,17 @@ class HttpProvider:
             words, code = vendor_message(json.loads(text))
         except (ValueError, RecursionError):
             words, code = clip(re.sub(r"<[^>]*>", " ", text), 200), ""
+        if key := self.endpoint.key.value:
+            words = words.replace(key, self.endpoint.key.masked)  # some repeat it
         said = f"{self.name} answered {status}{': ' + words if words else ''}"
         if status in (401, 403):
             return self._refused_key(status, words)
         if status == 413 or (status in (400, 422) and TOO_LONG.search(f"{code} {words}")):
             return ContextTooLong(said)
-        if status == 429 and "quota" in f"{code} {words}".lower():
+        if code == "insufficient_quota":  # not Gemini's "exceeded your current quota", its limit per minute
             return ProviderError(said)
-        if status in (408, 409, 425, 429) or status >= 500:
+        # Groq's tool_use_failed: its model wrote a call that cannot be read; the same again often works.
+        if status in (408, 409, 425, 429) or status >= 500 or code == "tool_use_failed":
             return Unavailable(said, retry_after(headers))
         if status in (400, 404, 405) and WRONG_ENDPOINT.search(words):
             return WrongFormat(said)
@@ -2099,7 +2157,6 @@ MENDS = (
     Mend("stream_options", lambda body: body.pop("stream_options", None), "stream_options"),
     Mend("encrypted|reasoning|include", forget_reasoning, "include"),
     Mend("tool_choice", lambda body: body.pop("tool_choice", None), "tool_choice"),
-    Mend("tool_use_failed|failed_generation", lambda body: None),  # Groq: the same again often works
 )
 
 
@@ -2115,7 +2172,9 @@ async def read_some(response: httpx.Response, limit: int) -> bytes:
 
 async def drain(portions: AsyncIterator[bytes]) -> None:
     """Read what is left, shortly: a connection whose answer was read to its end can be used again."""
-    with contextlib.suppress(TimeoutError):
+    import httpx
+
+    with contextlib.suppress(TimeoutError, httpx.TransportError):  # the answer is whole, whatever comes now
         async with asyncio.timeout(0.2):
             async for _ in portions:
                 pass
@@ -3129,6 +3188,7 @@ class Child:
 
     LINGER = 0.1  # seconds for the last words of a `>(tee log)` after the leader's exit
     GRACE = 2.0  # seconds between TERM and KILL
+    STOP_GRACE = 0.5  # the same when a person stops it, and should see that at once
 
     def __init__(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], limit: int, stdin: Any):
         self.capture, self._eof, self._gone = Capture(limit), asyncio.Event(), asyncio.Event()
@@ -3159,13 +3219,13 @@ class Child:
         await self._briefly(self._eof, self.LINGER)
         return Outcome("", self.close(), timed_out)._replace(output=self.capture.text())
 
-    async def end(self) -> None:
-        """TERM for the group, KILL for what is still there after GRACE."""
+    async def end(self, grace: float = GRACE) -> None:
+        """TERM for the group, KILL for what is still there after so many seconds."""
         self._signal(signal.SIGTERM)
-        await self._briefly(self._gone, self.GRACE)
+        await self._briefly(self._gone, grace)
         await self._briefly(self._eof, self.LINGER)
         self._signal(signal.SIGKILL)
-        await self._briefly(self._gone, self.GRACE)
+        await self._briefly(self._gone, grace)
 
     def close(self) -> int | None:
         """KILL what is left, reap the leader, let go of the pipe; the leader's exit code."""
@@ -3202,10 +3262,11 @@ class Child:
                 os.killpg(self._process.pid, number)
 
     async def _watch_exit(self) -> None:
-        """Set _gone when the leader has exited, without reaping it."""
-        pid = self._process.pid
-        if hasattr(os, "pidfd_open"):
+        """Set _gone when the leader has exited, without reaping it where that can be."""
+        pid, handle = self._process.pid, None
+        with contextlib.suppress(AttributeError, OSError):  # not on macOS; refused by Linux before 5.3
             handle = os.pidfd_open(pid)
+        if handle is not None:
             readable = asyncio.Event()
             self._loop.add_reader(handle, readable.set)
             try:
@@ -3213,11 +3274,12 @@ class Child:
             finally:
                 self._loop.remove_reader(handle)
                 os.close(handle)
-        else:
-            for pause in itertools.chain((0.005, 0.01, 0.02), itertools.repeat(0.05)):
-                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                    break
-                await asyncio.sleep(pause)
+        else:  # poll() reaps, so the group goes at once, before its number can become another's
+            pauses = itertools.chain((0.005, 0.01, 0.02), itertools.repeat(0.05))
+            while self._process.poll() is None:
+                await asyncio.sleep(next(pauses))
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
         self._gone.set()
 
     @staticmethod
@@ -3250,7 +3312,7 @@ async def run_process(
             return await child.finished(timeout)
         except BaseException:
             try:
-                await child.end()
+                await child.end(Child.STOP_GRACE)
             finally:
                 child.close()
             raise
@@ -3258,11 +3320,12 @@ async def run_process(
 
 def start_in_background(shell: str, command: str, *, cwd: Path, env: Mapping[str, str], log_path: Path) -> int:
     """Start a command that lives on without us, its output in a file; its pid, which is also its group."""
-    make_private(log_path.parent)
-    os.close(os.open(log_path, os.O_CREAT | os.O_WRONLY, 0o600))
-    # The shell in between exits at once, so that the child is init's to reap and never our zombie; -m gives it a group.
-    script = 'set -m; "$0" -c "$1" >>"$2" 2>&1 </dev/null & echo $!'
+    # The shell in between exits at once, so that the child is init's to reap and never our zombie.
+    group = "set -m;" if shell.endswith("bash") or not shutil.which("setsid") else "setsid"  # dash needs a tty for -m
+    script = f'{group} "$0" -c "$1" >>"$2" 2>&1 </dev/null & echo $!'
     try:
+        make_private(log_path.parent)
+        os.close(os.open(log_path, os.O_CREAT | os.O_WRONLY, 0o600))
         done = subprocess.run(
             [shell, "-c", script, shell, command, str(log_path)],
             cwd=cwd,
@@ -3279,7 +3342,9 @@ def start_in_background(shell: str, command: str, *, cwd: Path, env: Mapping[str
         raise ToolError(f"cannot start it in the background: {error}") from None
 
 
-SECRET_NAMES = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS)$", re.IGNORECASE)
+SECRET_NAMES = re.compile(
+    r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS|SECRET_KEY(_BASE)?)$", re.IGNORECASE
+)
 QUIET = {  # nobody sits at the child's terminal: nothing may ask, page or colour
     "DEBIAN_FRONTEND": "noninteractive",
     "GIT_PAGER": "cat",
@@ -3855,8 +3920,8 @@ class Bench(NamedTuple):
     def folder(self, chosen: str = "") -> Path:
         """Where to work: [tools] workdir, else where openpista was started; a call may choose another from there."""
         path = Path.cwd() / user_path(self.settings.workdir) / user_path(chosen)
-        if not path.is_dir():
-            raise ToolError(f"no folder {path}", "" if chosen else "see [tools] workdir")
+        if not os.path.isdir(path):  # unlike Path.is_dir it takes a path that is too long, or no file name at all
+            raise ToolError(f"no folder {clip(str(path), 200)}", "" if chosen else "see [tools] workdir")
         return path
 
     def seconds(self, wanted: int | None) -> int:
@@ -3894,10 +3959,11 @@ class Tool:
 
 def how_it_ended(outcome: Outcome, seconds: int) -> str:
     """'' for exit code 0, else a line in brackets."""
+    if outcome.code is None:
+        after = f"timed out after {seconds} s and " if outcome.timed_out else ""
+        return f"[{after}could not be killed; it may still be running]"
     if outcome.timed_out:
         return f"[timed out after {seconds} s and was ended; what it had printed is above]"
-    if outcome.code is None:
-        return "[could not be killed; it may still be running]"
     if outcome.code < 0:
         with contextlib.suppress(ValueError):
             return f"[killed by signal {-outcome.code}, {signal.Signals(-outcome.code).name}]"
@@ -3954,6 +4020,10 @@ class SystemRun(Tool):
             "env": self.bench.child_environment(arguments.get("env")),
         }
         if arguments.get("background"):
+            if len(command.encode()) > self.LONGEST_ARGUMENT:
+                raise ToolError(
+                    f"a command for the background may have {self.LONGEST_ARGUMENT:,} bytes", "write a script"
+                )
             log_path = self.bench.home / "jobs" / f"{utc_now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}.log"
             pid = start_in_background(shell, command, log_path=log_path, **where)
             return ToolResult("", f"started in the background: pid {pid} (its group too), output in {log_path}")
@@ -4027,6 +4097,8 @@ def misfit(value: Any, wanted: Mapping[str, Any], where: str = "arguments") -> s
         return f"{where} must be {word}, not {clip(to_json(value), 60)}"
     if kind is str and "\0" in value:
         return f"{where} must not hold a NUL character"
+    if kind is str and storable(value) != value:
+        return f"{where} must be text that UTF-8 can hold"
     if kind is int and value < 1:
         return f"{where} must be 1 or more, not {value}"
     if kind is list:
@@ -4041,10 +4113,10 @@ def misfit_of_object(value: dict[str, Any], wanted: Mapping[str, Any], where: st
         return f"{where}: {missing[0]!r} is missing"
     for name, item in value.items():
         if name not in properties and not others:
-            return f"{where}: unknown {name!r}{near(name, properties)}"
-        if item is None and name not in wanted.get("required", ()):
+            return f"{where}: unknown {clip(name, 60)!r}{near(name, properties)}"
+        if item is None and name in properties and name not in wanted.get("required", ()):
             continue  # many models say null for what they leave out
-        if wrong := misfit(item, properties.get(name) or others, name):
+        if wrong := misfit(item, properties.get(name) or others, clip(name, 60)):
             return wrong
     return ""
 
@@ -4062,21 +4134,21 @@ class Gate:
         """Why the call must not run; '' if it may."""
         if self.mode == "never" or (self.mode == "risky" and not danger):
             return ""
-        danger = danger or "every call is asked for"
-        if self.approve is None:
+        danger, key = danger or "every call is asked for", to_json([call.name, call.arguments])
+        if self.approve is None and key not in self.always:
             return (
                 f"denied: {danger}, and nobody can be asked here (--yes allows it). Do not try it another way: "
                 "say what should be run, and why."
             )
         async with self._asking:
-            if to_json(call[1:3]) in self.always:
+            if key in self.always:
                 return ""
             decision = Decision.DENY if self._denied else await self.approve(call, danger)
         if decision is Decision.DENY:
             self._denied = True
             return f"denied by the person ({danger}). Do not try it again or another way in this turn."
         if decision is Decision.ALWAYS:
-            self.always.add(to_json(call[1:3]))
+            self.always.add(key)
         return ""
 
 
@@ -4092,7 +4164,8 @@ class Toolbox:
         """Why this call cannot or must not run; '' if it may."""
         tool = self.tools.get(call.name)
         if tool is None:
-            return f"there is no tool {call.name!r}{near(call.name, self.tools)}; there are: {', '.join(self.tools)}"
+            wrong = f"there is no tool {clip(call.name, 60)!r}{near(call.name, self.tools)}"
+            return f"{wrong}; there are: {', '.join(self.tools)}"
         if wrong := call.problem or misfit(call.arguments, tool.spec.parameters):
             return f"{wrong}. The parameters of {call.name} are {to_json(tool.spec.parameters)}"
         return await gate.refusal(call, tool.danger(call.arguments))
@@ -4160,11 +4233,12 @@ def repair(messages: Iterable[Message]) -> list[Message]:
     without a call are dropped; nothing is empty; it begins with the person.
     """
     fixed: list[Message] = []
-    waiting: dict[str, int] = {}  # call id -> where its result stands
+    waiting: dict[int, str] = {}  # where a result is due -> its call's id
     for message in messages:
         if message.role is Role.TOOL:
-            if (place := waiting.pop(message.call_id, None)) is not None:
+            if (place := next((at for at, due in waiting.items() if due == message.call_id), None)) is not None:
                 fixed[place] = message
+                del waiting[place]
             continue
         if not fixed and message.role is not Role.USER:
             continue
@@ -4175,7 +4249,7 @@ def repair(messages: Iterable[Message]) -> list[Message]:
         if message.role is Role.ASSISTANT and message.tool_calls and fixed[-1].role is Role.ASSISTANT:
             fixed.append(Message(Role.USER, GAP))
         fixed.append(message)
-        waiting = {call.id: len(fixed) + i for i, call in enumerate(message.tool_calls)}
+        waiting = {len(fixed) + i: call.id for i, call in enumerate(message.tool_calls)}
         fixed += [Message(Role.TOOL, NOT_BEGUN, call_id=call.id, is_error=True) for call in message.tool_calls]
     return fixed
 
@@ -4253,15 +4327,23 @@ async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None
             )
         await asyncio.sleep(0.2)
 
+    turn, lost = asyncio.current_task(), []
+
     async def beat() -> None:
-        while True:
+        while not lost:
             await asyncio.sleep(Store.LEASE / 3)
             with contextlib.suppress(StoreError):  # a busy moment; the lease lasts for two more beats
-                store.take_lease(session)
+                if not store.take_lease(session):  # the machine slept, and another process took over
+                    lost.append(store.lease_holder(session))
+                    turn.cancel()
 
     heart = asyncio.create_task(beat())
     try:
         yield
+    except asyncio.CancelledError:
+        if lost:
+            raise StoreError(f"session {session.name} was taken over by {lost[0]}") from None
+        raise
     finally:
         heart.cancel()
         with contextlib.suppress(StoreError):  # then it runs out by itself
@@ -4280,12 +4362,13 @@ class Turn:
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
         self._seen: dict[str, int] = {}  # call and result -> how often
         self._summarised = False
-        self._share = 0.9  # of the window that may be used; less after an overflow
+        self._sent = 0  # bytes of the messages of the last request
+        self._ceiling = sys.maxsize  # bytes that messages may have; less after an overflow
 
     async def run(self, text: str) -> Reply:
         """Rounds of asking and acting, until the answer is words."""
         self._settle()
-        message = Message(Role.USER, text)
+        message = Message(Role.USER, storable(text))
         self._asked = Entry(self.store.append(self.session, message), message)
         rounds = self.agent.settings.max_tool_rounds or AgentConfig().max_tool_rounds
         for _ in range(rounds):
@@ -4317,7 +4400,7 @@ class Turn:
         message = answer.message
         if answer.cut:
             message = message._replace(text=f"{message.text}\n\n(Cut off: the model reached its limit of output.)")
-        problem = ""
+        message, problem = message._replace(text=self.agent.toolbox.redact(message.text)), ""
         try:
             self.store.append(self.session, message)
         except StoreError as error:  # the person still gets the answer
@@ -4331,7 +4414,9 @@ class Turn:
         try:
             answer = await self._complete(last_note, may_call=not last_note)
         except ContextTooLong:
-            self._share *= 0.6
+            if not self._sent:
+                raise  # our own word for it: it cannot be made shorter
+            self._ceiling = int(self._sent * 0.6)
             answer = await self._complete(last_note, may_call=not last_note)
         if is_empty(answer) and not last_note:
             answer = await self._complete("You said nothing. Answer in words, or call a tool.", may_call=True)
@@ -4351,18 +4436,20 @@ class Turn:
             may_call=may_call,
             max_tokens=agent.settings.max_tokens,
         )
+        self._sent = weight(messages)
         self.tell(Progress("thinking"))
         started = time.monotonic()
         answer = await agent.models.complete(request, self.tell)
-        self._account(answer, self._frame() + weight(messages), time.monotonic() - started)
+        self._account(answer, time.monotonic() - started)
         return answer
 
-    def _account(self, answer: Completion, size: int, seconds: float) -> None:
+    def _account(self, answer: Completion, seconds: float) -> None:
         self.model, self.usage = answer.model, self.usage.plus(answer.usage)
         with contextlib.suppress(StoreError):  # not worth an answer: what fails here fails again where it counts
             self.store.add_usage(self.session, answer.model, answer.usage, seconds)
         if answer.usage.input > 500:
-            self.agent.bytes_per_token = min(6.0, max(1.0, size / answer.usage.input))
+            measured = (self._frame() + self._sent) / answer.usage.input
+            self.agent.bytes_per_token = min(6.0, max(1.0, measured))
 
     # ---- acting ----
 
@@ -4398,7 +4485,7 @@ class Turn:
 
     def _noted(self, call: ToolCall, result: ToolResult) -> ToolResult:
         """The result, with a note when the same call has given the same before."""
-        key = hashlib.sha256(to_json([call.name, call.arguments, call.problem, result.output]).encode()).hexdigest()
+        key = to_json([call.name, call.arguments, call.problem, result.output])
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < self.NOTE_AT:
             return result
@@ -4416,8 +4503,8 @@ class Turn:
     def _budget(self) -> int:
         """Bytes of messages that fit, with room left for the answer."""
         window = self.agent.settings.context_tokens or self.agent.models.window
-        tokens = self._share * window - min(self.agent.settings.max_tokens or 8_192, window // 4)
-        return int(tokens * self.agent.bytes_per_token) - self._frame()
+        tokens = window * 9 // 10 - min(self.agent.settings.max_tokens or 8_192, window // 4)
+        return min(int(tokens * self.agent.bytes_per_token) - self._frame(), self._ceiling)
 
     async def _fitting(self) -> list[Message]:
         """The transcript, repaired, and shortened until it fits: old results go first, then old turns."""
@@ -4429,11 +4516,14 @@ class Turn:
             self._summarised = True
             await self._summarise(summary, entries, budget)
             summary, entries = self._load(budget)
-        turns = turns_of(entries)
-        while len(turns) > 1 and self._size(summary, list(itertools.chain(*turns))) > budget:
-            turns.pop(0)
-        entries = list(itertools.chain(*turns))
-        if (size := self._size(summary, entries)) > budget:
+        size, dropped = self._size(summary, entries), 0
+        for turn in turns_of(entries)[:-1]:
+            if size <= budget:
+                break
+            size -= self._size("", turn)
+            dropped += len(turn)
+        entries = entries[dropped:]
+        if size > budget:
             raise ContextTooLong(
                 f"the request, about {int(size / self.agent.bytes_per_token):,} tokens, does not fit into the window "
                 f"of {self.model}",
@@ -4478,9 +4568,8 @@ class Turn:
     async def _summarise(self, summary: str, entries: Sequence[Entry], budget: int) -> None:
         """Let the model put the older turns into a few words; if it cannot, they are left out."""
         turns = turns_of(entries)
-        kept = 1
-        while kept < len(turns) - 1 and weight(e.message for e in itertools.chain(*turns[-kept - 1 :])) < budget // 3:
-            kept += 1
+        sizes = itertools.accumulate(self._size("", turn) for turn in reversed(turns))
+        kept = max(1, min(len(turns) - 1, sum(size < budget // 3 for size in sizes)))
         old = list(itertools.chain(*turns[:-kept]))
         text = "\n".join(f"{m.role}: {head_and_tail(spoken(m), 2_000)}" for m in self._shown(summary, old))
         self.tell(Progress("notice", "shortening the conversation"))
@@ -4491,9 +4580,13 @@ class Turn:
         except ProviderError as error:
             log.warning("the conversation could not be summarised: %s", error)
             return
-        self.store.summarise(self.session, old[-1].id, answer.message.text)
         self.usage = self.usage.plus(answer.usage)
         self.store.add_usage(self.session, answer.model, answer.usage, time.monotonic() - started)
+        if is_empty(answer):
+            log.warning("the conversation could not be summarised: %s said nothing", answer.model)
+            return
+        words = head_and_tail(answer.message.text, max(budget // 12, 500))  # a character may be three bytes or more
+        self.store.summarise(self.session, old[-1].id, words)
 
 
 def is_empty(answer: Completion) -> bool:
@@ -4757,10 +4850,9 @@ class App(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def open_app(ctx: Context) -> AsyncIterator[App]:
+async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[App]:
     """Everything a turn needs, opened in order and closed in reverse."""
     async with contextlib.AsyncExitStack() as stack:
-        endpoints = chosen_endpoints(ctx)
         ctx.redact.add(*(endpoint.key.value for endpoint in endpoints))
         skills, problems = load_skills(ctx.workspace)
         for problem in problems:
@@ -4867,11 +4959,11 @@ def cmd_run(ctx: Context) -> int:
     if args.model:
         agent = agent._replace(model=args.model)
     ctx = ctx._replace(config=ctx.config._replace(agent=agent))
-    chosen_endpoints(ctx)  # a missing key is said before anything is read or written
+    endpoints = chosen_endpoints(ctx)  # a missing key is said before anything is read or written
     text = "\n\n".join(filter(None, (clean(args.execute).strip(), piped_input(args.timeout))))
     if not text:
         raise UsageError("nothing to do", "say what with -e TEXT")
-    return asyncio.run(answer_once(ctx, text))
+    return asyncio.run(answer_once(ctx, endpoints, text))
 
 
 def clean(text: str) -> str:
@@ -4903,7 +4995,7 @@ def piped_input(timeout: float | None) -> str:
     return f"<stdin>\n{text}\n</stdin>" if text else ""
 
 
-async def answer_once(ctx: Context, text: str) -> int:
+async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) -> int:
     """One turn at the terminal or in a pipe; the exit code."""
     args = ctx.args
     console = Console(sys.stdout, sys.stderr, ctx.environ)
@@ -4912,22 +5004,21 @@ async def answer_once(ctx: Context, text: str) -> int:
     gate = Gate("never" if args.yes else ctx.config.tools.approval, console.ask if can_ask else None)
     started = time.monotonic()
     with interruptible():
-        async with open_app(ctx) as app:
+        async with open_app(ctx, endpoints) as app:
             session = app.store.session(args.session or new_session_name(utc_now()))
             ticking = asyncio.create_task(console.ticking())
             try:
                 async with asyncio.timeout(args.timeout) as limit:
                     reply = await app.agent.turn(session, text, gate, console.tell)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                raise PistaError(
-                    f"no answer within {args.timeout:g} s", f"session {session.name} has what was done"
-                ) from None
+            except BaseException as error:
+                console.abandon()
+                if isinstance(error, TimeoutError) and limit.expired():
+                    hint = f"session {session.name} has what was done"
+                    raise PistaError(f"no answer within {args.timeout:g} s", hint) from None
+                raise
             finally:
                 ticking.cancel()
-                console.close() if sys.exc_info()[0] else None
-    reply = reply._replace(text=ctx.redact(reply.text))
+                console.close()
     if args.json:
         print_json(reply_dict(reply))
     else:

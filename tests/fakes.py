@@ -2002,9 +2002,8 @@ def serve_model(arguments: list[str]):
 class ScriptedModels:
     """Stands for openpista.Models: answers in turn, and remembers what it was asked.
 
-    An answer is a Completion, an exception, or a function, async or not, that takes the request
-    and gives one of the two;
-    a single function instead of a list answers for ever.
+    An answer is a Completion, an exception, or a function, async or not, that takes the request and
+    gives one of the two; a single function instead of a list answers for ever.
     """
 
     def __init__(self, answers, name="fake/model", window=128_000):

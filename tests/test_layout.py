@@ -43,6 +43,7 @@ def test_map_matches_banners():
     assert mapped == [(str(i), title) for i, (title, _, _) in enumerate(sections(), 1)]
 
 
+@functools.cache
 def local_names(node):
     """Parameters and variables of a definition, which may be called like something further down."""
     stored = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
