@@ -13,6 +13,8 @@ if sys.version_info < (3, 11):
     sys.stderr.write("openpista needs Python 3.11 or newer; this is %d.%d\n" % sys.version_info[:2])
     sys.exit(2)
 
+import atexit
+import gc
 import os
 import stat
 
@@ -87,6 +89,8 @@ def start():
         copy = openpista_unpack.unpack(IDS[key], key, cache_roots())
         hold(copy)
     sys.path[0] = copy  # in place of the archive, which may be replaced while we run
+    gc.set_threshold(50_000)  # start-up makes much and drops little: the default looks through it again and again
+    atexit.register(gc.freeze)  # and at the end the process is over: there is nothing to collect
     sys.dont_write_bytecode = False  # the wish to have none is about other folders: without, each start compiles all
     import openpista
 

@@ -796,18 +796,19 @@ def read_asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def migration_steps(sql: str) -> list[list[str]]:
-    """The statements of each step of migrations.sql; step 1 is the first."""
-    steps = []
-    for text in re.split(r"^-- step \d+.*$", sql, flags=re.MULTILINE)[1:]:
-        statements, pending = [], ""
-        for line in text.splitlines(keepends=True):
-            pending += line
-            if sqlite3.complete_statement(pending):
-                statements.append(pending.strip())
-                pending = ""
-        steps.append(statements)
-    return steps
+def migration_steps(sql: str) -> list[str]:
+    """The SQL of each step of migrations.sql; step 1 is the first."""
+    return re.split(r"^-- step \d+.*$", sql, flags=re.MULTILINE)[1:]
+
+
+def statements(sql: str) -> Iterator[str]:
+    """The single statements of a step, so that they can run in one transaction."""
+    pending = ""
+    for line in sql.splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            yield pending.strip()
+            pending = ""
 
 
 class Store:
@@ -941,13 +942,15 @@ class Store:
             self._run("UPDATE sessions SET updated_at = ? WHERE id = ?", now, session.id)
             return row.lastrowid
 
-    def tail(self, session: Session, limit: int, after: int = 0) -> list[Entry]:
-        """The newest messages after an id, oldest first, up to about limit characters."""
-        found, size = [], 0
-        for row in self._messages("session_id = ? AND id > ? ORDER BY id DESC", session.id, after):
-            found.append(row)
-            size += len(row.message.text) + 100
-            if size > limit:
+    def tail(
+        self, session: Session, limit: int, after: int = 0, size: Callable[[Entry], int] = lambda e: 80 + len(e.message.text)
+    ) -> list[Entry]:
+        """The newest messages after an id, oldest first, until their sizes reach the limit."""
+        found, total = [], 0
+        for entry in self._messages("session_id = ? AND id > ? ORDER BY id DESC", session.id, after):
+            found.append(entry)
+            total += size(entry)
+            if total > limit:
                 break
         return found[::-1]
 
@@ -1104,7 +1107,7 @@ class Store:
                     raise
                 time.sleep(wait)
 
-    def _migrate(self, steps: list[list[str]]) -> None:
+    def _migrate(self, steps: list[str]) -> None:
         version = self._pragma("user_version")
         if version > len(steps):
             raise StoreError(
@@ -1115,7 +1118,7 @@ class Store:
             with self.atomic():
                 if self._pragma("user_version") != version:
                     continue  # another process has just done this step
-                for statement in steps[version]:
+                for statement in statements(steps[version]):
                     self._run(statement)
                 self._run(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._run(f"PRAGMA user_version = {version + 1}")
@@ -4534,13 +4537,16 @@ class Turn:
     def _load(self, budget: int) -> tuple[str, list[Entry]]:
         """The summary and the messages after it, as far back as could possibly fit, from the start of a turn."""
         upto, summary = self.store.summary(self.session)
-        entries = self.store.tail(self.session, limit=max(8 * budget, 100_000), after=upto)
+        entries = self.store.tail(self.session, max(2 * budget, 50_000), after=upto, size=self._weight)
         while entries and entries[0].message.role is not Role.USER:
             entries.pop(0)
         if not entries and self._asked:  # one giant turn: its tail, behind what was asked
-            tail = self.store.tail(self.session, limit=max(budget // 2, 10_000), after=self._asked.id)
+            tail = self.store.tail(self.session, max(budget // 2, 10_000), after=self._asked.id, size=self._weight)
             entries = [self._asked, *tail]
         return summary, entries
+
+    def _weight(self, entry: Entry) -> int:
+        return weight([elided(entry, self.session.elided_upto)])
 
     def _shown(self, summary: str, entries: Sequence[Entry]) -> list[Message]:
         head = [Message(Role.USER, f"(What was said before, in short)\n{summary}")] if summary else []

@@ -94,7 +94,8 @@ def test_a_new_file_has_every_step_and_is_private(path):
 
 
 def steps():
-    return openpista.migration_steps(openpista.read_asset("migrations.sql"))
+    sql = openpista.read_asset("migrations.sql")
+    return [list(openpista.statements(step)) for step in openpista.migration_steps(sql)]
 
 
 def test_each_step_of_the_migrations_has_statements_that_are_whole():
@@ -319,11 +320,11 @@ def test_a_step_that_another_process_has_just_done_is_not_done_twice(path):
 def test_a_later_step_is_applied_to_an_old_file(path):
     class Later(Store):
         def _migrate(self, steps):
-            super()._migrate([*steps, ["CREATE TABLE more (id)", "INSERT INTO more VALUES (1)"]])
+            super()._migrate([*steps, "CREATE TABLE more (id);\nINSERT INTO more VALUES (1);\n"])
 
     class Broken(Store):
         def _migrate(self, steps):
-            super()._migrate([*steps, ["CREATE TABLE more (id)", "INSERT INTO nowhere VALUES (1)"]])
+            super()._migrate([*steps, "CREATE TABLE more (id);\nINSERT INTO nowhere VALUES (1);\n"])
 
     with Store(path) as store:
         store.append(store.session("main"), user("hi"))
