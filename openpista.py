@@ -247,6 +247,7 @@ class Request(NamedTuple):
     tools: tuple[ToolSpec, ...] = ()
     may_call: bool = True  # False: the tools are known, but the answer must be words
     model: str = ""
+    note: str = ""  # from openpista itself, behind the last message
     max_tokens: int = 0  # 0: as much as the provider gives
     id_pattern: str = r"[a-zA-Z0-9_-]{1,40}"  # the ids of calls that the vendor takes
 
@@ -943,7 +944,11 @@ class Store:
             return row.lastrowid
 
     def tail(
-        self, session: Session, limit: int, after: int = 0, size: Callable[[Entry], int] = lambda e: 80 + len(e.message.text)
+        self,
+        session: Session,
+        limit: int,
+        after: int = 0,
+        size: Callable[[Entry], int] = lambda e: 80 + len(e.message.text),
     ) -> list[Entry]:
         """The newest messages after an id, oldest first, until their sizes reach the limit."""
         found, total = [], 0
@@ -1196,9 +1201,16 @@ class SSEDecoder:
 # ---- names, ids, marks ----
 
 
-def wire_names(tools: Iterable[ToolSpec]) -> dict[str, str]:
-    """Our names of tools -> names that every vendor accepts: letters, digits, _ and -; two never collide."""
-    names: dict[str, str] = {}
+class WireNames(dict[str, str]):
+    """Our names of tools -> names that every vendor accepts; also of tools that are no longer there."""
+
+    def __missing__(self, name: str) -> str:
+        return wire_name(name)
+
+
+def wire_names(tools: Iterable[ToolSpec]) -> WireNames:
+    """The names of these tools on the wire: letters, digits, _ and -; two never collide."""
+    names = WireNames()
     for tool in tools:
         name = wire_name(tool.name)
         if name in names.values():
@@ -1222,6 +1234,12 @@ def marked(message: Message) -> str:
     """A tool's output between marks that its author cannot guess, so that data stays data."""
     mark = hashlib.sha256(message.call_id.encode()).hexdigest()[:6]
     return f"<data {mark}>\n{message.text}\n</data {mark}>"
+
+
+def content_of(request: Request, message: Message) -> str:
+    """A person's words or a tool's output; behind the last one stands our note."""
+    text = marked(message) if message.role is Role.TOOL else message.text
+    return f"{text}\n\n[openpista: {request.note}]" if request.note and message is request.messages[-1] else text
 
 
 def echo_for(request: Request, message: Message) -> dict[str, Any]:
@@ -1259,7 +1277,7 @@ def tool_dict(tool: ToolSpec, names: Mapping[str, str], schema: str) -> dict[str
     return {"name": names[tool.name], "description": tool.description, schema: tool.parameters}
 
 
-def chat_assistant(request: Request, message: Message, names: Mapping[str, str]) -> dict[str, Any]:
+def chat_assistant(request: Request, message: Message, names: WireNames) -> dict[str, Any]:
     """An assistant's message with its calls, and the reasoning that DeepSeek and OpenRouter want to see again."""
     entry: dict[str, Any] = {"role": "assistant", "content": message.text}
     echo = echo_for(request, message)
@@ -1268,10 +1286,7 @@ def chat_assistant(request: Request, message: Message, names: Mapping[str, str])
             {
                 "id": wire_id(request, call.id),
                 "type": "function",
-                "function": {
-                    "name": names.get(call.name) or wire_name(call.name),
-                    "arguments": to_json(call.arguments),
-                },
+                "function": {"name": names[call.name], "arguments": to_json(call.arguments)},
                 **(call.extra if echo and call.extra else {}),
             }
             for call in message.tool_calls
@@ -1281,12 +1296,12 @@ def chat_assistant(request: Request, message: Message, names: Mapping[str, str])
 
 
 CHAT_MESSAGES = {
-    Role.USER: lambda request, message, names: {"role": "user", "content": message.text},
+    Role.USER: lambda request, message, names: {"role": "user", "content": content_of(request, message)},
     Role.ASSISTANT: chat_assistant,
     Role.TOOL: lambda request, message, names: {
         "role": "tool",
         "tool_call_id": wire_id(request, message.call_id),
-        "content": marked(message),
+        "content": content_of(request, message),
     },
 }
 
@@ -1314,16 +1329,20 @@ def encode_responses(request: Request) -> dict[str, Any]:
     return body
 
 
-def response_items(request: Request, message: Message, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def response_items(request: Request, message: Message, names: WireNames) -> Iterator[dict[str, Any]]:
     """A message as input items."""
     if message.role is Role.TOOL:
-        yield {"type": "function_call_output", "call_id": wire_id(request, message.call_id), "output": marked(message)}
+        output = content_of(request, message)
+        yield {"type": "function_call_output", "call_id": wire_id(request, message.call_id), "output": output}
+        return
+    if message.role is Role.USER:
+        yield {"role": "user", "content": content_of(request, message)}
         return
     calls = [
         {
             "type": "function_call",
             "call_id": wire_id(request, call.id),
-            "name": names.get(call.name) or wire_name(call.name),
+            "name": names[call.name],
             "arguments": to_json(call.arguments),
         }
         for call in message.tool_calls
@@ -1334,7 +1353,7 @@ def response_items(request: Request, message: Message, names: Mapping[str, str])
         yield from (item | next(understood) if item["type"] == "function_call" else item for item in items)
         return
     if message.text:
-        yield {"role": message.role.value, "content": message.text}
+        yield {"role": "assistant", "content": message.text}
     yield from calls
 
 
@@ -1361,7 +1380,8 @@ def encode_messages(request: Request) -> dict[str, Any]:
         elif blocks:
             body["messages"].append({"role": role, "content": blocks})
     if body["messages"]:
-        body["messages"][-1]["content"][-1]["cache_control"] = {"type": "ephemeral"}
+        last = body["messages"][-1]["content"]
+        last[-1] = last[-1] | {"cache_control": {"type": "ephemeral"}}
     if request.tools:
         body["tools"] = [tool_dict(tool, names, "input_schema") for tool in request.tools]
         if not request.may_call:
@@ -1369,18 +1389,18 @@ def encode_messages(request: Request) -> dict[str, Any]:
     return body
 
 
-def message_blocks(request: Request, message: Message, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def message_blocks(request: Request, message: Message, names: WireNames) -> Iterator[dict[str, Any]]:
     """A message as content blocks: thinking first, unchanged, then words, then calls. Empty text is not allowed."""
     if message.role is Role.TOOL:
-        block = {"type": "tool_result", "tool_use_id": wire_id(request, message.call_id), "content": marked(message)}
-        yield block | ({"is_error": True} if message.is_error else {})
+        block = {"type": "tool_result", "tool_use_id": wire_id(request, message.call_id)}
+        block |= {"is_error": True} if message.is_error else {}
+        yield block | {"content": content_of(request, message)}
         return
     yield from echo_for(request, message).get("blocks", ())
-    if message.text.strip():
-        yield {"type": "text", "text": message.text}
+    if (text := message.text if message.role is Role.ASSISTANT else content_of(request, message)).strip():
+        yield {"type": "text", "text": text}
     for call in message.tool_calls:
-        name = names.get(call.name) or wire_name(call.name)
-        yield {"type": "tool_use", "id": wire_id(request, call.id), "name": name, "input": call.arguments}
+        yield {"type": "tool_use", "id": wire_id(request, call.id), "name": names[call.name], "input": call.arguments}
 
 
 # ---- decode: a streamed answer as a Completion ----
@@ -4429,16 +4449,9 @@ class Turn:
 
     async def _complete(self, note: str, may_call: bool) -> Completion:
         agent = self.agent
-        messages = await self._fitting()
-        if note:  # as a part of the last message: some vendors refuse a person's words right after a tool's
-            messages[-1] = messages[-1]._replace(text=f"{messages[-1].text}\n\n[openpista: {note}]")
-        request = Request(
-            agent.system,
-            tuple(messages),
-            agent.toolbox.specs,
-            may_call=may_call,
-            max_tokens=agent.settings.max_tokens,
-        )
+        messages = tuple(await self._fitting())
+        limit = agent.settings.max_tokens
+        request = Request(agent.system, messages, agent.toolbox.specs, may_call=may_call, note=note, max_tokens=limit)
         self._sent = weight(messages)
         self.tell(Progress("thinking"))
         started = time.monotonic()

@@ -291,7 +291,7 @@ def test_rounds_end_with_one_last_answer(desk):
     )
     assert [request.may_call for request in desk.models.requests] == [True, True, True, False]
     assert all(request.tools == desk.agent.toolbox.specs for request in desk.models.requests), "the prefix stays"
-    assert "No more tools" in desk.sent()[-1].text
+    assert "No more tools" in desk.models.requests[-1].note
     assert desk.stored[-1].text == reply.text
     assert "No more tools" not in "".join(message.text for message in desk.stored)
 
@@ -328,7 +328,7 @@ def test_equal_calls_with_other_results_go_on(desk):
 
 def test_an_empty_answer_is_asked_for_once_more(desk):
     assert desk.turn([said(" \n"), said("here")]).text == "here"
-    assert "You said nothing" in desk.sent()[-1].text
+    assert "You said nothing" in desk.models.requests[-1].note
     assert desk.stored == [user("do it"), assistant("here")]
     with pytest.raises(ProviderError, match="nothing, twice"):
         desk.turn([said(""), said("")])

@@ -854,3 +854,14 @@ def test_headers_show_the_key_as_each_format_does():
 
 def test_arguments_are_written_as_compact_json_in_every_format():
     assert to_json({"b": 1, "a": "한"}) == '{"a":"한","b":1}'
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("last", [Message(Role.USER, "hi"), RESULTS[1]], ids=["user", "tool"])
+def test_our_note_stands_behind_the_last_message_outside_of_its_marks(name, last):
+    before = [] if last.role is Role.USER else [USER, ASKS, RESULTS[0]]
+    request = Request("system", (*before, last), TOOLS, model="m", note="No more tools.")
+    sent = json.dumps(FORMATS[name].encode(request))
+    assert sent.count("[openpista: No more tools.]") == 1
+    end = "hi" if last.role is Role.USER else marked(last).splitlines()[-1]
+    assert f"{end}\\n\\n[openpista: No more tools.]" in sent
