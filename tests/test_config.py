@@ -284,7 +284,7 @@ def test_the_order_in_which_files_are_looked_for(tmp_path, monkeypatch):
     environ = {"OPENPISTA_HOME": str(home), "OPENPISTA_CONFIG": str(named)}
     assert openpista.find_config(str(chosen), environ) == chosen
     assert openpista.find_config(None, environ) == named
-    assert openpista.find_config(None, environ | {"OPENPISTA_CONFIG": ""}) == Path("config.toml")
+    assert openpista.find_config(None, environ | {"OPENPISTA_CONFIG": ""}) == Path.cwd() / "config.toml"
     local.unlink()
     assert openpista.find_config(None, {"OPENPISTA_HOME": str(home)}) == own
     own.unlink()
