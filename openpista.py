@@ -346,6 +346,18 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+ESCAPES_AND_CONTROLS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC and other strings: titles, links, clipboard
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # controls; turns of reading direction
+)
+
+
+def printable(text: str) -> str:
+    """The text without what would move the cursor, colour, or turn the reading direction."""
+    return ESCAPES_AND_CONTROLS.sub("", text)
+
+
 def storable(text: str) -> str:
     """The text without what UTF-8 or SQLite's shell cannot hold: lone surrogates, NUL."""
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "␀")
@@ -367,6 +379,14 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"no home directory to expand {text!r}", "set OPENPISTA_HOME to a folder") from None
+
+
+def here() -> Path:
+    """The folder that openpista was started in; / if it is gone."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/")
 
 
 def make_private(folder: Path) -> Path:
@@ -433,7 +453,7 @@ class RedactingFormatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        return self.redact(super().format(record))
+        return printable(self.redact(super().format(record)))
 
 
 def setup_logging(level: str, redact: Redactor) -> None:
@@ -647,7 +667,7 @@ def find_config(chosen: str | None, environ: Mapping[str, str]) -> Path | None:
         if not path.is_file():
             raise ConfigError(f"no configuration file {path}")
         return path
-    candidates = [Path.cwd() / "config.toml", home(environ) / "config.toml"]
+    candidates = [here() / "config.toml", home(environ) / "config.toml"]
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -1909,7 +1929,7 @@ def whole_url(url: str, spec: ProviderSpec) -> str:
     except ValueError:
         parts = None
     if not parts or not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", parts.geturl()):
-        raise ConfigError(f"base_url {url!r} is not an http or https address")
+        raise ConfigError(f"{url!r} is not an http or https address")
     if host_only and port is None and own.port:  # Ollama's rule: a host alone has its port
         parts = parts._replace(netloc=f"{parts.netloc}:{own.port}")
     return (parts if parts.path else parts._replace(path=own.path)).geturl()
@@ -2010,6 +2030,10 @@ class HttpProvider:
                     raise Unavailable(self._named(error), error.retry_after) from None
                 tell(Progress("again", f"{clip(self._named(error), 120)}; trying again in {wait:.1f} s"))
                 await self.sleep(wait)
+            except ProviderError as error:
+                if type(error) is not ProviderError:
+                    raise
+                raise ProviderError(self._named(error.args[0]), error.hint) from None
         raise AssertionError("unreachable")
 
     def _named(self, error: Exception) -> str:
@@ -3942,7 +3966,7 @@ class Bench(NamedTuple):
 
     def folder(self, chosen: str = "") -> Path:
         """Where to work: [tools] workdir, else where openpista was started; a call may choose another from there."""
-        path = Path.cwd() / user_path(self.settings.workdir) / user_path(chosen)
+        path = here() / user_path(self.settings.workdir) / user_path(chosen)
         if not os.path.isdir(path):  # unlike Path.is_dir it takes a path that is too long, or no file name at all
             raise ToolError(f"no folder {clip(str(path), 200)}", "" if chosen else "see [tools] workdir")
         return path
@@ -4625,25 +4649,20 @@ def spoken(message: Message) -> str:
 # comes, a question before a risky call. Nothing a model or a tool says reaches
 # the terminal with its control characters.
 
-ESCAPES_AND_CONTROLS = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
-    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC and other strings: titles, links, clipboard
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # controls; turns of reading direction
-)
-
+LAST_WORD = re.compile(r"[!-~]{1,256}$")  # it may be the first half of a secret; keys are of these letters
 HALF_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?$")
 
 
-def printable(text: str) -> str:
-    """The text without what would move the cursor, colour, or turn the reading direction."""
-    return ESCAPES_AND_CONTROLS.sub("", text)
-
-
 def cells(text: str) -> int:
-    """Columns that the text takes on a terminal: wide characters two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
-    )
+    """Columns that the text takes on a terminal."""
+    return sum(map(cell_width, text))
+
+
+def cell_width(char: str) -> int:
+    """Wide characters take two columns; marks, joiners, and the vowels and tails of Jamo none."""
+    if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def fit_cells(text: str, width: int) -> str:
@@ -4660,16 +4679,23 @@ class Console:
 
     DIM, PLAIN, CLEAR = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 
-    def __init__(self, out: Any, err: Any, environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic):
-        self.out, self.err, self.clock = out, err, clock
+    def __init__(
+        self,
+        out: Any,
+        err: Any,
+        environ: Mapping[str, str],
+        redact: Callable[[str], str] = str,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.out, self.err, self.redact, self.clock = out, err, redact, clock
         self.streams = out.isatty()
         self.shows = err.isatty()
-        self.moves = self.shows and environ.get("TERM", "dumb") != "dumb"
+        self.moves = self.shows and (environ.get("TERM") or "dumb") != "dumb"
         self.colours = self.moves and not environ.get("NO_COLOR")
         self._status, self._since = "", 0.0
         self._painted = False
         self._said = ""  # of the answer, on stdout, since the last call of a tool
-        self._held = ""  # the first half of an escape sequence, whose rest may come with the next words
+        self._held = ""  # half a word or escape sequence, whose rest may come with the next words
 
     def tell(self, progress: Progress) -> None:
         """Show a step of the turn."""
@@ -4683,6 +4709,7 @@ class Console:
 
     def finish(self, reply: Reply, seconds: float) -> None:
         """Print what is not yet printed of the answer, and on a terminal a line about what it took."""
+        self._held = ""
         if self._said and reply.text.startswith(self._said):
             self._print(reply.text[len(self._said) :] + "\n")
         else:
@@ -4705,8 +4732,14 @@ class Console:
         """Ask at the terminal; no answer is a no."""
         self._clear()
         self._status = ""
-        what = call.arguments.get("command") or f"{call.name} {to_json(call.arguments)}"
-        self.err.write(f"\n{indented(printable(head_and_tail(str(what), 4_000)))}\n  ({printable(danger)})\n")
+        command = call.arguments.get("command")
+        what = str(command) if command else f"{call.name} {to_json(call.arguments)}"
+        if folder := command and call.arguments.get("workdir"):
+            what += f"\nin {folder}"
+        if variables := command and call.arguments.get("env"):
+            what += "\nwith " + " ".join(f"{name}={value}" for name, value in variables.items())
+        self.err.write(f"\n{indented(printable(head_and_tail(what, 4_000)))}\n  ({printable(danger)})\n")
+        forget_typed(sys.stdin.fileno())
         self.err.write("Run it? [y]es, [a]lways this command, [N]o: ")
         self.err.flush()
         words = {"y": Decision.ONCE, "yes": Decision.ONCE, "a": Decision.ALWAYS, "always": Decision.ALWAYS}
@@ -4721,10 +4754,11 @@ class Console:
         self._status = ""
         if self.streams:
             self._clear()
-            self._said += progress.text
             text = self._held + progress.text
-            self._held = half[0] if (half := HALF_ESCAPE.search(text)) else ""
-            self._print(text.removesuffix(self._held))
+            self._held = half[0] if (half := HALF_ESCAPE.search(text) or LAST_WORD.search(text)) else ""
+            said = self.redact(text.removesuffix(self._held))
+            self._said += said
+            self._print(said)
 
     def _again(self, progress: Progress) -> None:
         self._break()
@@ -4751,10 +4785,17 @@ class Console:
 
     def _paint(self) -> None:
         if self.moves and self._status and not (self.streams and self._said and not self._said.endswith("\n")):
-            width = shutil.get_terminal_size().columns - 1
+            width = self._columns() - 1
             self.err.write(self.CLEAR + self._dim(fit_cells(self._status + self._seconds(), width)))
             self.err.flush()
             self._painted = True
+
+    def _columns(self) -> int:
+        """Of the terminal that shows the progress; stdout may lead elsewhere."""
+        try:
+            return os.get_terminal_size(self.err.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
 
     def _clear(self) -> None:
         if self._painted:
@@ -4772,6 +4813,9 @@ class Console:
     def _break(self) -> None:
         """What was said before a tool ran, or before the line broke, is not a part of the answer."""
         self._clear()
+        if self._held:
+            self._print(self.redact(self._held))
+            self._said, self._held = self._said + self._held, ""
         if self._said and not self._said.endswith("\n"):
             self._print("\n")
         self._said = ""
@@ -4809,6 +4853,14 @@ def tokens(usage: Usage) -> str:
 def indented(text: str) -> str:
     """Each line two columns to the right."""
     return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def forget_typed(handle: int) -> None:
+    """Throw away what was typed before there was a question: it is no answer to it."""
+    with contextlib.suppress(ImportError, OSError):
+        import termios
+
+        termios.tcflush(handle, termios.TCIFLUSH)
 
 
 async def read_line(handle: int) -> str:
@@ -4873,10 +4925,10 @@ async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator
     """Everything a turn needs, opened in order and closed in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         ctx.redact.add(*(endpoint.key.value for endpoint in endpoints))
+        make_home(ctx.home)
         skills, problems = load_skills(ctx.workspace)
         for problem in problems:
             log.warning("%s", problem)
-        make_home(ctx.home)
         store = stack.enter_context(Store(ctx.database))
         settings = ctx.config.agent
         limits = {"timeout": settings.timeout, "idle_timeout": settings.idle_timeout}
@@ -5009,15 +5061,18 @@ def piped_input(timeout: float | None) -> str:
             break
         capture.feed(data)
     text = storable(capture.text()).strip()
-    if capture.total > STDIN_LIMIT:
-        print(f"openpista: standard input was cut to {STDIN_LIMIT:,} of {capture.total:,} characters", file=sys.stderr)
+    room = STDIN_LIMIT * len(text) // max(1, len(text.encode()))  # a Korean letter has three bytes, and costs as much
+    if len(text) > room or capture.total > STDIN_LIMIT:
+        half, tail = text[: room // 2], text[-(room // 2) :]
+        text = half + left_out(capture.total - 2 * (room // 2)) + tail
+        print(f"openpista: standard input was cut to {room:,} of {capture.total:,} characters", file=sys.stderr)
     return f"<stdin>\n{text}\n</stdin>" if text else ""
 
 
 async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) -> int:
     """One turn at the terminal or in a pipe; the exit code."""
     args = ctx.args
-    console = Console(sys.stdout, sys.stderr, ctx.environ)
+    console = Console(sys.stdout, sys.stderr, ctx.environ, ctx.redact)
     console.streams = console.streams and not args.json
     can_ask = sys.stdin is not None and sys.stdin.isatty() and console.shows
     gate = Gate("never" if args.yes else ctx.config.tools.approval, console.ask if can_ask else None)
@@ -5052,11 +5107,13 @@ def interruptible() -> Iterator[None]:
     """SIGTERM and SIGHUP end the work as Ctrl-C does: children are stopped, the transcript is closed, exit code 130."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     numbers = [signal.SIGTERM, signal.SIGHUP] if os.name == "posix" else []
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
     stopped = []
 
     def stop(number: int) -> None:
+        for one in asyncio.all_tasks(loop) if stopped else [task]:  # the second one waits for nothing
+            one.cancel()
         stopped.append(number)
-        task.cancel()
 
     for number in numbers:
         loop.add_signal_handler(number, stop, number)
@@ -5095,7 +5152,13 @@ def reply_dict(reply: Reply) -> dict[str, Any]:
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout, readable."""
-    print(json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "replace").decode())
+    print(json_safe(json.dumps(value, ensure_ascii=False, indent=2)))
+
+
+def json_safe(text: str) -> str:
+    """JSON whose strings cannot steer a terminal: what `printable` would take away stands there as \\uXXXX."""
+    text = text.encode("utf-8", "replace").decode()
+    return re.sub(r"[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 # ---- auth ----
@@ -5140,7 +5203,10 @@ def read_key(args: argparse.Namespace, needed: bool) -> str:
             raise UsageError(f"no key for {args.provider}", "give it on standard input with --api-key -")
         import getpass
 
-        key = getpass.getpass(f"Key for {args.provider}: ")
+        try:
+            key = getpass.getpass(f"Key for {args.provider}: ")
+        except EOFError:
+            key = ""
     key = (key or "").strip()
     if needed and not key:
         raise UsageError("the key is empty")
@@ -5215,7 +5281,9 @@ def cmd_sessions_show(ctx: Context) -> int:
         for entry in store.transcript(session):
             message = entry.message
             if ctx.args.json:  # one object a line, however long the session is
-                print(to_json({"id": entry.id, "at": entry.created_at, **message._asdict()}))
+                calls = [call._asdict() for call in message.tool_calls]
+                row = {"id": entry.id, "at": entry.created_at, **message._asdict(), "tool_calls": calls}
+                print(json_safe(to_json(row)))
             else:
                 at = entry.created_at[:19].replace("T", " ")
                 print(f"[{at}] {message.role}{' (error)' if message.is_error else ''}")
@@ -5229,9 +5297,9 @@ def cmd_sessions_delete(ctx: Context) -> int:
     with Store(ctx.database) as store:
         for name in ctx.args.names:
             store.find_session(name)  # all or none: a slip of the pen removes nothing
-        for name in ctx.args.names:
+        for name in (names := dict.fromkeys(ctx.args.names)):
             store.delete_session(name)
-    print(f"deleted {plural(len(ctx.args.names), 'session')}")
+    print(f"deleted {plural(len(names), 'session')}")
     return 0
 
 
@@ -5272,7 +5340,7 @@ def cmd_skills_validate(ctx: Context) -> int:
         folder = folder.parent if folder.name.lower() == "skill.md" else folder
         errors = validate_skill(folder)
         bad += bool(errors)
-        print(f"{folder}: {'valid' if not errors else 'invalid'}")
+        print(f"{printable(str(folder))}: {'valid' if not errors else 'invalid'}")
         for error in errors:
             print(f"  - {printable(error)}")
     return 1 if bad else 0
@@ -5291,7 +5359,10 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors as ours: one line, exit code 2."""
+    """argparse that guesses no options, and whose errors are ours: one line, exit code 2."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """What is wrong with the words, and where to read on."""
@@ -5340,6 +5411,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if not name:
         first = args.words[0]
         if seconds := [entry.split()[1] for entry in COMMANDS if entry.startswith(f"{first} ")]:
+            if {"-h", "--help"} & set(args.words):
+                print("\n".join(line for line in overview().splitlines() if line.startswith(f"  {first} ")))
+                raise SystemExit(0)
             top.error(f"{first} what? {', '.join(seconds)}")
         top.error(f"unknown command {first!r}{near(first, {entry.split()[0] for entry in COMMANDS})}")
     entry = COMMANDS[name]
@@ -5351,10 +5425,13 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. Errors are one line on stderr, with --debug a traceback."""
+    open_streams()
     redact = Redactor(value for name, value in os.environ.items() if SECRET_NAMES.search(name))
     args = None
+    argv = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in argv
     try:
-        entry, args = parse(sys.argv[1:] if argv is None else argv)
+        entry, args = parse(argv)
         setup_logging("debug" if args.debug else args.log_level, redact)
         config = load_config(find_config(args.config, os.environ), os.environ)
         redact.add(*config.secrets())
@@ -5362,16 +5439,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return complain("interrupted", 130)
+        return complain("interrupted", 130, as_json)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would complain again
+        drop_stdout()
         return 1
-    except (PistaError, OSError) as error:
+    except UnicodeEncodeError as error:  # a word or a variable with bytes that are not UTF-8
         log.debug("failed", exc_info=True)
-        text = (
-            str(error) if isinstance(error, PistaError) else f"{error.strerror or error}: {error.filename or 'no file'}"
-        )
-        return complain(redact(text), getattr(error, "exit_code", 1), as_json=getattr(args, "json", False))
+        start = max(0, error.start - 20)
+        return complain(redact(f"not UTF-8: {error.object[start : error.end + 20]!a}"), 2, as_json)
+    except PistaError as error:
+        log.debug("failed", exc_info=True)
+        return complain(redact(str(error)), error.exit_code, as_json)
+    except OSError as error:
+        log.debug("failed", exc_info=True)
+        drop_stdout()
+        return complain(redact(": ".join(filter(None, (error.strerror or str(error), error.filename)))), 1)
+
+
+def open_streams() -> None:
+    """Each stream that was closed leads nowhere, so that no other file gets its number; no letter is too strange."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def drop_stdout() -> None:
+    """What stdout would not take leads nowhere, or the last flush would complain again, with exit code 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(text: str, code: int, as_json: bool = False) -> int:

@@ -53,8 +53,11 @@ def openai(environ, model):
 def openpista(environ, tmp_path):
     """Runs a command as a process: openpista("run", "-e", "hi", env=..., input=...) -> CompletedProcess."""
 
+    # Imported, as the archive does it: run as a script it would be compiled each time.
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista; sys.exit(openpista.main())"
+
     def run(*words, env=None, input="", cwd=tmp_path, timeout=60):
-        argv = [sys.executable, str(ROOT / "openpista.py"), *words]
+        argv = [sys.executable, "-c", start, *words]
         env = environ | (env or {})
         return subprocess.run(argv, env=env, input=input, cwd=cwd, timeout=timeout, capture_output=True, text=True)
 

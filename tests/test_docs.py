@@ -14,6 +14,8 @@ import pytest
 
 import openpista as pista
 
+pytestmark = pytest.mark.xdist_group("archive")
+
 ROOT = pathlib.Path(__file__).parent.parent
 README, KOREAN, EXAMPLE = (
     (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "config.example.toml")
