@@ -1368,9 +1368,14 @@ def response_items(request: Request, message: Message, names: WireNames) -> Iter
         for call in message.tool_calls
     ]
     if items := echo_for(request, message).get("items"):
-        # As it came, since reasoning must stand beside the call that it led to; but the calls as they were understood.
+        # As it came, since reasoning must stand beside the call that it led to; but the calls as they were understood,
+        # and none that was not taken as one: it would wait for a result for ever.
         understood = iter(calls)
-        yield from (item | next(understood) if item["type"] == "function_call" else item for item in items)
+        for item in items:
+            if item["type"] != "function_call":
+                yield item
+            elif call := next(understood, None):
+                yield item | call
         return
     if message.text:
         yield {"role": "assistant", "content": message.text}
@@ -4440,7 +4445,7 @@ class Turn:
         )
         words = answer.message.text.strip()
         note = f"(Stopped after {reason}.)"
-        message = answer.message._replace(text=f"{words}\n\n{note}" if words else note, tool_calls=())
+        message = answer.message._replace(text=f"{words}\n\n{note}" if words else note, tool_calls=(), echo=None)
         return self._reply(answer._replace(message=message))
 
     def _reply(self, answer: Completion) -> Reply:

@@ -656,3 +656,17 @@ def test_machine_and_prompt(tmp_path):
     assert "\n" not in where
     assert "uid" in openpista.describe_machine(tmp_path, {}) or "unknown" in openpista.describe_machine(tmp_path, {})
     assert f"{datetime(2026, 3, 1, tzinfo=UTC):%Y}" in openpista.build_prompt("", (), where, "2026-03-01")
+
+
+def test_a_last_answer_that_still_calls_can_be_sent_again(desk):
+    """Responses gives its items back as they came: a call among them that nobody ran would be refused for ever."""
+    items = [
+        {"type": "reasoning", "encrypted_content": "e"},
+        {"type": "function_call", "call_id": "z0", "name": "system_run", "arguments": "{}"},
+    ]
+    last = asks("echo more", prefix="z", text="well")
+    last = last._replace(message=last.message._replace(echo={"model": "m", "items": items}))
+    desk.turn([asks("echo 1"), last], max_tool_rounds=1)
+    desk.turn([said("ok")], "and now?")
+    sent = openpista.encode_responses(openpista.Request("", tuple(desk.sent()), model="m"))["input"]
+    assert [item["call_id"] for item in sent if item.get("type") == "function_call"] == ["c0"]
