@@ -4545,15 +4545,20 @@ class Turn:
         """Bytes of what is sent beside the messages."""
         return len(self.agent.system.encode()) + len(to_json(self.agent.toolbox.specs))
 
+    def _window(self) -> int:
+        return self.agent.settings.context_tokens or self.agent.models.window
+
     def _budget(self) -> int:
         """Bytes of messages that fit, with room left for the answer."""
-        window = self.agent.settings.context_tokens or self.agent.models.window
+        window = self._window()
         tokens = window * 9 // 10 - min(self.agent.settings.max_tokens or 8_192, window // 4)
         return min(int(tokens * self.agent.bytes_per_token) - self._frame(), self._ceiling)
 
     async def _fitting(self) -> list[Message]:
         """The transcript, repaired, and shortened until it fits: old results go first, then old turns."""
         budget = self._budget()
+        if (least := weight([self._asked.message])) > budget:
+            raise self._too_long(least)  # before the past is shortened for a request that cannot be sent at all
         summary, entries = self._load(budget)
         if self._size(summary, entries) > budget:
             self._elide(summary, entries, budget)
@@ -4569,12 +4574,17 @@ class Turn:
             dropped += len(turn)
         entries = entries[dropped:]
         if size > budget:
-            raise ContextTooLong(
-                f"the request, about {int(size / self.agent.bytes_per_token):,} tokens, does not fit into the window "
-                f"of {self.model}",
-                "shorten it, take a model with a larger window, or set [agent] context_tokens",
-            )
+            raise self._too_long(size)
         return repair(self._shown(summary, entries))
+
+    def _too_long(self, size: int) -> ContextTooLong:
+        """What to say of messages of so many bytes: they come on top of the system prompt and the tools."""
+        tokens = int((size + self._frame()) / self.agent.bytes_per_token)
+        return ContextTooLong(
+            f"the request, about {tokens:,} tokens with [agent] prompt, skills and tools, does not fit into the window "
+            f"of {self.model}, {self._window():,} tokens, with room for an answer",
+            "shorten it, take a model with a larger window, or set [agent] context_tokens",
+        )
 
     def _load(self, budget: int) -> tuple[str, list[Entry]]:
         """The summary and the messages after it, as far back as could possibly fit, from the start of a turn."""
@@ -4619,9 +4629,11 @@ class Turn:
         sizes = itertools.accumulate(self._size("", turn) for turn in reversed(turns))
         kept = max(1, min(len(turns) - 1, sum(size < budget // 3 for size in sizes)))
         old = list(itertools.chain(*turns[:-kept]))
-        text = "\n".join(f"{m.role}: {head_and_tail(spoken(m), 2_000)}" for m in self._shown(summary, old))
+        lines = (f"{m.role}: {head_and_tail(spoken(m), 2_000)}" for m in self._shown("", old))
+        text = "\n".join([summary, *lines])  # the last summary whole: it stands for much more than a message
+        room = max(budget // 2, 1_000) * len(text) // len(text.encode())  # in bytes: a Korean letter has three
         self.tell(Progress("notice", "shortening the conversation"))
-        request = Request(SUMMARY_PROMPT, (Message(Role.USER, head_and_tail(text, max(budget // 2, 1_000))),))
+        request = Request(SUMMARY_PROMPT, (Message(Role.USER, head_and_tail(text, room)),))
         started = time.monotonic()
         try:
             answer = await self.agent.models.complete(request, lambda progress: None)
@@ -4630,7 +4642,7 @@ class Turn:
             return
         self.usage = self.usage.plus(answer.usage)
         self.store.add_usage(self.session, answer.model, answer.usage, time.monotonic() - started)
-        if is_empty(answer):
+        if not answer.message.text.strip():  # perhaps a call, though it was given no tools
             log.warning("the conversation could not be summarised: %s said nothing", answer.model)
             return
         words = head_and_tail(answer.message.text, max(budget // 12, 500))  # a character may be three bytes or more

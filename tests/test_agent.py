@@ -430,7 +430,7 @@ def test_then_old_turns_are_summarised_at_most_once_a_turn(desk):
     assert len(desk.stored) > 60, "nothing is deleted"
 
 
-@pytest.mark.parametrize("answer", [Unavailable("no"), ContextTooLong("no"), said(""), said(" \n")])
+@pytest.mark.parametrize("answer", [Unavailable("no"), ContextTooLong("no"), said(""), said(" \n"), asks("ls")])
 def test_a_summary_that_fails_leaves_old_turns_out_for_now(desk, answer):
     long_history(desk, 30, tool=False)
     assert desk.turn([answer, said("still here")], "the newest", window=16_000).text == "still here"
@@ -442,6 +442,34 @@ def test_a_summary_that_is_too_long_does_not_block_the_session(desk):
     long_history(desk, 30, tool=False)
     assert desk.turn([said("z" * 200_000), said("fine")], window=16_000).text == "fine"
     assert desk.turn([said("fine"), said("fine")], window=16_000).text == "fine"
+
+
+def test_a_summary_is_asked_for_within_the_window_in_any_script(desk):
+    """A Korean letter has three bytes: as many letters as bytes fit would be three times too much."""
+    long_history(desk, 200, size=1_000, tool=False)
+    desk.store.db.execute("UPDATE messages SET text = replace(text, 'y', '가')")
+    desk.turn([said("a summary"), said("fine")], window=60_000)
+    assert 20_000 < size_of(desk.models.requests[0]) < 60_000 * 3.2
+
+
+def test_a_second_summary_is_made_of_the_whole_first_one(desk):
+    long_history(desk, 30, tool=False)
+    first = "a" * 1_200 + " the middle " + "b" * 1_200
+    desk.turn([said(first), said("fine")], window=20_000)
+    long_history(desk, 30, tool=False)
+    desk.turn([said("second"), said("fine")], window=20_000)
+    assert " the middle " in desk.models.requests[0].messages[0].text
+
+
+@pytest.mark.parametrize("size", [{"context_tokens": 200}, {"system": "x" * 600_000}])
+def test_a_window_in_which_nothing_fits_costs_no_summary(desk, size):
+    long_history(desk, 30, tool=False)
+    with pytest.raises(ContextTooLong, match=r"about \d[\d,]+ tokens with \[agent\] prompt") as caught:
+        desk.turn([], **size)
+    tokens = int(str(caught.value).split("about ")[1].split(" ")[0].replace(",", ""))
+    assert tokens > (50_000 if "system" in size else 200), "what fills the window is counted"
+    assert desk.store.summary(desk.session) == (0, "")
+    assert desk.store.session("main").elided_upto == 0
 
 
 def test_many_small_turns_without_a_summary_are_cut_quickly(desk):
