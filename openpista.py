@@ -429,6 +429,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 class Redactor:
     """Masks the secrets that are loaded, and what looks like one."""
 
+    COVER = "\ufdd0"  # no character of any language: Unicode keeps it for uses like this
     LIKELY = r"(?<!\d)\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
 
     def __init__(self, secrets: Iterable[str] = ()):
@@ -439,10 +440,14 @@ class Redactor:
         """Mask these too from now on; a word under 6 letters would mask half the world and is left."""
         self._secrets.update(secret for secret in secrets if len(secret) >= 6)
         longest_first = sorted(self._secrets, key=len, reverse=True)
-        self._pattern = re.compile("|".join([*map(re.escape, longest_first), self.LIKELY]))
+        self._pattern = re.compile("|".join([*map(re.escape, longest_first), self.LIKELY, f"{self.COVER}+"]))
 
     def __call__(self, text: str) -> str:
         return self._pattern.sub("[secret]", text)
+
+    def cover(self, text: str) -> str:
+        """The text, as long as before, with secrets painted over: it can be cut and leaves no half of one."""
+        return self._pattern.sub(lambda match: self.COVER * len(match[0]), text)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -453,7 +458,7 @@ class RedactingFormatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(self.redact(super().format(record)))
+        return self.redact(printable(super().format(record)))  # in this order: an escape could stand inside a secret
 
 
 def setup_logging(level: str, redact: Redactor) -> None:
@@ -2134,12 +2139,12 @@ class HttpProvider:
     def _refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> Exception:
         """The error that a status and its body stand for."""
         text = raw.decode("utf-8", "replace")
+        if key := self.endpoint.key.value:
+            text = text.replace(key, self.endpoint.key.masked)  # some repeat it; clipped, it would not be found again
         try:
             words, code = vendor_message(json.loads(text))
         except (ValueError, RecursionError):
             words, code = clip(re.sub(r"<[^>]*>", " ", text), 200), ""
-        if key := self.endpoint.key.value:
-            words = words.replace(key, self.endpoint.key.masked)  # some repeat it
         said = f"{self.name} answered {status}{': ' + words if words else ''}"
         if status in (401, 403):
             return self._refused_key(status, words)
@@ -3211,8 +3216,10 @@ class Outcome(NamedTuple):
 class Capture:
     """Takes bytes without end and keeps the head and the tail, in limit characters; any bytes are accepted."""
 
-    def __init__(self, limit: int):
-        self.limit, self.total = limit, 0
+    MARGIN = 512  # characters kept beyond the cut: a secret that lies across it has to be seen whole
+
+    def __init__(self, limit: int, cover: Callable[[str], str] = str):
+        self.limit, self.total, self.cover = limit, 0, cover
         self._head, self._tail = "", ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -3220,19 +3227,21 @@ class Capture:
         """Take the next bytes."""
         text = self._decoder.decode(data, final)
         self.total += len(text)
-        room = self.limit // 2 - len(self._head)
-        self._head += text[:room] if room > 0 else ""
-        self._tail += text[max(room, 0) :]
-        keep = self.limit - self.limit // 2
+        room = max(self.limit // 2 + self.MARGIN - len(self._head), 0)
+        self._head += text[:room]
+        self._tail += text[room:]
+        keep = self.limit - self.limit // 2 + self.MARGIN
         if len(self._tail) > keep + (64 << 10):  # not at every portion: cutting copies
             self._tail = self._tail[-keep:]
 
     def text(self) -> str:
         """What was kept, with the number of characters left out."""
         self.feed(b"", final=True)
+        kept = self.cover(self._head + self._tail)
         if self.total <= self.limit:
-            return self._head + self._tail
-        return self._head + left_out(self.total - self.limit) + self._tail[-(self.limit - self.limit // 2) :]
+            return kept
+        half = self.limit // 2
+        return kept[:half] + left_out(self.total - self.limit) + kept[half - self.limit :]
 
 
 class Child:
@@ -3242,8 +3251,8 @@ class Child:
     GRACE = 2.0  # seconds between TERM and KILL
     STOP_GRACE = 0.5  # the same when a person stops it, and should see that at once
 
-    def __init__(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], limit: int, stdin: Any):
-        self.capture, self._eof, self._gone = Capture(limit), asyncio.Event(), asyncio.Event()
+    def __init__(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], capture: Capture, stdin: Any):
+        self.capture, self._eof, self._gone = capture, asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._process = subprocess.Popen(
             argv,
@@ -3342,11 +3351,19 @@ class Child:
 
 
 async def run_process(
-    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float, limit: int, stdin: str = ""
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float,
+    limit: int,
+    stdin: str = "",
+    cover: Callable[[str], str] = str,
 ) -> Outcome:
     """Run a child to its end. Cancelling ends its group first. ToolError if it cannot be started.
 
-    timeout in seconds; limit in characters of output (standard output and error together).
+    timeout in seconds; limit in characters of output (standard output and error together);
+    cover paints over what must not be cut in two, as Redactor.cover does.
     """
     if os.name != "posix":
         raise ToolError("running commands needs Linux or macOS; on Windows start openpista inside WSL")
@@ -3357,7 +3374,7 @@ async def run_process(
             source.write(stdin.encode("utf-8", "replace"))
             source.seek(0)
         try:
-            child = Child(argv, cwd=cwd, env=env, limit=limit, stdin=source)
+            child = Child(argv, cwd=cwd, env=env, capture=Capture(limit, cover), stdin=source)
         except (OSError, ValueError) as error:
             raise ToolError(f"cannot start {argv[0]} in {cwd}: {error}") from None
         try:
@@ -4003,7 +4020,8 @@ class Tool:
 
     async def run_child(self, argv: Sequence[str], seconds: int, stdin: str = "", **where: Any) -> ToolResult:
         """Run a process and tell how it ended; a failure is an error that has its output."""
-        outcome = await run_process(argv, timeout=seconds, limit=self.bench.settings.output_limit, stdin=stdin, **where)
+        limit, cover = self.bench.settings.output_limit, self.bench.redact.cover
+        outcome = await run_process(argv, timeout=seconds, limit=limit, stdin=stdin, cover=cover, **where)
         ending = how_it_ended(outcome, seconds)
         text = outcome.output.rstrip("\n")
         return ToolResult("", "\n".join(filter(None, (text, ending))) or "(no output)", is_error=bool(ending))
@@ -4105,7 +4123,8 @@ class SkillRead(Tool):
             return ToolResult("", read_skill(skill))
         path = skill_file(skill, arguments["file"])
         with path.open("rb") as file:
-            return ToolResult("", head_and_tail(file.read(1 << 20).decode("utf-8", "replace"), SKILL_BODY_CHARS))
+            text = self.bench.redact.cover(file.read(1 << 20).decode("utf-8", "replace"))
+            return ToolResult("", head_and_tail(text, SKILL_BODY_CHARS))
 
 
 class SkillRun(Tool):
@@ -4452,7 +4471,9 @@ class Turn:
         message = answer.message
         if answer.cut:
             message = message._replace(text=f"{message.text}\n\n(Cut off: the model reached its limit of output.)")
-        message, problem = message._replace(text=self.agent.toolbox.redact(message.text)), ""
+        text, problem = self.agent.toolbox.redact(message.text), ""
+        if text != message.text:
+            message = message._replace(text=text, echo=None)  # the vendor's form of it has the secret too
         try:
             self.store.append(self.session, message)
         except StoreError as error:  # the person still gets the answer
@@ -4500,6 +4521,7 @@ class Turn:
 
     async def _act(self, message: Message) -> None:
         """Write the message down, then run its calls side by side."""
+        message = message._replace(text=self.agent.toolbox.redact(message.text))
         message_id = self.store.append(self.session, message)
         calls = [self._call(message_id, call) for call in message.tool_calls]
         try:
@@ -4960,6 +4982,7 @@ async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator
 def chosen_endpoints(ctx: Context) -> list[Endpoint]:
     """The main model and its stand-ins; a stand-in without a key is left out, and that is said."""
     logins = ctx.credentials.logins()
+    ctx.redact.add(*(login.api_key for login in logins.values()))  # those that are not asked too: a tool can read them
     agent = ctx.config.agent
     agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
     endpoints = [resolve(agent.provider, agent, logins, ctx.environ)]

@@ -220,6 +220,16 @@ def asks(*commands, name="system.run", text="", prefix="c", usage=Usage(10, 0, 5
     return Completion(Message(Role.ASSISTANT, text, calls), usage, "fake/model")
 
 
+def test_no_words_of_the_model_are_stored_with_a_secret(desk):
+    echo = {"model": "m", "items": [{"type": "message", "content": "canary-1"}]}
+    desk.turn([asks("true", text="it is canary-1"), said("canary-1 it is", echo=echo)])
+    assert [message.text for message in desk.stored if message.role is Role.ASSISTANT] == [
+        "it is [secret]",
+        "[secret] it is",
+    ]
+    assert "canary-1" not in "".join(map(str, desk.store.db.execute("SELECT text, echo FROM messages").fetchall()))
+
+
 def test_words_are_the_answer(desk, session):
     reply = desk.turn([said("hello", usage=Usage(100, 40, 7, 0.5))])
     assert reply == openpista.Reply("hello", "main", "fake/model", Usage(100, 40, 7, 0.5))

@@ -359,3 +359,11 @@ def test_a_skill_is_offered_read_and_run(openpista, model, openai, home):
     )
     done = openpista("run", "-e", "walk", env=openai)
     assert (done.stdout, done.stderr) == ("woof\n", "")
+
+
+def test_a_stored_key_that_is_not_asked_is_hidden_too(openpista, home):
+    """A tool can read credentials.toml, whatever the model that is asked."""
+    for provider in ("groq", "mistral"):
+        openpista("auth", "login", "--provider", provider, "--api-key", "-", input=f"canary-of-{provider}")
+    done = openpista("run", "--yes", "--provider", "offline", "-e", f"$ cat {home}/credentials.toml")
+    assert done.stdout.count("[secret]") == 2 and "canary" not in done.stdout

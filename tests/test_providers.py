@@ -828,3 +828,8 @@ def test_offline_says_what_it_is_and_calls_nothing_when_it_may_not():
     assert "not a model" in answer.message.text
     answer, _ = offline("$ uname\n$ pwd", "Linux", may_call=False)
     assert answer.message.text == "Linux" and not answer.message.tool_calls
+
+
+def test_a_key_that_the_server_repeats_is_not_clipped_before_it_is_masked(model):
+    model.script({"status": 400, "body": json.dumps({"error": {"message": f"{'x' * 285} {KEY} is bad"}})})
+    assert KEY[:8] not in Trial(model.url).fails(ProviderError)
