@@ -570,7 +570,7 @@ class CronConfig(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All settings. `home` and `path` say where they come from."""
+    """All settings, one field for each table of config.toml."""
 
     gateway: GatewayConfig = GatewayConfig()
     agent: AgentConfig = AgentConfig()
@@ -629,6 +629,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where} must be a list, not {value!r}")
         return tuple(convert(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{where} must not hold a NUL character")
     kinds = get_args(kind) or (kind,)
     for one in kinds:
         if fits(one, value):
@@ -790,6 +792,7 @@ class Credentials:
 # the one place where its errors become ours.
 
 APPLICATION_ID = 0x70697374  # "pist": tells our file from another program's
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # Linux's PROC_PID_INIT_INO: not in a container
 
 
 class Session(NamedTuple):
@@ -837,6 +840,35 @@ def statements(sql: str) -> Iterator[str]:
             pending = ""
 
 
+SQLITE_SAYS = (  # words of SQLite's -> what that means, and what to do
+    ("locked", "the database {path} is locked by another process (waited {wait:g} s)", "try again"),
+    (
+        "not a database|malformed",
+        "{path} is damaged or no database: {text}",
+        "move it away, or name another in [database] url",
+    ),
+    (
+        "full|disk I/O",
+        "cannot write the database {path}: {text}",
+        "make room on the disk; what was stored is kept",
+    ),
+    (
+        "readonly|unable to open",
+        "cannot write the database {path}: {text}",
+        "check the owner and mode of the file and its folder",
+    ),
+    ("", "database {path}: {text}", ""),
+)
+
+
+def machine_name() -> str:
+    """The host's name; in a container also which one, since a number means another process outside of it."""
+    with contextlib.suppress(OSError):  # only Linux has it
+        spaces = os.stat("/proc/self/ns/pid").st_ino
+        return socket.gethostname() if spaces == INITIAL_PID_NAMESPACE else f"{socket.gethostname()}/{spaces}"
+    return socket.gethostname()
+
+
 class Store:
     """Sessions, messages, the journal of tool calls, and usage, in one file."""
 
@@ -845,7 +877,7 @@ class Store:
 
     def __init__(self, path: Path, now: Callable[[], datetime] = utc_now):
         self.path, self.now = path, now
-        self.owner = f"{socket.gethostname()}:{os.getpid()}"
+        self.owner = f"{machine_name()}:{os.getpid()}"
         self._depth = 0
         with self.border():
             make_private(path.parent)
@@ -897,10 +929,11 @@ class Store:
 
     def delete_session(self, name: str) -> None:
         """Remove a session and all it holds; usage stays, without it."""
-        session = self.find_session(name)
-        if (owner := self.lease_holder(session)) and owner != self.owner:
-            raise StoreError(f"session {name!r} is in use by {owner}", "try again when it is done")
-        self._run("DELETE FROM sessions WHERE id = ?", session.id)
+        with self.atomic():  # or a turn could begin between the look and the deed
+            session = self.find_session(name)
+            if (owner := self.lease_holder(session)) and owner != self.owner:
+                raise StoreError(f"session {name!r} is in use by {owner}", "try again when it is done")
+            self._run("DELETE FROM sessions WHERE id = ?", session.id)
 
     # ---- the lease: one process at a time works on a session ----
 
@@ -1094,18 +1127,10 @@ class Store:
             raise StoreError(f"cannot open the database {self.path}: {error.strerror}") from error
 
     def _explain(self, text: str) -> tuple[str, str]:
-        if "locked" in text:
-            return f"the database {self.path} is locked by another process (waited {self.BUSY:g} s)", "try again"
-        if "not a database" in text or "malformed" in text:
-            return f"{self.path} is damaged or no database: {text}", "move it away, or name another in [database] url"
-        if "full" in text or "disk I/O" in text:
-            return f"cannot write the database {self.path}: {text}", "make room on the disk; what was stored is kept"
-        if "readonly" in text or "unable to open" in text:
-            return (
-                f"cannot write the database {self.path}: {text}",
-                "check the owner and mode of the file and its folder",
-            )
-        return f"database {self.path}: {text}", ""
+        for pattern, what, hint in SQLITE_SAYS:
+            if re.search(pattern, text):
+                return what.format(path=self.path, text=text, wait=self.BUSY), hint
+        raise AssertionError("the last row fits all")
 
     def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
         with self.border():
@@ -1127,15 +1152,16 @@ class Store:
             raise StoreError(f"{self.path} is another program's database", "name another file in [database] url")
 
     def _use_wal(self) -> None:
-        """Readers beside one writer. SQLite does not wait by itself when two processes switch at once."""
-        for wait in (*[self.BUSY / 50] * 50, 0.0):
+        """Readers beside one writer. SQLite does not always wait by itself when two processes switch at once."""
+        until = time.monotonic() + self.BUSY
+        while True:
             try:
                 self._run("PRAGMA journal_mode = WAL")
                 return
             except StoreError as error:
-                if "locked" not in str(error) or not wait:
+                if "locked" not in str(error) or time.monotonic() > until:
                     raise
-                time.sleep(wait)
+                time.sleep(0.1)
 
     def _migrate(self, steps: list[str]) -> None:
         version = self._pragma("user_version")
@@ -4383,6 +4409,7 @@ class Agent:
     async def turn(self, session: Session, text: str, gate: Gate, tell: Tell) -> Reply:
         """Take the person's words and answer them. One process at a time works on a session; others wait."""
         async with hold(self.store, session, tell):
+            session = self.store.find_session(session.name)  # whoever had it may have elided more, or deleted it
             return await Turn(self, session, gate, tell).run(text)
 
 
@@ -4413,6 +4440,7 @@ async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None
         yield
     except asyncio.CancelledError:
         if lost:
+            turn.uncancel()  # an error now: whoever catches it must not be taken for cancelled
             raise StoreError(f"session {session.name} was taken over by {lost[0]}") from None
         raise
     finally:

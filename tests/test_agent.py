@@ -687,6 +687,37 @@ def test_a_session_that_is_in_use_is_waited_for(desk, tmp_path):
     assert asyncio.run(both()) == ["first asked", "first ended"]
 
 
+def test_a_session_that_another_process_took_over(desk, tmp_path, monkeypatch):
+    """The machine slept: the turn ends with an error, and its task is not taken for cancelled afterwards."""
+    monkeypatch.setattr(Store, "LEASE", 0.3)
+
+    async def turn():
+        def taken(request):
+            desk.store.db.execute("UPDATE sessions SET owner = 'elsewhere:1', lease_until = '9999'")
+            return asks("sleep 30")
+
+        with pytest.raises(StoreError, match="taken over by elsewhere:1"):
+            await desk.start([taken])
+        return asyncio.current_task().cancelling()
+
+    assert asyncio.run(turn()) == 0
+    assert desk.store.lease_holder(desk.session) == "elsewhere:1"
+
+
+def test_a_session_that_was_deleted_while_it_was_waited_for(desk, tmp_path):
+    async def both():
+        with Store(tmp_path / "memory.db") as other:
+            other.owner = "elsewhere:1"
+            assert other.take_lease(desk.session)
+            turn = asyncio.create_task(desk.start([]))
+            await asyncio.sleep(0.3)
+            other.delete_session("main")
+            with pytest.raises(StoreError, match="no session named 'main'"):
+                await turn
+
+    asyncio.run(both())
+
+
 def test_machine_and_prompt(tmp_path):
     where = openpista.describe_machine(tmp_path, {"USER": "mina"})
     assert "as mina in " in where

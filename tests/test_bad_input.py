@@ -63,6 +63,7 @@ CONFIGS = [  # bytes of config.toml -> what is said
     (b"[agnet]", r"unknown setting 'agnet', did you mean 'agent'\?"),
     (b"a = " + b"[" * 5_000 + b"]" * 5_000, r"config\.toml"),
     (b"[agent]\nbase_url = 'http://x y/'\nprovider = 'custom'\nmodel = 'm'", r"'http://x y/' is not an http"),
+    (b'[database]\nurl = "a\\u0000b"', r"database\.url must not hold a NUL character"),
     (b"[agent]\ntimeout = nan", r"agent\.timeout must be"),
 ]
 
