@@ -1965,10 +1965,24 @@ def whole_url(url: str, spec: ProviderSpec) -> str:
     except ValueError:
         parts = None
     if not parts or not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", parts.geturl()):
-        raise ConfigError(f"{url!r} is not an http or https address")
+        raise ConfigError(f"{shown_url(url)!r} is not an http or https address")
     if host_only and port is None and own.port:  # Ollama's rule: a host alone has its port
         parts = parts._replace(netloc=f"{parts.netloc}:{own.port}")
     return (parts if parts.path else parts._replace(path=own.path)).geturl()
+
+
+def shown_url(url: str) -> str:
+    """The address without a user and password, which some have in them."""
+    return re.sub(r"//[^/?#]*@", "//…@", url)
+
+
+def goes_in_the_open(endpoint: Endpoint) -> bool:
+    """Whether the key would travel over a network for anybody to read."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(endpoint.base_url)
+    loopback = re.fullmatch(r"localhost|.*\.localhost|127(\.\d+){3}|::1", parts.hostname or "")
+    return bool(endpoint.key.value) and parts.scheme == "http" and not loopback
 
 
 def pick_format(provider: str, model: str, agent: AgentConfig) -> str:
@@ -2003,18 +2017,24 @@ def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
 
 
 def trusted_context() -> Any:
-    """TLS that trusts $SSL_CERT_FILE or $REQUESTS_CA_BUNDLE, else certifi's bundle, read once, from memory."""
+    """TLS that trusts $SSL_CERT_FILE or $REQUESTS_CA_BUNDLE, and $SSL_CERT_DIR; else certifi's bundle, from memory."""
     import ssl
 
     import certifi
 
-    own = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    file, folder = (
+        os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE"),
+        os.environ.get("SSL_CERT_DIR"),
+    )
+    if file and os.path.isdir(file):  # requests takes a folder there too
+        file, folder = None, folder or file
     try:
-        if own:
-            return ssl.create_default_context(cafile=own)
+        if file or folder:
+            return ssl.create_default_context(cafile=file or None, capath=folder or None)
         return ssl.create_default_context(cadata=certifi.contents())
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot read the certificates of {own or 'certifi'}: {error}", "see SSL_CERT_FILE") from None
+        where = file or folder or "certifi"
+        raise ConfigError(f"cannot read the certificates of {where}: {error}", "see SSL_CERT_FILE") from None
 
 
 class HttpProvider:
@@ -2109,7 +2129,7 @@ class HttpProvider:
         self._client = self._client or open_http(self.endpoint.base_url, self.idle_timeout)
         import httpx
 
-        host = self.endpoint.base_url
+        host = shown_url(self.endpoint.base_url)
         try:
             return await self._stream(request, body, tell)
         except httpx.ConnectTimeout:
@@ -2145,7 +2165,8 @@ class HttpProvider:
             else:
                 start = clip((await read_some(response, 500)).decode("utf-8", "replace"), 60)
                 raise ProviderError(
-                    f"{self.endpoint.base_url} answered {kind}, no event stream ({start!r})", "is base_url right?"
+                    f"{shown_url(self.endpoint.base_url)} answered {kind}, no event stream ({start!r})",
+                    "is base_url right?",
                 )
         return decoder.completion(self.name, wire_names(request.tools))
 
@@ -2230,8 +2251,8 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
 
 def forget_reasoning(body: dict[str, Any]) -> None:
     """Leave out what only a model that reasons takes."""
-    body.pop("include", None)
-    body["input"] = [item for item in body.get("input", ()) if item.get("type") != "reasoning"]
+    if body.pop("include", None):  # else it is a body of another format
+        body["input"] = [item for item in body["input"] if item.get("type") != "reasoning"]
 
 
 MENDS = (
@@ -2331,16 +2352,17 @@ class Models:
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The first answer. One that fails goes to the end of the line; if all fail, the first one's error."""
         failed: list[PistaError] = []
-        for provider in tuple(self.providers):
+        line = tuple(self.providers)  # as it stands now: another session's turn may change it meanwhile
+        for provider, following in zip(line, (*line[1:], None), strict=True):
             try:
                 return await provider.complete(request, tell)
             except ContextTooLong:
                 raise  # another model will not make the transcript shorter
             except (ProviderError, CredentialError) as error:
                 failed.append(error)
-                self.providers.append(self.providers.pop(0))
-                if len(failed) < len(self.providers):
-                    tell(Progress("notice", f"{clip(str(error), 200)}; asking {self.providers[0].name}"))
+                self.providers.sort(key=lambda one: one is provider)  # stable: to the end
+                if following:
+                    tell(Progress("notice", f"{clip(str(error), 200)}; asking {following.name}"))
         raise failed[0]
 
 
@@ -4844,7 +4866,7 @@ class Console:
     # ---- painting ----
 
     def _set(self, status: str) -> None:
-        self._status, self._since = status, self.clock()
+        self._status, self._since = self.redact(status), self.clock()
         self._paint()
 
     def _seconds(self) -> str:
@@ -4874,7 +4896,7 @@ class Console:
         """A line that stays, on a terminal only."""
         if self.shows:
             self._clear()
-            self.err.write(self._dim(printable(text)) + "\n")
+            self.err.write(self._dim(self.redact(printable(text))) + "\n")
             self.err.flush()
 
     def _break(self) -> None:
@@ -5019,6 +5041,8 @@ def chosen_endpoints(ctx: Context) -> list[Endpoint]:
             endpoints.append(resolve(wanted, agent, logins, ctx.environ))
         except CredentialError as error:
             log.warning("[agent] fallback %s is left out: %s", wanted, error)
+    for endpoint in filter(goes_in_the_open, endpoints):
+        log.warning("the key for %s goes to %s without encryption", endpoint.provider, shown_url(endpoint.base_url))
     return endpoints
 
 
@@ -5294,7 +5318,8 @@ def cmd_auth_status(ctx: Context) -> int:
     for provider in PROVIDERS:
         key = find_key(provider, agent, logins, ctx.environ)
         if key.value or provider in logins:
-            used, address = provider == agent.provider, logins[provider].base_url if provider in logins else ""
+            used = provider == agent.provider
+            address = shown_url(logins[provider].base_url) if provider in logins else ""
             rows.append(
                 {"provider": provider, "key": key.masked, "source": key.source, "endpoint": address, "used": used}
             )

@@ -367,3 +367,11 @@ def test_a_stored_key_that_is_not_asked_is_hidden_too(openpista, home):
         openpista("auth", "login", "--provider", provider, "--api-key", "-", input=f"canary-of-{provider}")
     done = openpista("run", "--yes", "--provider", "offline", "-e", f"$ cat {home}/credentials.toml")
     assert done.stdout.count("[secret]") == 2 and "canary" not in done.stdout
+
+
+def test_a_key_on_its_way_without_encryption_is_said(openpista):
+    login = ("auth", "login", "--provider", "custom", "--api-key", "-", "--endpoint")
+    assert openpista(*login, "http://me:hunter2@no-such-host.invalid/v1", input="test-key-123456").returncode == 0
+    done = openpista("run", "--model", "m", "--timeout", "0.1", "-e", "hi")
+    assert "the key for custom goes to http://…@no-such-host.invalid/v1 without encryption" in done.stderr
+    assert "hunter2" not in done.stderr + openpista("auth", "status").stdout
