@@ -774,7 +774,8 @@ class Credentials:
     def _write(self, logins: Iterable[Login]) -> None:
         lines = ["# Written by `openpista auth login`. Keep it to yourself.", ""]
         for login in logins:
-            lines.append(f"[{login.provider}]")
+            bare = re.fullmatch(r"[A-Za-z0-9_-]+", login.provider)  # one that somebody wrote by hand may be none
+            lines.append(f"[{login.provider if bare else toml_string(login.provider)}]")
             lines += [
                 f"{key} = {toml_string(value)}" for key, value in login._asdict().items() if key != "provider" and value
             ]
@@ -4038,7 +4039,8 @@ class Bench(NamedTuple):
         """Where to work: [tools] workdir, else where openpista was started; a call may choose another from there."""
         path = here() / user_path(self.settings.workdir) / user_path(chosen)
         if not os.path.isdir(path):  # unlike Path.is_dir it takes a path that is too long, or no file name at all
-            raise ToolError(f"no folder {clip(str(path), 200)}", "" if chosen else "see [tools] workdir")
+            said = f"no folder {clip(str(path), 200)}"
+            raise ToolError(said) if chosen else ConfigError(said, "see [tools] workdir")
         return path
 
     def seconds(self, wanted: int | None) -> int:
@@ -5189,9 +5191,7 @@ async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) ->
         print_json(reply_dict(reply))
     else:
         console.finish(reply, time.monotonic() - started)
-    if reply.problem:
-        raise StoreError(reply.problem)
-    return 0
+    return complain(ctx.redact(reply.problem), StoreError.exit_code) if reply.problem else 0
 
 
 @contextlib.contextmanager
@@ -5239,7 +5239,7 @@ def reply_dict(reply: Reply) -> dict[str, Any]:
         "model": model,
         "tool_calls": calls,
         "usage": usage | {"cost_usd": reply.usage.cost},
-    }
+    } | ({"error": reply.problem, "exit_code": StoreError.exit_code} if reply.problem else {})
 
 
 def print_json(value: Any) -> None:

@@ -248,7 +248,7 @@ def test_time_limits(bench):
 
 
 def test_a_usual_folder_that_is_gone_is_an_error(bench):
-    with pytest.raises(openpista.ToolError, match=r"no folder /no/such; see \[tools\] workdir"):
+    with pytest.raises(openpista.ConfigError, match=r"no folder /no/such; see \[tools\] workdir"):
         bench._replace(settings=ToolsConfig(workdir="/no/such")).folder()
 
 
