@@ -678,13 +678,47 @@ def find_config(chosen: str | None, environ: Mapping[str, str]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def load_config(path: Path | None, environ: Mapping[str, str]) -> Config:
+def distrust(path: Path, config: Config) -> None:
+    """Refuse what a config.toml that nobody named must not do: it may have come with a clone, or lie in /tmp.
+
+    It could send the keys of the environment elsewhere, or let commands run unasked.
+    """
+    said, hint = "", f"if you trust it, name it: --config {path}"
+    if os.name == "posix" and path.stat().st_uid not in (0, os.getuid()):
+        raise ConfigError(f"{path} belongs to another user", hint)
+    agent, tools = config.agent, config.tools
+    if agent.base_url and not is_loopback(agent.base_url):
+        said = "sends your key to another address (agent.base_url)"
+    elif tools.approval == "never":
+        said = "lets commands run unasked (tools.approval)"
+    elif tools.keep_env:
+        said = "shows secrets of the environment to commands (tools.keep_env)"
+    elif config.skills.workspace:
+        said = "brings programs that run unasked (skills.workspace)"
+    if said:
+        raise ConfigError(f"{path} {said}, and counts only because openpista was started in its folder", hint)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address leads to this machine; one that is none does not."""
+    from urllib.parse import urlsplit
+
+    try:
+        host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
+    except ValueError:
+        return False
+    return re.fullmatch(r"localhost|.*\.localhost|127(\.\d+){3}|::1", host) is not None
+
+
+def load_config(path: Path | None, environ: Mapping[str, str], named: bool = True) -> Config:
     """The settings of the file, with the environment's on top (DESIGN: the environment wins)."""
     table = load_toml(path) if path else {}
     try:
         config = build(Config, table)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if path and not named and path != home(environ) / "config.toml":
+        distrust(path, config)
     for name, (section, key) in ENVIRONMENT.items():
         if value := variable(name, environ)[0]:
             part = getattr(config, section)
@@ -1979,11 +2013,8 @@ def shown_url(url: str) -> str:
 
 def goes_in_the_open(endpoint: Endpoint) -> bool:
     """Whether the key would travel over a network for anybody to read."""
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(endpoint.base_url)
-    loopback = re.fullmatch(r"localhost|.*\.localhost|127(\.\d+){3}|::1", parts.hostname or "")
-    return bool(endpoint.key.value) and parts.scheme == "http" and not loopback
+    plain = endpoint.base_url.lower().startswith("http:")
+    return bool(endpoint.key.value) and plain and not is_loopback(endpoint.base_url)
 
 
 def pick_format(provider: str, model: str, agent: AgentConfig) -> str:
@@ -5526,7 +5557,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entry, args = parse(argv)
         setup_logging("debug" if args.debug else args.log_level, redact)
-        config = load_config(find_config(args.config, os.environ), os.environ)
+        named = bool(args.config or os.environ.get("OPENPISTA_CONFIG"))
+        config = load_config(find_config(args.config, os.environ), os.environ, named)
         redact.add(*config.secrets())
         code = entry.run(Context(args, config, home(os.environ), os.environ, redact))
         sys.stdout.flush()

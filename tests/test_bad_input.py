@@ -73,7 +73,9 @@ def test_configuration(openpista, tmp_path, home):
         place = tmp_path / f"case{number}"
         place.mkdir()
         (place / "config.toml").write_bytes(CONFIGS[number][0])
-        return openpista("run", "-e", "x", cwd=place, env={"OPENAI_API_KEY": "test-key-123456"})
+        return openpista(
+            "run", "-e", "x", cwd=place, env={"OPENAI_API_KEY": "test-key-123456", "OPENPISTA_CONFIG": "config.toml"}
+        )
 
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(run, range(len(CONFIGS))))
