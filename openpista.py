@@ -5566,7 +5566,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain("interrupted", 130, as_json)
     except BrokenPipeError:
-        drop_stdout()
+        drop(sys.stdout)
         return 1
     except UnicodeEncodeError as error:  # a word or a variable with bytes that are not UTF-8
         log.debug("failed", exc_info=True)
@@ -5577,7 +5577,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(redact(str(error)), error.exit_code, as_json)
     except OSError as error:
         log.debug("failed", exc_info=True)
-        drop_stdout()
+        drop(sys.stdout)
         return complain(redact(": ".join(filter(None, (error.strerror or str(error), error.filename)))), 1)
 
 
@@ -5590,17 +5590,24 @@ def open_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def drop_stdout() -> None:
-    """What stdout would not take leads nowhere, or the last flush would complain again, with exit code 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop(stream: Any) -> None:
+    """What a stream would not take leads nowhere, or the last flush would complain again, with exit code 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def complain(text: str, code: int, as_json: bool = False) -> int:
     """Say on one line of stderr what is wrong, and for a script in one JSON object on stdout; the exit code."""
     line = printable(" ".join(text.split()))
-    print(f"openpista: {line}", file=sys.stderr)
+    try:
+        print(f"openpista: {line}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk, a closed pipe: the exit code still tells
+        drop(sys.stderr)
     if as_json:
-        print_json({"error": line, "exit_code": code})
+        try:
+            print_json({"error": line, "exit_code": code})
+            sys.stdout.flush()
+        except OSError:
+            drop(sys.stdout)
     return code
 
 
