@@ -451,11 +451,15 @@ class Redactor:
 
 
 class RedactingFormatter(logging.Formatter):
-    """One line a record, without secrets."""
+    """One line a record, with a traceback behind it if there is one, without secrets."""
 
     def __init__(self, redact: Redactor):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
         self.redact = redact
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line itself: what a skill or server says in it must not look like a record of its own."""
+        return " ".join(super().formatMessage(record).split("\n"))
 
     def format(self, record: logging.LogRecord) -> str:
         return self.redact(printable(super().format(record)))  # in this order: an escape could stand inside a secret
@@ -4587,18 +4591,20 @@ class Turn:
         request = Request(agent.system, messages, agent.toolbox.specs, may_call=may_call, note=note, max_tokens=limit)
         self._sent = weight(messages)
         self.tell(Progress("thinking"))
-        started = time.monotonic()
-        answer = await agent.models.complete(request, self.tell)
-        self._account(answer, time.monotonic() - started)
+        answer = await self._spend(request, self.tell)
+        self.model = answer.model
+        if answer.usage.input > 500:
+            agent.bytes_per_token = min(6.0, max(1.0, (self._frame() + self._sent) / answer.usage.input))
         return answer
 
-    def _account(self, answer: Completion, seconds: float) -> None:
-        self.model, self.usage = answer.model, self.usage.plus(answer.usage)
+    async def _spend(self, request: Request, tell: Tell) -> Completion:
+        """What the model says, and what that costs noted."""
+        started = time.monotonic()
+        answer = await self.agent.models.complete(request, tell)
+        self.usage = self.usage.plus(answer.usage)
         with contextlib.suppress(StoreError):  # not worth an answer: what fails here fails again where it counts
-            self.store.add_usage(self.session, answer.model, answer.usage, seconds)
-        if answer.usage.input > 500:
-            measured = (self._frame() + self._sent) / answer.usage.input
-            self.agent.bytes_per_token = min(6.0, max(1.0, measured))
+            self.store.add_usage(self.session, answer.model, answer.usage, time.monotonic() - started)
+        return answer
 
     # ---- acting ----
 
@@ -4739,14 +4745,11 @@ class Turn:
         room = max(budget // 2, 1_000) * len(text) // len(text.encode())  # in bytes: a Korean letter has three
         self.tell(Progress("notice", "shortening the conversation"))
         request = Request(SUMMARY_PROMPT, (Message(Role.USER, head_and_tail(text, room)),))
-        started = time.monotonic()
         try:
-            answer = await self.agent.models.complete(request, lambda progress: None)
+            answer = await self._spend(request, lambda progress: None)
         except ProviderError as error:
             log.warning("the conversation could not be summarised: %s", error)
             return
-        self.usage = self.usage.plus(answer.usage)
-        self.store.add_usage(self.session, answer.model, answer.usage, time.monotonic() - started)
         if not answer.message.text.strip():  # perhaps a call, though it was given no tools
             log.warning("the conversation could not be summarised: %s said nothing", answer.model)
             return

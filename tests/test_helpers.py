@@ -268,3 +268,9 @@ logging.getLogger("httpx").info("GET https://api.telegram.org/bot...")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "" and done.stderr.endswith("DEBUG openpista: with [secret]\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_record_is_one_line_whatever_is_in_it():
+    formatter = openpista.RedactingFormatter(Redactor())
+    record = logging.LogRecord("openpista", logging.ERROR, "", 1, "%s", ("a\n2026-01-01 INFO openpista: forged",), None)
+    assert "\n" not in formatter.format(record)
