@@ -429,6 +429,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 class Redactor:
     """Masks the secrets that are loaded, and what looks like one."""
 
+    COVER = "\ufdd0"  # no character of any language: Unicode keeps it for uses like this
     LIKELY = r"(?<!\d)\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
 
     def __init__(self, secrets: Iterable[str] = ()):
@@ -439,21 +440,29 @@ class Redactor:
         """Mask these too from now on; a word under 6 letters would mask half the world and is left."""
         self._secrets.update(secret for secret in secrets if len(secret) >= 6)
         longest_first = sorted(self._secrets, key=len, reverse=True)
-        self._pattern = re.compile("|".join([*map(re.escape, longest_first), self.LIKELY]))
+        self._pattern = re.compile("|".join([*map(re.escape, longest_first), self.LIKELY, f"{self.COVER}+"]))
 
     def __call__(self, text: str) -> str:
         return self._pattern.sub("[secret]", text)
 
+    def cover(self, text: str) -> str:
+        """The text, as long as before, with secrets painted over: it can be cut and leaves no half of one."""
+        return self._pattern.sub(lambda match: self.COVER * len(match[0]), text)
+
 
 class RedactingFormatter(logging.Formatter):
-    """One line a record, without secrets."""
+    """One line a record, with a traceback behind it if there is one, without secrets."""
 
     def __init__(self, redact: Redactor):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
         self.redact = redact
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line itself: what a skill or server says in it must not look like a record of its own."""
+        return " ".join(super().formatMessage(record).split("\n"))
+
     def format(self, record: logging.LogRecord) -> str:
-        return printable(self.redact(super().format(record)))
+        return self.redact(printable(super().format(record)))  # in this order: an escape could stand inside a secret
 
 
 def setup_logging(level: str, redact: Redactor) -> None:
@@ -565,7 +574,7 @@ class CronConfig(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All settings. `home` and `path` say where they come from."""
+    """All settings, one field for each table of config.toml."""
 
     gateway: GatewayConfig = GatewayConfig()
     agent: AgentConfig = AgentConfig()
@@ -624,6 +633,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where} must be a list, not {value!r}")
         return tuple(convert(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{where} must not hold a NUL character")
     kinds = get_args(kind) or (kind,)
     for one in kinds:
         if fits(one, value):
@@ -671,13 +682,47 @@ def find_config(chosen: str | None, environ: Mapping[str, str]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def load_config(path: Path | None, environ: Mapping[str, str]) -> Config:
+def distrust(path: Path, config: Config) -> None:
+    """Refuse what a config.toml that nobody named must not do: it may have come with a clone, or lie in /tmp.
+
+    It could send the keys of the environment elsewhere, or let commands run unasked.
+    """
+    said, hint = "", f"if you trust it, name it: --config {path}"
+    if os.name == "posix" and path.stat().st_uid not in (0, os.getuid()):
+        raise ConfigError(f"{path} belongs to another user", hint)
+    agent, tools = config.agent, config.tools
+    if agent.base_url and not is_loopback(agent.base_url):
+        said = "sends your key to another address (agent.base_url)"
+    elif tools.approval == "never":
+        said = "lets commands run unasked (tools.approval)"
+    elif tools.keep_env:
+        said = "shows secrets of the environment to commands (tools.keep_env)"
+    elif config.skills.workspace:
+        said = "brings programs that run unasked (skills.workspace)"
+    if said:
+        raise ConfigError(f"{path} {said}, and counts only because openpista was started in its folder", hint)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address leads to this machine; one that is none does not."""
+    from urllib.parse import urlsplit
+
+    try:
+        host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
+    except ValueError:
+        return False
+    return re.fullmatch(r"localhost|.*\.localhost|127(\.\d+){3}|::1", host) is not None
+
+
+def load_config(path: Path | None, environ: Mapping[str, str], named: bool = True) -> Config:
     """The settings of the file, with the environment's on top (DESIGN: the environment wins)."""
     table = load_toml(path) if path else {}
     try:
         config = build(Config, table)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if path and not named and path != home(environ) / "config.toml":
+        distrust(path, config)
     for name, (section, key) in ENVIRONMENT.items():
         if value := variable(name, environ)[0]:
             part = getattr(config, section)
@@ -767,7 +812,8 @@ class Credentials:
     def _write(self, logins: Iterable[Login]) -> None:
         lines = ["# Written by `openpista auth login`. Keep it to yourself.", ""]
         for login in logins:
-            lines.append(f"[{login.provider}]")
+            bare = re.fullmatch(r"[A-Za-z0-9_-]+", login.provider)  # one that somebody wrote by hand may be none
+            lines.append(f"[{login.provider if bare else toml_string(login.provider)}]")
             lines += [
                 f"{key} = {toml_string(value)}" for key, value in login._asdict().items() if key != "provider" and value
             ]
@@ -785,6 +831,7 @@ class Credentials:
 # the one place where its errors become ours.
 
 APPLICATION_ID = 0x70697374  # "pist": tells our file from another program's
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # Linux's PROC_PID_INIT_INO: not in a container
 
 
 class Session(NamedTuple):
@@ -832,6 +879,35 @@ def statements(sql: str) -> Iterator[str]:
             pending = ""
 
 
+SQLITE_SAYS = (  # words of SQLite's -> what that means, and what to do
+    ("locked", "the database {path} is locked by another process (waited {wait:g} s)", "try again"),
+    (
+        "not a database|malformed",
+        "{path} is damaged or no database: {text}",
+        "move it away, or name another in [database] url",
+    ),
+    (
+        "full|disk I/O",
+        "cannot write the database {path}: {text}",
+        "make room on the disk; what was stored is kept",
+    ),
+    (
+        "readonly|unable to open",
+        "cannot write the database {path}: {text}",
+        "check the owner and mode of the file and its folder",
+    ),
+    ("", "database {path}: {text}", ""),
+)
+
+
+def machine_name() -> str:
+    """The host's name; in a container also which one, since a number means another process outside of it."""
+    with contextlib.suppress(OSError):  # only Linux has it
+        spaces = os.stat("/proc/self/ns/pid").st_ino
+        return socket.gethostname() if spaces == INITIAL_PID_NAMESPACE else f"{socket.gethostname()}/{spaces}"
+    return socket.gethostname()
+
+
 class Store:
     """Sessions, messages, the journal of tool calls, and usage, in one file."""
 
@@ -840,7 +916,7 @@ class Store:
 
     def __init__(self, path: Path, now: Callable[[], datetime] = utc_now):
         self.path, self.now = path, now
-        self.owner = f"{socket.gethostname()}:{os.getpid()}"
+        self.owner = f"{machine_name()}:{os.getpid()}"
         self._depth = 0
         with self.border():
             make_private(path.parent)
@@ -892,10 +968,11 @@ class Store:
 
     def delete_session(self, name: str) -> None:
         """Remove a session and all it holds; usage stays, without it."""
-        session = self.find_session(name)
-        if (owner := self.lease_holder(session)) and owner != self.owner:
-            raise StoreError(f"session {name!r} is in use by {owner}", "try again when it is done")
-        self._run("DELETE FROM sessions WHERE id = ?", session.id)
+        with self.atomic():  # or a turn could begin between the look and the deed
+            session = self.find_session(name)
+            if (owner := self.lease_holder(session)) and owner != self.owner:
+                raise StoreError(f"session {name!r} is in use by {owner}", "try again when it is done")
+            self._run("DELETE FROM sessions WHERE id = ?", session.id)
 
     # ---- the lease: one process at a time works on a session ----
 
@@ -1089,18 +1166,10 @@ class Store:
             raise StoreError(f"cannot open the database {self.path}: {error.strerror}") from error
 
     def _explain(self, text: str) -> tuple[str, str]:
-        if "locked" in text:
-            return f"the database {self.path} is locked by another process (waited {self.BUSY:g} s)", "try again"
-        if "not a database" in text or "malformed" in text:
-            return f"{self.path} is damaged or no database: {text}", "move it away, or name another in [database] url"
-        if "full" in text or "disk I/O" in text:
-            return f"cannot write the database {self.path}: {text}", "make room on the disk; what was stored is kept"
-        if "readonly" in text or "unable to open" in text:
-            return (
-                f"cannot write the database {self.path}: {text}",
-                "check the owner and mode of the file and its folder",
-            )
-        return f"database {self.path}: {text}", ""
+        for pattern, what, hint in SQLITE_SAYS:
+            if re.search(pattern, text):
+                return what.format(path=self.path, text=text, wait=self.BUSY), hint
+        raise AssertionError("the last row fits all")
 
     def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
         with self.border():
@@ -1122,15 +1191,16 @@ class Store:
             raise StoreError(f"{self.path} is another program's database", "name another file in [database] url")
 
     def _use_wal(self) -> None:
-        """Readers beside one writer. SQLite does not wait by itself when two processes switch at once."""
-        for wait in (*[self.BUSY / 50] * 50, 0.0):
+        """Readers beside one writer. SQLite does not always wait by itself when two processes switch at once."""
+        until = time.monotonic() + self.BUSY
+        while True:
             try:
                 self._run("PRAGMA journal_mode = WAL")
                 return
             except StoreError as error:
-                if "locked" not in str(error) or not wait:
+                if "locked" not in str(error) or time.monotonic() > until:
                     raise
-                time.sleep(wait)
+                time.sleep(0.1)
 
     def _migrate(self, steps: list[str]) -> None:
         version = self._pragma("user_version")
@@ -1368,9 +1438,14 @@ def response_items(request: Request, message: Message, names: WireNames) -> Iter
         for call in message.tool_calls
     ]
     if items := echo_for(request, message).get("items"):
-        # As it came, since reasoning must stand beside the call that it led to; but the calls as they were understood.
+        # As it came, since reasoning must stand beside the call that it led to; but the calls as they were understood,
+        # and none that was not taken as one: it would wait for a result for ever.
         understood = iter(calls)
-        yield from (item | next(understood) if item["type"] == "function_call" else item for item in items)
+        for item in items:
+            if item["type"] != "function_call":
+                yield item
+            elif call := next(understood, None):
+                yield item | call
         return
     if message.text:
         yield {"role": "assistant", "content": message.text}
@@ -1929,10 +2004,21 @@ def whole_url(url: str, spec: ProviderSpec) -> str:
     except ValueError:
         parts = None
     if not parts or not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", parts.geturl()):
-        raise ConfigError(f"{url!r} is not an http or https address")
+        raise ConfigError(f"{shown_url(url)!r} is not an http or https address")
     if host_only and port is None and own.port:  # Ollama's rule: a host alone has its port
         parts = parts._replace(netloc=f"{parts.netloc}:{own.port}")
     return (parts if parts.path else parts._replace(path=own.path)).geturl()
+
+
+def shown_url(url: str) -> str:
+    """The address without a user and password, which some have in them."""
+    return re.sub(r"//[^/?#]*@", "//…@", url)
+
+
+def goes_in_the_open(endpoint: Endpoint) -> bool:
+    """Whether the key would travel over a network for anybody to read."""
+    plain = endpoint.base_url.lower().startswith("http:")
+    return bool(endpoint.key.value) and plain and not is_loopback(endpoint.base_url)
 
 
 def pick_format(provider: str, model: str, agent: AgentConfig) -> str:
@@ -1967,18 +2053,24 @@ def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
 
 
 def trusted_context() -> Any:
-    """TLS that trusts $SSL_CERT_FILE or $REQUESTS_CA_BUNDLE, else certifi's bundle, read once, from memory."""
+    """TLS that trusts $SSL_CERT_FILE or $REQUESTS_CA_BUNDLE, and $SSL_CERT_DIR; else certifi's bundle, from memory."""
     import ssl
 
     import certifi
 
-    own = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    file, folder = (
+        os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE"),
+        os.environ.get("SSL_CERT_DIR"),
+    )
+    if file and os.path.isdir(file):  # requests takes a folder there too
+        file, folder = None, folder or file
     try:
-        if own:
-            return ssl.create_default_context(cafile=own)
+        if file or folder:
+            return ssl.create_default_context(cafile=file or None, capath=folder or None)
         return ssl.create_default_context(cadata=certifi.contents())
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot read the certificates of {own or 'certifi'}: {error}", "see SSL_CERT_FILE") from None
+        where = file or folder or "certifi"
+        raise ConfigError(f"cannot read the certificates of {where}: {error}", "see SSL_CERT_FILE") from None
 
 
 class HttpProvider:
@@ -2073,7 +2165,7 @@ class HttpProvider:
         self._client = self._client or open_http(self.endpoint.base_url, self.idle_timeout)
         import httpx
 
-        host = self.endpoint.base_url
+        host = shown_url(self.endpoint.base_url)
         try:
             return await self._stream(request, body, tell)
         except httpx.ConnectTimeout:
@@ -2109,7 +2201,8 @@ class HttpProvider:
             else:
                 start = clip((await read_some(response, 500)).decode("utf-8", "replace"), 60)
                 raise ProviderError(
-                    f"{self.endpoint.base_url} answered {kind}, no event stream ({start!r})", "is base_url right?"
+                    f"{shown_url(self.endpoint.base_url)} answered {kind}, no event stream ({start!r})",
+                    "is base_url right?",
                 )
         return decoder.completion(self.name, wire_names(request.tools))
 
@@ -2129,12 +2222,12 @@ class HttpProvider:
     def _refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> Exception:
         """The error that a status and its body stand for."""
         text = raw.decode("utf-8", "replace")
+        if key := self.endpoint.key.value:
+            text = text.replace(key, self.endpoint.key.masked)  # some repeat it; clipped, it would not be found again
         try:
             words, code = vendor_message(json.loads(text))
         except (ValueError, RecursionError):
             words, code = clip(re.sub(r"<[^>]*>", " ", text), 200), ""
-        if key := self.endpoint.key.value:
-            words = words.replace(key, self.endpoint.key.masked)  # some repeat it
         said = f"{self.name} answered {status}{': ' + words if words else ''}"
         if status in (401, 403):
             return self._refused_key(status, words)
@@ -2194,8 +2287,8 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
 
 def forget_reasoning(body: dict[str, Any]) -> None:
     """Leave out what only a model that reasons takes."""
-    body.pop("include", None)
-    body["input"] = [item for item in body.get("input", ()) if item.get("type") != "reasoning"]
+    if body.pop("include", None):  # else it is a body of another format
+        body["input"] = [item for item in body["input"] if item.get("type") != "reasoning"]
 
 
 MENDS = (
@@ -2295,16 +2388,17 @@ class Models:
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The first answer. One that fails goes to the end of the line; if all fail, the first one's error."""
         failed: list[PistaError] = []
-        for provider in tuple(self.providers):
+        line = tuple(self.providers)  # as it stands now: another session's turn may change it meanwhile
+        for provider, following in zip(line, (*line[1:], None), strict=True):
             try:
                 return await provider.complete(request, tell)
             except ContextTooLong:
                 raise  # another model will not make the transcript shorter
             except (ProviderError, CredentialError) as error:
                 failed.append(error)
-                self.providers.append(self.providers.pop(0))
-                if len(failed) < len(self.providers):
-                    tell(Progress("notice", f"{clip(str(error), 200)}; asking {self.providers[0].name}"))
+                self.providers.sort(key=lambda one: one is provider)  # stable: to the end
+                if following:
+                    tell(Progress("notice", f"{clip(str(error), 200)}; asking {following.name}"))
         raise failed[0]
 
 
@@ -3206,8 +3300,10 @@ class Outcome(NamedTuple):
 class Capture:
     """Takes bytes without end and keeps the head and the tail, in limit characters; any bytes are accepted."""
 
-    def __init__(self, limit: int):
-        self.limit, self.total = limit, 0
+    MARGIN = 512  # characters kept beyond the cut: a secret that lies across it has to be seen whole
+
+    def __init__(self, limit: int, cover: Callable[[str], str] = str):
+        self.limit, self.total, self.cover = limit, 0, cover
         self._head, self._tail = "", ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -3215,19 +3311,21 @@ class Capture:
         """Take the next bytes."""
         text = self._decoder.decode(data, final)
         self.total += len(text)
-        room = self.limit // 2 - len(self._head)
-        self._head += text[:room] if room > 0 else ""
-        self._tail += text[max(room, 0) :]
-        keep = self.limit - self.limit // 2
+        room = max(self.limit // 2 + self.MARGIN - len(self._head), 0)
+        self._head += text[:room]
+        self._tail += text[room:]
+        keep = self.limit - self.limit // 2 + self.MARGIN
         if len(self._tail) > keep + (64 << 10):  # not at every portion: cutting copies
             self._tail = self._tail[-keep:]
 
     def text(self) -> str:
         """What was kept, with the number of characters left out."""
         self.feed(b"", final=True)
+        kept = self.cover(self._head + self._tail)
         if self.total <= self.limit:
-            return self._head + self._tail
-        return self._head + left_out(self.total - self.limit) + self._tail[-(self.limit - self.limit // 2) :]
+            return kept
+        half = self.limit // 2
+        return kept[:half] + left_out(self.total - self.limit) + kept[half - self.limit :]
 
 
 class Child:
@@ -3237,8 +3335,8 @@ class Child:
     GRACE = 2.0  # seconds between TERM and KILL
     STOP_GRACE = 0.5  # the same when a person stops it, and should see that at once
 
-    def __init__(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], limit: int, stdin: Any):
-        self.capture, self._eof, self._gone = Capture(limit), asyncio.Event(), asyncio.Event()
+    def __init__(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], capture: Capture, stdin: Any):
+        self.capture, self._eof, self._gone = capture, asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._process = subprocess.Popen(
             argv,
@@ -3337,11 +3435,19 @@ class Child:
 
 
 async def run_process(
-    argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float, limit: int, stdin: str = ""
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float,
+    limit: int,
+    stdin: str = "",
+    cover: Callable[[str], str] = str,
 ) -> Outcome:
     """Run a child to its end. Cancelling ends its group first. ToolError if it cannot be started.
 
-    timeout in seconds; limit in characters of output (standard output and error together).
+    timeout in seconds; limit in characters of output (standard output and error together);
+    cover paints over what must not be cut in two, as Redactor.cover does.
     """
     if os.name != "posix":
         raise ToolError("running commands needs Linux or macOS; on Windows start openpista inside WSL")
@@ -3352,7 +3458,7 @@ async def run_process(
             source.write(stdin.encode("utf-8", "replace"))
             source.seek(0)
         try:
-            child = Child(argv, cwd=cwd, env=env, limit=limit, stdin=source)
+            child = Child(argv, cwd=cwd, env=env, capture=Capture(limit, cover), stdin=source)
         except (OSError, ValueError) as error:
             raise ToolError(f"cannot start {argv[0]} in {cwd}: {error}") from None
         try:
@@ -3968,7 +4074,8 @@ class Bench(NamedTuple):
         """Where to work: [tools] workdir, else where openpista was started; a call may choose another from there."""
         path = here() / user_path(self.settings.workdir) / user_path(chosen)
         if not os.path.isdir(path):  # unlike Path.is_dir it takes a path that is too long, or no file name at all
-            raise ToolError(f"no folder {clip(str(path), 200)}", "" if chosen else "see [tools] workdir")
+            said = f"no folder {clip(str(path), 200)}"
+            raise ToolError(said) if chosen else ConfigError(said, "see [tools] workdir")
         return path
 
     def seconds(self, wanted: int | None) -> int:
@@ -3998,7 +4105,8 @@ class Tool:
 
     async def run_child(self, argv: Sequence[str], seconds: int, stdin: str = "", **where: Any) -> ToolResult:
         """Run a process and tell how it ended; a failure is an error that has its output."""
-        outcome = await run_process(argv, timeout=seconds, limit=self.bench.settings.output_limit, stdin=stdin, **where)
+        limit, cover = self.bench.settings.output_limit, self.bench.redact.cover
+        outcome = await run_process(argv, timeout=seconds, limit=limit, stdin=stdin, cover=cover, **where)
         ending = how_it_ended(outcome, seconds)
         text = outcome.output.rstrip("\n")
         return ToolResult("", "\n".join(filter(None, (text, ending))) or "(no output)", is_error=bool(ending))
@@ -4100,7 +4208,8 @@ class SkillRead(Tool):
             return ToolResult("", read_skill(skill))
         path = skill_file(skill, arguments["file"])
         with path.open("rb") as file:
-            return ToolResult("", head_and_tail(file.read(1 << 20).decode("utf-8", "replace"), SKILL_BODY_CHARS))
+            text = self.bench.redact.cover(file.read(1 << 20).decode("utf-8", "replace"))
+            return ToolResult("", head_and_tail(text, SKILL_BODY_CHARS))
 
 
 class SkillRun(Tool):
@@ -4359,6 +4468,7 @@ class Agent:
     async def turn(self, session: Session, text: str, gate: Gate, tell: Tell) -> Reply:
         """Take the person's words and answer them. One process at a time works on a session; others wait."""
         async with hold(self.store, session, tell):
+            session = self.store.find_session(session.name)  # whoever had it may have elided more, or deleted it
             return await Turn(self, session, gate, tell).run(text)
 
 
@@ -4389,6 +4499,7 @@ async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None
         yield
     except asyncio.CancelledError:
         if lost:
+            turn.uncancel()  # an error now: whoever catches it must not be taken for cancelled
             raise StoreError(f"session {session.name} was taken over by {lost[0]}") from None
         raise
     finally:
@@ -4440,14 +4551,16 @@ class Turn:
         )
         words = answer.message.text.strip()
         note = f"(Stopped after {reason}.)"
-        message = answer.message._replace(text=f"{words}\n\n{note}" if words else note, tool_calls=())
+        message = answer.message._replace(text=f"{words}\n\n{note}" if words else note, tool_calls=(), echo=None)
         return self._reply(answer._replace(message=message))
 
     def _reply(self, answer: Completion) -> Reply:
         message = answer.message
         if answer.cut:
             message = message._replace(text=f"{message.text}\n\n(Cut off: the model reached its limit of output.)")
-        message, problem = message._replace(text=self.agent.toolbox.redact(message.text)), ""
+        text, problem = self.agent.toolbox.redact(message.text), ""
+        if text != message.text:
+            message = message._replace(text=text, echo=None)  # the vendor's form of it has the secret too
         try:
             self.store.append(self.session, message)
         except StoreError as error:  # the person still gets the answer
@@ -4478,23 +4591,26 @@ class Turn:
         request = Request(agent.system, messages, agent.toolbox.specs, may_call=may_call, note=note, max_tokens=limit)
         self._sent = weight(messages)
         self.tell(Progress("thinking"))
-        started = time.monotonic()
-        answer = await agent.models.complete(request, self.tell)
-        self._account(answer, time.monotonic() - started)
+        answer = await self._spend(request, self.tell)
+        self.model = answer.model
+        if answer.usage.input > 500:
+            agent.bytes_per_token = min(6.0, max(1.0, (self._frame() + self._sent) / answer.usage.input))
         return answer
 
-    def _account(self, answer: Completion, seconds: float) -> None:
-        self.model, self.usage = answer.model, self.usage.plus(answer.usage)
+    async def _spend(self, request: Request, tell: Tell) -> Completion:
+        """What the model says, and what that costs noted."""
+        started = time.monotonic()
+        answer = await self.agent.models.complete(request, tell)
+        self.usage = self.usage.plus(answer.usage)
         with contextlib.suppress(StoreError):  # not worth an answer: what fails here fails again where it counts
-            self.store.add_usage(self.session, answer.model, answer.usage, seconds)
-        if answer.usage.input > 500:
-            measured = (self._frame() + self._sent) / answer.usage.input
-            self.agent.bytes_per_token = min(6.0, max(1.0, measured))
+            self.store.add_usage(self.session, answer.model, answer.usage, time.monotonic() - started)
+        return answer
 
     # ---- acting ----
 
     async def _act(self, message: Message) -> None:
         """Write the message down, then run its calls side by side."""
+        message = message._replace(text=self.agent.toolbox.redact(message.text))
         message_id = self.store.append(self.session, message)
         calls = [self._call(message_id, call) for call in message.tool_calls]
         try:
@@ -4540,15 +4656,20 @@ class Turn:
         """Bytes of what is sent beside the messages."""
         return len(self.agent.system.encode()) + len(to_json(self.agent.toolbox.specs))
 
+    def _window(self) -> int:
+        return self.agent.settings.context_tokens or self.agent.models.window
+
     def _budget(self) -> int:
         """Bytes of messages that fit, with room left for the answer."""
-        window = self.agent.settings.context_tokens or self.agent.models.window
+        window = self._window()
         tokens = window * 9 // 10 - min(self.agent.settings.max_tokens or 8_192, window // 4)
         return min(int(tokens * self.agent.bytes_per_token) - self._frame(), self._ceiling)
 
     async def _fitting(self) -> list[Message]:
         """The transcript, repaired, and shortened until it fits: old results go first, then old turns."""
         budget = self._budget()
+        if (least := weight([self._asked.message])) > budget:
+            raise self._too_long(least)  # before the past is shortened for a request that cannot be sent at all
         summary, entries = self._load(budget)
         if self._size(summary, entries) > budget:
             self._elide(summary, entries, budget)
@@ -4564,12 +4685,17 @@ class Turn:
             dropped += len(turn)
         entries = entries[dropped:]
         if size > budget:
-            raise ContextTooLong(
-                f"the request, about {int(size / self.agent.bytes_per_token):,} tokens, does not fit into the window "
-                f"of {self.model}",
-                "shorten it, take a model with a larger window, or set [agent] context_tokens",
-            )
+            raise self._too_long(size)
         return repair(self._shown(summary, entries))
+
+    def _too_long(self, size: int) -> ContextTooLong:
+        """What to say of messages of so many bytes: they come on top of the system prompt and the tools."""
+        tokens = int((size + self._frame()) / self.agent.bytes_per_token)
+        return ContextTooLong(
+            f"the request, about {tokens:,} tokens with [agent] prompt, skills and tools, does not fit into the window "
+            f"of {self.model}, {self._window():,} tokens, with room for an answer",
+            "shorten it, take a model with a larger window, or set [agent] context_tokens",
+        )
 
     def _load(self, budget: int) -> tuple[str, list[Entry]]:
         """The summary and the messages after it, as far back as could possibly fit, from the start of a turn."""
@@ -4614,18 +4740,17 @@ class Turn:
         sizes = itertools.accumulate(self._size("", turn) for turn in reversed(turns))
         kept = max(1, min(len(turns) - 1, sum(size < budget // 3 for size in sizes)))
         old = list(itertools.chain(*turns[:-kept]))
-        text = "\n".join(f"{m.role}: {head_and_tail(spoken(m), 2_000)}" for m in self._shown(summary, old))
+        lines = (f"{m.role}: {head_and_tail(spoken(m), 2_000)}" for m in self._shown("", old))
+        text = "\n".join([summary, *lines])  # the last summary whole: it stands for much more than a message
+        room = max(budget // 2, 1_000) * len(text) // len(text.encode())  # in bytes: a Korean letter has three
         self.tell(Progress("notice", "shortening the conversation"))
-        request = Request(SUMMARY_PROMPT, (Message(Role.USER, head_and_tail(text, max(budget // 2, 1_000))),))
-        started = time.monotonic()
+        request = Request(SUMMARY_PROMPT, (Message(Role.USER, head_and_tail(text, room)),))
         try:
-            answer = await self.agent.models.complete(request, lambda progress: None)
+            answer = await self._spend(request, lambda progress: None)
         except ProviderError as error:
             log.warning("the conversation could not be summarised: %s", error)
             return
-        self.usage = self.usage.plus(answer.usage)
-        self.store.add_usage(self.session, answer.model, answer.usage, time.monotonic() - started)
-        if is_empty(answer):
+        if not answer.message.text.strip():  # perhaps a call, though it was given no tools
             log.warning("the conversation could not be summarised: %s said nothing", answer.model)
             return
         words = head_and_tail(answer.message.text, max(budget // 12, 500))  # a character may be three bytes or more
@@ -4777,7 +4902,7 @@ class Console:
     # ---- painting ----
 
     def _set(self, status: str) -> None:
-        self._status, self._since = status, self.clock()
+        self._status, self._since = self.redact(status), self.clock()
         self._paint()
 
     def _seconds(self) -> str:
@@ -4807,7 +4932,7 @@ class Console:
         """A line that stays, on a terminal only."""
         if self.shows:
             self._clear()
-            self.err.write(self._dim(printable(text)) + "\n")
+            self.err.write(self._dim(self.redact(printable(text))) + "\n")
             self.err.flush()
 
     def _break(self) -> None:
@@ -4943,6 +5068,7 @@ async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator
 def chosen_endpoints(ctx: Context) -> list[Endpoint]:
     """The main model and its stand-ins; a stand-in without a key is left out, and that is said."""
     logins = ctx.credentials.logins()
+    ctx.redact.add(*(login.api_key for login in logins.values()))  # those that are not asked too: a tool can read them
     agent = ctx.config.agent
     agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
     endpoints = [resolve(agent.provider, agent, logins, ctx.environ)]
@@ -4951,6 +5077,8 @@ def chosen_endpoints(ctx: Context) -> list[Endpoint]:
             endpoints.append(resolve(wanted, agent, logins, ctx.environ))
         except CredentialError as error:
             log.warning("[agent] fallback %s is left out: %s", wanted, error)
+    for endpoint in filter(goes_in_the_open, endpoints):
+        log.warning("the key for %s goes to %s without encryption", endpoint.provider, shown_url(endpoint.base_url))
     return endpoints
 
 
@@ -5097,9 +5225,7 @@ async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) ->
         print_json(reply_dict(reply))
     else:
         console.finish(reply, time.monotonic() - started)
-    if reply.problem:
-        raise StoreError(reply.problem)
-    return 0
+    return complain(ctx.redact(reply.problem), StoreError.exit_code) if reply.problem else 0
 
 
 @contextlib.contextmanager
@@ -5147,7 +5273,7 @@ def reply_dict(reply: Reply) -> dict[str, Any]:
         "model": model,
         "tool_calls": calls,
         "usage": usage | {"cost_usd": reply.usage.cost},
-    }
+    } | ({"error": reply.problem, "exit_code": StoreError.exit_code} if reply.problem else {})
 
 
 def print_json(value: Any) -> None:
@@ -5226,7 +5352,8 @@ def cmd_auth_status(ctx: Context) -> int:
     for provider in PROVIDERS:
         key = find_key(provider, agent, logins, ctx.environ)
         if key.value or provider in logins:
-            used, address = provider == agent.provider, logins[provider].base_url if provider in logins else ""
+            used = provider == agent.provider
+            address = shown_url(logins[provider].base_url) if provider in logins else ""
             rows.append(
                 {"provider": provider, "key": key.masked, "source": key.source, "endpoint": address, "used": used}
             )
@@ -5433,7 +5560,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entry, args = parse(argv)
         setup_logging("debug" if args.debug else args.log_level, redact)
-        config = load_config(find_config(args.config, os.environ), os.environ)
+        named = bool(args.config or os.environ.get("OPENPISTA_CONFIG"))
+        config = load_config(find_config(args.config, os.environ), os.environ, named)
         redact.add(*config.secrets())
         code = entry.run(Context(args, config, home(os.environ), os.environ, redact))
         sys.stdout.flush()
@@ -5441,7 +5569,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain("interrupted", 130, as_json)
     except BrokenPipeError:
-        drop_stdout()
+        drop(sys.stdout)
         return 1
     except UnicodeEncodeError as error:  # a word or a variable with bytes that are not UTF-8
         log.debug("failed", exc_info=True)
@@ -5452,7 +5580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(redact(str(error)), error.exit_code, as_json)
     except OSError as error:
         log.debug("failed", exc_info=True)
-        drop_stdout()
+        drop(sys.stdout)
         return complain(redact(": ".join(filter(None, (error.strerror or str(error), error.filename)))), 1)
 
 
@@ -5465,17 +5593,24 @@ def open_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def drop_stdout() -> None:
-    """What stdout would not take leads nowhere, or the last flush would complain again, with exit code 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop(stream: Any) -> None:
+    """What a stream would not take leads nowhere, or the last flush would complain again, with exit code 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def complain(text: str, code: int, as_json: bool = False) -> int:
     """Say on one line of stderr what is wrong, and for a script in one JSON object on stdout; the exit code."""
     line = printable(" ".join(text.split()))
-    print(f"openpista: {line}", file=sys.stderr)
+    try:
+        print(f"openpista: {line}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk, a closed pipe: the exit code still tells
+        drop(sys.stderr)
     if as_json:
-        print_json({"error": line, "exit_code": code})
+        try:
+            print_json({"error": line, "exit_code": code})
+            sys.stdout.flush()
+        except OSError:
+            drop(sys.stdout)
     return code
 
 

@@ -220,6 +220,16 @@ def asks(*commands, name="system.run", text="", prefix="c", usage=Usage(10, 0, 5
     return Completion(Message(Role.ASSISTANT, text, calls), usage, "fake/model")
 
 
+def test_no_words_of_the_model_are_stored_with_a_secret(desk):
+    echo = {"model": "m", "items": [{"type": "message", "content": "canary-1"}]}
+    desk.turn([asks("true", text="it is canary-1"), said("canary-1 it is", echo=echo)])
+    assert [message.text for message in desk.stored if message.role is Role.ASSISTANT] == [
+        "it is [secret]",
+        "[secret] it is",
+    ]
+    assert "canary-1" not in "".join(map(str, desk.store.db.execute("SELECT text, echo FROM messages").fetchall()))
+
+
 def test_words_are_the_answer(desk, session):
     reply = desk.turn([said("hello", usage=Usage(100, 40, 7, 0.5))])
     assert reply == openpista.Reply("hello", "main", "fake/model", Usage(100, 40, 7, 0.5))
@@ -430,7 +440,7 @@ def test_then_old_turns_are_summarised_at_most_once_a_turn(desk):
     assert len(desk.stored) > 60, "nothing is deleted"
 
 
-@pytest.mark.parametrize("answer", [Unavailable("no"), ContextTooLong("no"), said(""), said(" \n")])
+@pytest.mark.parametrize("answer", [Unavailable("no"), ContextTooLong("no"), said(""), said(" \n"), asks("ls")])
 def test_a_summary_that_fails_leaves_old_turns_out_for_now(desk, answer):
     long_history(desk, 30, tool=False)
     assert desk.turn([answer, said("still here")], "the newest", window=16_000).text == "still here"
@@ -442,6 +452,34 @@ def test_a_summary_that_is_too_long_does_not_block_the_session(desk):
     long_history(desk, 30, tool=False)
     assert desk.turn([said("z" * 200_000), said("fine")], window=16_000).text == "fine"
     assert desk.turn([said("fine"), said("fine")], window=16_000).text == "fine"
+
+
+def test_a_summary_is_asked_for_within_the_window_in_any_script(desk):
+    """A Korean letter has three bytes: as many letters as bytes fit would be three times too much."""
+    long_history(desk, 200, size=1_000, tool=False)
+    desk.store.db.execute("UPDATE messages SET text = replace(text, 'y', '가')")
+    desk.turn([said("a summary"), said("fine")], window=60_000)
+    assert 20_000 < size_of(desk.models.requests[0]) < 60_000 * 3.2
+
+
+def test_a_second_summary_is_made_of_the_whole_first_one(desk):
+    long_history(desk, 30, tool=False)
+    first = "a" * 1_200 + " the middle " + "b" * 1_200
+    desk.turn([said(first), said("fine")], window=20_000)
+    long_history(desk, 30, tool=False)
+    desk.turn([said("second"), said("fine")], window=20_000)
+    assert " the middle " in desk.models.requests[0].messages[0].text
+
+
+@pytest.mark.parametrize("size", [{"context_tokens": 200}, {"system": "x" * 600_000}])
+def test_a_window_in_which_nothing_fits_costs_no_summary(desk, size):
+    long_history(desk, 30, tool=False)
+    with pytest.raises(ContextTooLong, match=r"about \d[\d,]+ tokens with \[agent\] prompt") as caught:
+        desk.turn([], **size)
+    tokens = int(str(caught.value).split("about ")[1].split(" ")[0].replace(",", ""))
+    assert tokens > (50_000 if "system" in size else 200), "what fills the window is counted"
+    assert desk.store.summary(desk.session) == (0, "")
+    assert desk.store.session("main").elided_upto == 0
 
 
 def test_many_small_turns_without_a_summary_are_cut_quickly(desk):
@@ -649,6 +687,37 @@ def test_a_session_that_is_in_use_is_waited_for(desk, tmp_path):
     assert asyncio.run(both()) == ["first asked", "first ended"]
 
 
+def test_a_session_that_another_process_took_over(desk, tmp_path, monkeypatch):
+    """The machine slept: the turn ends with an error, and its task is not taken for cancelled afterwards."""
+    monkeypatch.setattr(Store, "LEASE", 0.3)
+
+    async def turn():
+        def taken(request):
+            desk.store.db.execute("UPDATE sessions SET owner = 'elsewhere:1', lease_until = '9999'")
+            return asks("sleep 30")
+
+        with pytest.raises(StoreError, match="taken over by elsewhere:1"):
+            await desk.start([taken])
+        return asyncio.current_task().cancelling()
+
+    assert asyncio.run(turn()) == 0
+    assert desk.store.lease_holder(desk.session) == "elsewhere:1"
+
+
+def test_a_session_that_was_deleted_while_it_was_waited_for(desk, tmp_path):
+    async def both():
+        with Store(tmp_path / "memory.db") as other:
+            other.owner = "elsewhere:1"
+            assert other.take_lease(desk.session)
+            turn = asyncio.create_task(desk.start([]))
+            await asyncio.sleep(0.3)
+            other.delete_session("main")
+            with pytest.raises(StoreError, match="no session named 'main'"):
+                await turn
+
+    asyncio.run(both())
+
+
 def test_machine_and_prompt(tmp_path):
     where = openpista.describe_machine(tmp_path, {"USER": "mina"})
     assert "as mina in " in where
@@ -656,3 +725,17 @@ def test_machine_and_prompt(tmp_path):
     assert "\n" not in where
     assert "uid" in openpista.describe_machine(tmp_path, {}) or "unknown" in openpista.describe_machine(tmp_path, {})
     assert f"{datetime(2026, 3, 1, tzinfo=UTC):%Y}" in openpista.build_prompt("", (), where, "2026-03-01")
+
+
+def test_a_last_answer_that_still_calls_can_be_sent_again(desk):
+    """Responses gives its items back as they came: a call among them that nobody ran would be refused for ever."""
+    items = [
+        {"type": "reasoning", "encrypted_content": "e"},
+        {"type": "function_call", "call_id": "z0", "name": "system_run", "arguments": "{}"},
+    ]
+    last = asks("echo more", prefix="z", text="well")
+    last = last._replace(message=last.message._replace(echo={"model": "m", "items": items}))
+    desk.turn([asks("echo 1"), last], max_tool_rounds=1)
+    desk.turn([said("ok")], "and now?")
+    sent = openpista.encode_responses(openpista.Request("", tuple(desk.sent()), model="m"))["input"]
+    assert [item["call_id"] for item in sent if item.get("type") == "function_call"] == ["c0"]

@@ -359,3 +359,43 @@ def test_a_skill_is_offered_read_and_run(openpista, model, openai, home):
     )
     done = openpista("run", "-e", "walk", env=openai)
     assert (done.stdout, done.stderr) == ("woof\n", "")
+
+
+def test_a_stored_key_that_is_not_asked_is_hidden_too(openpista, home):
+    """A tool can read credentials.toml, whatever the model that is asked."""
+    for provider in ("groq", "mistral"):
+        openpista("auth", "login", "--provider", provider, "--api-key", "-", input=f"canary-of-{provider}")
+    done = openpista("run", "--yes", "--provider", "offline", "-e", f"$ cat {home}/credentials.toml")
+    assert done.stdout.count("[secret]") == 2 and "canary" not in done.stdout
+
+
+def test_a_key_on_its_way_without_encryption_is_said(openpista):
+    login = ("auth", "login", "--provider", "custom", "--api-key", "-", "--endpoint")
+    assert openpista(*login, "http://me:hunter2@no-such-host.invalid/v1", input="test-key-123456").returncode == 0
+    done = openpista("run", "--model", "m", "--timeout", "0.1", "-e", "hi")
+    assert "the key for custom goes to http://…@no-such-host.invalid/v1 without encryption" in done.stderr
+    assert "hunter2" not in done.stderr + openpista("auth", "status").stdout
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_an_answer_that_cannot_be_stored_is_one_answer(openpista, home, as_json):
+    """The same for a script: one JSON object, that has the answer and what went wrong with it."""
+    assert openpista("run", "--provider", "offline", "-e", "hi").returncode == 0
+    with contextlib.closing(sqlite3.connect(home / "memory.db")) as db:
+        db.execute(
+            "CREATE TRIGGER no BEFORE INSERT ON messages WHEN NEW.role = 'assistant' AND NEW.tool_calls IS NULL "
+            "BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+    done = openpista("run", "--provider", "offline", "-e", "$ echo hey", *["--json"] * as_json)
+    assert done.returncode == 1 and "the answer could not be stored" in done.stderr
+    if as_json:
+        found = json.loads(done.stdout)
+        assert found["answer"] == "hey" and "could not be stored" in found["error"] and found["exit_code"] == 1
+    else:
+        assert done.stdout == "hey\n"
+
+
+def test_a_working_folder_that_is_not_there_is_a_wrong_setting(openpista, tmp_path):
+    (tmp_path / "config.toml").write_text('[tools]\nworkdir = "/no/such"\n')
+    done = openpista("run", "--provider", "offline", "-e", "$ true")
+    assert (done.returncode, done.stderr) == (2, "openpista: no folder /no/such; see [tools] workdir\n")

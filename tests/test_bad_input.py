@@ -63,6 +63,7 @@ CONFIGS = [  # bytes of config.toml -> what is said
     (b"[agnet]", r"unknown setting 'agnet', did you mean 'agent'\?"),
     (b"a = " + b"[" * 5_000 + b"]" * 5_000, r"config\.toml"),
     (b"[agent]\nbase_url = 'http://x y/'\nprovider = 'custom'\nmodel = 'm'", r"'http://x y/' is not an http"),
+    (b'[database]\nurl = "a\\u0000b"', r"database\.url must not hold a NUL character"),
     (b"[agent]\ntimeout = nan", r"agent\.timeout must be"),
 ]
 
@@ -72,7 +73,9 @@ def test_configuration(openpista, tmp_path, home):
         place = tmp_path / f"case{number}"
         place.mkdir()
         (place / "config.toml").write_bytes(CONFIGS[number][0])
-        return openpista("run", "-e", "x", cwd=place, env={"OPENAI_API_KEY": "test-key-123456"})
+        return openpista(
+            "run", "-e", "x", cwd=place, env={"OPENAI_API_KEY": "test-key-123456", "OPENPISTA_CONFIG": "config.toml"}
+        )
 
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(run, range(len(CONFIGS))))

@@ -574,3 +574,13 @@ def test_a_folder_that_is_gone(openpista, tmp_path, environ):
     done = subprocess.run(argv, env=environ | {"HOME": str(tmp_path)}, cwd=gone, capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("hi\n", "", 0)
     assert not os.path.exists(gone)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("streams", ["2>/dev/full", ">/dev/full", ">/dev/full 2>&1", "2>&-", ">&- 2>&-", "| true"])
+def test_the_exit_code_tells_even_if_nothing_can_be_said(environ, tmp_path, streams):
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista; sys.exit(openpista.main())"
+    script = f'set -o pipefail; "$0" -c "$1" run --no-such-option --json {streams}'
+    done = subprocess.run(["bash", "-c", script, sys.executable, start], env=environ, cwd=tmp_path, timeout=60,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -232,3 +232,11 @@ def test_a_key_from_standard_input_is_stored_and_shown_masked(openpista, home):
 def test_a_key_that_cannot_be_one_is_refused(openpista, home, key):
     done = openpista("auth", "login", "--non-interactive", "--provider", "openai", "--api-key", key)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (home / "credentials.toml").exists()
+
+
+def test_a_login_with_an_odd_name_survives_the_next_login(tmp_path):
+    path = tmp_path / "credentials.toml"
+    path.write_text('["my own"]\napi_key = "one-key"\n')
+    path.chmod(0o600)
+    Credentials(path).save(Login("openai", "two-key"))
+    assert [login.api_key for login in Credentials(path).logins().values()] == ["one-key", "two-key"]

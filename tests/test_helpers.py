@@ -252,6 +252,12 @@ def test_a_log_record_shows_no_secret_not_even_in_its_traceback():
     assert "hidden-key" not in text and text.count("[secret]") == 3 and "Traceback" in text
 
 
+def test_a_secret_with_an_escape_in_it_is_none_the_less_one():
+    formatter = openpista.RedactingFormatter(Redactor(["hidden-key"]))
+    record = logging.LogRecord("openpista", logging.ERROR, "", 1, "with hid\x1b[31mden-key", (), None)
+    assert formatter.format(record).endswith("with [secret]")
+
+
 def test_logging_goes_to_stderr_redacted_and_httpx_stays_quiet():
     code = """
 import logging, openpista
@@ -262,3 +268,9 @@ logging.getLogger("httpx").info("GET https://api.telegram.org/bot...")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "" and done.stderr.endswith("DEBUG openpista: with [secret]\n")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_record_is_one_line_whatever_is_in_it():
+    formatter = openpista.RedactingFormatter(Redactor())
+    record = logging.LogRecord("openpista", logging.ERROR, "", 1, "%s", ("a\n2026-01-01 INFO openpista: forged",), None)
+    assert "\n" not in formatter.format(record)

@@ -232,8 +232,22 @@ def test_capture_of_much(limit):
         portion = f"{number} {'가a' * 300}\n"
         text += portion
         capture.feed(portion.encode())
-        assert len(capture._head) + len(capture._tail) <= limit + (64 << 10) + 1000
+        assert len(capture._head) + len(capture._tail) <= limit + (64 << 10) + 2 * Capture.MARGIN + 1000
     assert capture.text() == expected(text, limit)
+
+
+@pytest.mark.parametrize("start", [*range(60, 110), *range(350, 410)])
+def test_a_cut_leaves_no_half_of_a_secret(start):
+    secret = "canary-0123456789-canary"
+    redact = openpista.Redactor([secret])
+    text = ("." * start + secret).ljust(470, ".")
+    for size in (1, 7, 1_000):
+        capture = Capture(200, redact.cover)
+        for i in range(0, len(text), size):
+            capture.feed(text[i : i + size].encode())
+        shown = redact(capture.text())
+        assert "270 characters left out" in shown
+        assert not any(secret[i : i + 3] in shown for i in range(len(secret) - 3))
 
 
 def test_utf8_is_split_anywhere():

@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def no_proxies(monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -657,6 +658,54 @@ def ask_all(models, count=1):
     return asyncio.run(go()), [progress.text for progress in told if progress.kind == "notice"]
 
 
+def test_two_turns_that_fail_at_once_do_not_turn_the_line_back(model):
+    """Sessions share the models: the second failure of m1 must not bring it to the front again."""
+    model.script({"model": "m1", "status": 503, "delay": 0.2, "times": 2}, {"model": "m2", "text": "Hi.", "times": -1})
+    models = models_for(model, "m1", "m2", "m3")
+
+    async def go():
+        try:
+            return await asyncio.gather(*(models.complete(ASK, lambda progress: None) for _ in range(2)))
+        finally:
+            await models.aclose()
+
+    assert [answer.model for answer in asyncio.run(go())] == ["openai/m2"] * 2
+    assert [provider.name for provider in models.providers] == ["openai/m2", "openai/m3", "openai/m1"]
+
+
+def test_a_mend_of_one_format_leaves_another_one_alone(model):
+    body = {"model": "m", "messages": []}
+    openpista.forget_reasoning(body)
+    assert body == {"model": "m", "messages": []}
+
+
+def test_a_password_in_an_address_is_not_shown():
+    trial = Trial("http://me:hunter2@127.0.0.1:9/v1")
+    said = trial.fails(Unavailable)
+    assert "hunter2" not in said and "http://…@127.0.0.1:9/v1" in said
+    assert "hunter2" not in str([progress.text for progress in trial.told])
+    with pytest.raises(ConfigError, match="is not an http") as caught:
+        openpista.whole_url("ftp://me:hunter2@box/", PROVIDERS["custom"])
+    assert "hunter2" not in str(caught.value)
+
+
+IN_THE_OPEN = [
+    ("http://box:8000/v1", KEY, True),
+    ("http://192.168.1.7/v1", KEY, True),
+    ("http://127.0.0.1.example.com/v1", KEY, True),
+    ("http://box:8000/v1", "", False),
+    ("https://box/v1", KEY, False),
+    ("http://localhost:11434/v1", KEY, False),
+    ("http://127.0.0.1:1/v1", KEY, False),
+    ("http://[::1]:1/v1", KEY, False),
+]
+
+
+@pytest.mark.parametrize(("url", "key", "open_"), IN_THE_OPEN)
+def test_a_key_that_goes_without_encryption(url, key, open_):
+    assert openpista.goes_in_the_open(Endpoint("openai", PROVIDERS["openai"], url, "m", Key(key), "chat")) is open_
+
+
 def test_the_next_model_answers_and_says_who_it_is(model):
     model.script({"model": "m1", "status": 503}, {"model": "m2", "status": 429}, {"model": "m3", "text": "Hello."})
     [answer], notices = ask_all(models_for(model, "m1", "m2", "m3"))
@@ -774,6 +823,16 @@ def test_a_certificate_that_the_environment_trusts(tls_url, certificate, monkeyp
     assert Trial(tls_url).ask().message.text == "Safe."
 
 
+@pytest.mark.parametrize("variable", ["SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"])
+def test_a_folder_of_certificates_that_the_environment_trusts(tls_url, certificate, tmp_path, monkeypatch, variable):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to name the file")
+    name = subprocess.check_output(["openssl", "x509", "-noout", "-hash", "-in", certificate], text=True).strip()
+    (tmp_path / f"{name}.0").write_bytes(certificate.read_bytes())
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert Trial(tls_url).ask().message.text == "Safe."
+
+
 def test_a_certificate_that_nobody_trusts_is_one_clear_error(tls_url):
     trial = Trial(tls_url)
     assert (
@@ -828,3 +887,8 @@ def test_offline_says_what_it_is_and_calls_nothing_when_it_may_not():
     assert "not a model" in answer.message.text
     answer, _ = offline("$ uname\n$ pwd", "Linux", may_call=False)
     assert answer.message.text == "Linux" and not answer.message.tool_calls
+
+
+def test_a_key_that_the_server_repeats_is_not_clipped_before_it_is_masked(model):
+    model.script({"status": 400, "body": json.dumps({"error": {"message": f"{'x' * 285} {KEY} is bad"}})})
+    assert KEY[:8] not in Trial(model.url).fails(ProviderError)

@@ -1,5 +1,6 @@
 """Store: the file and its migrations, transcripts that come back as they went in, the journal, the lease, usage."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -232,6 +234,18 @@ def test_locked_by_another_process(path):
                 other.execute("COMMIT")
                 second.append(session, user("hi"))
         assert len(messages(store, session)) == 1
+
+
+def test_a_reader_of_a_file_without_wal_is_waited_for_once(path):
+    """SQLite waits here by itself, at each try; it took more than four minutes."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("PRAGMA user_version = 0")
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM sqlite_master").fetchall()
+        started = time.monotonic()
+        with pytest.raises(StoreError, match="locked by another process"):
+            Impatient(path)
+        assert time.monotonic() - started < 10 * Impatient.BUSY
 
 
 def test_a_new_file_that_is_locked(path):
@@ -761,6 +775,21 @@ def test_one_process_at_a_time_works_on_a_session(path, store, session, way):
     assert store.take_lease(session) is True
     child.kill()
     child.communicate()
+
+
+def test_a_container_with_the_hosts_name_cannot_tell_who_is_gone(path, store, session):
+    """`docker run --network host` takes the host's name; its process numbers are its own."""
+    look = "import sys; from pathlib import Path; from openpista import Store; s = Store(Path(sys.argv[1])); "
+    look += "print(s.take_lease(s.session('main')))"
+    inside = ["unshare", "--pid", "--fork", "--mount-proc", "--map-root-user", sys.executable, "-c", look, str(path)]
+    assert store.take_lease(session)
+    try:
+        done = subprocess.run(inside, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if done.returncode:
+        pytest.skip(f"no namespaces here: {done.stderr}")
+    assert done.stdout == "False\n"
 
 
 def test_a_lease_runs_out_without_a_heartbeat(path):

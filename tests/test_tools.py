@@ -248,7 +248,7 @@ def test_time_limits(bench):
 
 
 def test_a_usual_folder_that_is_gone_is_an_error(bench):
-    with pytest.raises(openpista.ToolError, match=r"no folder /no/such; see \[tools\] workdir"):
+    with pytest.raises(openpista.ConfigError, match=r"no folder /no/such; see \[tools\] workdir"):
         bench._replace(settings=ToolsConfig(workdir="/no/such")).folder()
 
 
@@ -502,3 +502,15 @@ def test_the_prompt_keeps_its_prefix(bench):
     assert one[:-10] == two[:-10] != one
     assert "Be kind." in one
     assert "dog" in one
+
+
+def test_no_half_of_a_secret_where_output_is_cut(box, bench, tmp_path):
+    """The key lies across the place where the head ends."""
+    (tmp_path / "long").write_text("." * 990 + CANARY + "." * 5_000)
+    shown = sh(box, "cat long").output
+    assert "canary" not in shown and "characters left out" in shown
+    skill = bench.skills[0].folder
+    half = openpista.SKILL_BODY_CHARS // 2
+    (skill / "long.txt").write_text("." * (half - 10) + CANARY + "." * 3 * half)
+    shown = run(box, "skill.read", name="dog", file="long.txt").output
+    assert "canary" not in shown and "characters left out" in shown

@@ -467,6 +467,12 @@ def test_reasoning_items_go_back_beside_their_call_to_the_same_model_only():
     assert [item.get("type") for item in other] == [None, "function_call", "function_call_output"]
 
 
+def test_an_item_whose_call_was_not_taken_does_not_go_back():
+    said = echo_of("responses-reasoning-encrypted")._replace(tool_calls=())
+    items = encode_responses(conversation(USER, said))["input"]
+    assert [item["type"] for item in items if "type" in item] == ["reasoning"]
+
+
 def test_reasoning_without_its_encrypted_form_does_not_go_back():
     said = echo_of("responses-reasoning-plain")
     assert said.echo is None
