@@ -34,8 +34,9 @@ def platform_key():
 def cache_roots():
     """The folders that may hold unpacked copies, best first."""
     env, uid = os.environ.get, getattr(os, "getuid", int)()
-    roots = [env("OPENPISTA_CACHE", "") and os.path.abspath(env("OPENPISTA_CACHE"))]
-    roots += [env("CACHE_DIRECTORY", "").partition(":")[0]]  # systemd's, and already our own
+    if env("OPENPISTA_CACHE"):  # somebody's word: this one or none
+        return [os.path.abspath(env("OPENPISTA_CACHE"))]
+    roots = [env("CACHE_DIRECTORY", "").partition(":")[0]]  # systemd's, and already our own
     roots += [os.path.join(env("XDG_CACHE_HOME", ""), "openpista"), os.path.expanduser("~/.cache/openpista")]
     for folder in (env("TMPDIR", ""), env("TEMP", ""), "/tmp", "/var/tmp"):
         roots.append(os.path.join(folder, "openpista-" + str(uid)))

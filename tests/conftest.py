@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,10 @@ from fakes import ModelServer
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+# Whoever started pytest may have had these ignored (nohup, & in a script), and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What a child of a test may inherit: nothing that configures openpista or holds a key.
 KEPT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")

@@ -119,7 +119,7 @@ def test_a_signal_stops_the_tool(long_tool, model, openpista, openai, tmp_path, 
     assert time.monotonic() - began < 1.5
     assert (out, err, process.returncode) == ("", "openpista: interrupted\n", 130)
     assert not alive(group)
-    assert "stopped by the person" in goes_on(model, openpista, openai, tmp_path)
+    assert "stopped while it ran" in goes_on(model, openpista, openai, tmp_path)
 
 
 def test_a_tool_that_will_not_stop_is_killed(long_tool, model, openpista, openai, tmp_path):
@@ -312,6 +312,23 @@ def test_an_open_home_is_closed_and_that_is_said(openpista, home):
     assert done.stdout == "hi\n" and f"{home} was open to others" in done.stderr
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
     assert openpista("run", "--provider", "offline", "-e", "$ echo hi").stderr == ""
+
+
+def test_a_home_that_holds_other_things_keeps_its_mode(openpista, home):
+    home.mkdir(mode=0o755)
+    (home / "somebody's").write_text("file")
+    done = openpista("run", "--provider", "offline", "-e", "$ echo hi")
+    assert (done.stdout, done.stderr) == ("hi\n", "") and stat.S_IMODE(home.stat().st_mode) == 0o755
+    assert stat.S_IMODE((home / "memory.db").stat().st_mode) == 0o600
+
+
+def test_a_home_that_others_may_write_into_is_refused(openpista, home):
+    home.mkdir()
+    home.chmod(0o1777)
+    (home / "somebody's").write_text("file")
+    done = openpista("run", "--provider", "offline", "-e", "$ echo hi")
+    assert done.returncode == 1 and f"others may write into the home folder {home}" in done.stderr
+    assert stat.S_IMODE(home.stat().st_mode) == 0o1777 and not (home / "memory.db").exists()
 
 
 PLACES = [  # configuration -> where the database is

@@ -422,7 +422,7 @@ def test_the_key_is_never_shown_or_kept(openpista, model, openai, home, tmp_path
 
 
 def test_children_do_not_see_the_key(openpista, model, openai, tmp_path):
-    command = "env; tr '\\0' ' ' </proc/self/cmdline; cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"
+    command = "env; tr '\\0' ' ' </proc/self/cmdline; tr '\\0' ' ' </proc/$PPID/cmdline"
     model.script(ask(command), {"text": "ok"})
     env = openai | {"OPENAI_API_KEY": KEY, "GITHUB_TOKEN": "hidden-0123456789", "PLAIN": "seen-0123456789"}
     assert openpista("run", "-e", "x", "--yes", env=env).stdout == "ok\n"
@@ -447,7 +447,7 @@ def test_sessions(openpista, home):
     assert [set(row) for row in listed] == [{"name", "messages", "updated_at", "first"}] * 2
     shown = openpista("sessions", "show", "alpha").stdout
     assert re.sub(r"\[[-\d]+ [:\d]+\] ", "", shown) == (
-        'user\n  $ echo one\nassistant\n  calls system.run {"command":"echo one"}\ntool\n  one\nassistant\n  one\n'
+        'user\n  $ echo one\nassistant\n  calls system.run {"command":"echo one"}\ntool echo one\n  one\nassistant\n  one\n'
     )
     rows = [json.loads(line) for line in openpista("sessions", "show", "베타", "--json").stdout.splitlines()]
     assert [row["role"] for row in rows] == ["user", "assistant", "tool", "assistant"]

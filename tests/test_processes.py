@@ -315,6 +315,15 @@ def test_the_loop_stays_free_while_much_is_read():
     assert ticks >= 5
 
 
+def test_a_child_that_left_its_group_and_session_is_ended_too(tmp_path):
+    hidden = f"setsid sleep 995 & setsid bash -c 'echo $$ >{tmp_path}/pids; (sleep 996 & echo $! >>{tmp_path}/pids; sleep 997)' & sleep 0.3; echo hi"
+    outcome = asyncio.run(process(hidden))
+    assert outcome.output == "hi\n" and outcome.code == 0
+    assert len(pids_in(tmp_path)) == 2 and soon(lambda: not any(map(alive, pids_in(tmp_path))))
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert not {"sleep 995", "sleep 996", "sleep 997"} & set(shown.splitlines())
+
+
 # Cancelling, and many at once
 
 

@@ -471,7 +471,7 @@ def test_a_refused_key_names_its_source_and_how_to_set_another(model, format, st
     trial = Trial(model.url, format)
     said = trial.fails(CredentialError)
     assert said.startswith(f"openai refused the key …cdef from $OPENAI_API_KEY ({status}")
-    assert said.endswith("; set OPENAI_API_KEY, or run `openpista auth login --provider openai`")
+    assert said.endswith("; correct $OPENAI_API_KEY, or unset it and run `openpista auth login --provider openai`")
     assert len(model.requests()) == 1 and trial.waits == []
 
 

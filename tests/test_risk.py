@@ -46,7 +46,6 @@ echo "it's fine; rm -rf / is only text"
 echo 'a > b && c'
 echo rm -rf /
 printf '%s\n' a b c
-printf -v greeting '%s' hello
 date
 date +%Y-%m-%d
 date -d 'next monday' +%F
@@ -86,7 +85,7 @@ test -f .env
 [ -f .env ]
 [ "$x" = y ]
 [ -d /srv ] && ls /srv
-[[ -f notes.txt && ! -d notes ]] && cat notes.txt
+[[ -f notes.txt ]] && cat notes.txt
 [[ $name == b* ]] || echo no
 [[ a < b ]]
 set -euo pipefail
@@ -248,7 +247,6 @@ echo "`date` and `hostname`"
 echo $(echo $(echo $(date)))
 echo ${x:-nothing} ${y%.txt} ${#z} ${list[0]} ${path##*/}
 echo "${x:-$(date)}" "${name:0:3}" "${a//b/c}"
-echo $((1 + 2*3))
 echo $? $# $$
 cat <(ls a) <(ls b)
 diff <(sort a) <(sort b)
@@ -279,7 +277,6 @@ env | sort
 env -i LANG=C ls
 env -u LANG ls
 env FOO=1 BAR=2 ls -l
-env -S 'ls -la' /tmp
 nice -n 10 ls
 nice -5 ls
 ionice -c3 du -sh /srv
@@ -327,14 +324,8 @@ cat environment.yml key.txt secret_santa.txt
     "  \n\t ",
     "ls\npwd\n",
     "ls \\\n  -la",
-    "cat <<EOF\nhello $USER $(date)\nEOF",
-    "cat <<'EOF'\n$(rm -rf x) `rm y`\nEOF\nls",
-    "cat <<-EOF | sort\n\tb\n\ta\n\tEOF",
-    "cat <<A <<\"B\"\none\nA\ntwo\nB\necho done",
     "if true; then\n  ls\nfi",
     "for x in a b\ndo\n  echo $x  # rm\ndone",
-    "while read -r line\ndo echo \"$line\"; done <<EOF\na\nb\nEOF",
-    "bash -c 'cat <<EOF\nhello\nEOF'",
     "awk '\n  { n++ }\n  END { print n }\n' file",
     "echo 'two\nlines'",
 ]  # fmt: skip
@@ -881,6 +872,9 @@ eval "$x"
 eval 'r''m x'
 eval eval eval rm x
 ## secrets
+pip list --log-file x
+pip freeze --log-file=x
+pip3 show --log x httpx
 cat ~/.ssh/id_rsa
 cat $HOME/.ssh/id_ed25519
 cat "$HOME"/.ssh/id_rsa
@@ -925,6 +919,11 @@ find ~ -name id_rsa -exec cat {} +
 git show HEAD:.env
 sh -c 'cat .env'
 ls .env | xargs cat
+## only looks, but is not followed
+printf -v greeting '%s' hello
+[[ -f notes.txt && ! -d notes ]] && cat notes.txt
+echo $((1 + 2*3))
+env -S 'ls -la' /tmp
 ## unicode and shape
 ｒｍ x
 rм x
@@ -967,6 +966,12 @@ cat << EOF; rm x
     "ls\x85rm x",
     "# comment\nrm x",
     "# comment \\\nrm x",
+    "cat <<EOF\nhello $USER $(date)\nEOF",
+    "cat <<'EOF'\n$(rm -rf x) `rm y`\nEOF\nls",
+    "cat <<-EOF | sort\n\tb\n\ta\n\tEOF",
+    "cat <<A <<\"B\"\none\nA\ntwo\nB\necho done",
+    "while read -r line\ndo echo \"$line\"; done <<EOF\na\nb\nEOF",
+    "bash -c 'cat <<EOF\nhello\nEOF'",
     "cat <<EOF\n$(rm x)\nEOF",
     "cat <<EOF\n`rm x`\nEOF",
     "cat <<EOF\n${x:-$(rm y)}\nEOF",
@@ -1044,6 +1049,8 @@ def test_needs_a_yes(command):
         ("PATH=/tmp ls", "sets PATH"),
         ("cat ~/.ssh/id_rsa", "reads what looks like a secret: ~/.ssh/id_rsa"),
         ("echo 'x", "has no closing '"),
+        ("cat <<EOF\nhello\nEOF", "has a heredoc"),
+        ("cat > notes <<EOF\nhello\nEOF", "writes to notes"),
         ("ls\u200b", "holds an invisible character, U+200B"),
         ("x" * 30_000, "is longer than 20000 characters"),
         ("( " * 30, "is nested too deeply"),
@@ -1130,7 +1137,7 @@ def test_it_answers_at_once(text):
         start = time.perf_counter()
         risk(text)
         best = min(best, time.perf_counter() - start)
-    assert best < (0.05 if len(text) > openpista.LONGEST else 0.5)
+    assert best < (0.05 if len(text) > openpista.RISK_CHARS else 0.5)
 
 
 # --- against bash ---

@@ -308,11 +308,13 @@ def test_stdin_in_a_pipe(model, terminal, tmp_path):
     model.script(*ask("rm -rf nothing-here"))
     with (tmp_path / "in").open("rb") as stdin:
         tty = terminal("run", "-e", "x", stdin=stdin)
+        tty.wait("Run it?")  # the terminal is still there to answer on
+        tty.send("y\n")
         assert tty.end() == 0
-    assert "All done." in tty.text and "Run it?" not in tty.text
+    assert "All done." in tty.text
     first, second = model.bodies()
     assert "the piped words" in first["messages"][-1]["content"]
-    assert "nobody" in second["messages"][-1]["content"]
+    assert "(no output)" in second["messages"][-1]["content"]
 
 
 def test_json_on_a_terminal_is_json_alone(model, terminal, tmp_path):
@@ -358,7 +360,8 @@ def test_the_question(model, terminal, tmp_path, keys, runs):
     assert (log.read_text() if log.exists() else "").count("run") == runs
     assert "All done." in tty.text
     results = [message["content"] for message in model.bodies()[-1]["messages"] if message["role"] == "tool"]
-    assert sum("denied by the person" in text for text in results) == 2 - runs
+    refused = ["denied by the person" in text or "said no in this turn" in text for text in results]
+    assert sum(refused) == 2 - runs
     assert tty.text.count("Run it?") == (2 if runs == 1 else 1)  # no is final, a is for ever
 
 
@@ -495,3 +498,11 @@ def test_no_key_is_typed(terminal, home, keys, code):
     assert tty.end() == code
     assert "Traceback" not in tty.text and "openpista: " in tty.text
     assert not (home / "credentials.toml").exists()
+
+
+def test_an_answer_that_comes_in_lines_is_shown_once(model, terminal):
+    model.script({"text": "- a\n- b\n- c\nend\n", "deltas": 4})
+    tty = terminal("run", "-e", "x")
+    assert tty.end() == 0
+    assert [line.strip() for line in tty.text.splitlines() if line.strip()][:4] == ["- a", "- b", "- c", "end"]
+    assert tty.text.count("- b") == 1

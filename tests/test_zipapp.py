@@ -224,6 +224,12 @@ def test_cache_can_be_chosen(variable, below, archive, home, tmp_path):
     assert len(copies(tmp_path / "chosen" / below)) == 1 and not (home / ".cache").exists()
 
 
+def test_the_chosen_cache_is_used_although_another_has_a_copy(archive, home, tmp_path):
+    assert says_hi(start(archive, home, *HELLO))
+    assert says_hi(start(archive, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "chosen")))
+    assert len(copies(tmp_path / "chosen")) == 1
+
+
 def falls_back(archive, home, **env):
     """The run works, from the temporary folder."""
     done = start(archive, home, *HELLO, **env)
