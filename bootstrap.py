@@ -93,9 +93,12 @@ def start():
     gc.set_threshold(50000)  # start-up makes much and drops little: the default looks through it again and again
     atexit.register(gc.freeze)  # and at the end the process is over: there is nothing to collect
     sys.dont_write_bytecode = False  # the wish to have none is about other folders: without, each start compiles all
-    import openpista
+    try:
+        import openpista
 
-    sys.exit(openpista.main())
+        sys.exit(openpista.main())
+    except KeyboardInterrupt:  # before main could take care of it
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import zipfile
 
 import pytest
 
+import bootstrap
+
 pytestmark = pytest.mark.xdist_group("archive")
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -374,3 +376,15 @@ def test_two_builds_are_bit_identical(archive, twin):
     path, process = twin
     assert process.communicate()[1] == "" and process.returncode == 0
     assert path.read_bytes() == archive.read_bytes()
+
+
+def test_ctrl_c_while_the_program_is_still_loading(tmp_path):
+    """Before main can take care of it: no traceback, and the same exit code."""
+    start = "import sys, bootstrap; bootstrap.IDS = {bootstrap.platform_key(): '0' * 32}; bootstrap.start()"
+    copy = tmp_path / "cache" / f"{'0' * 32}-{bootstrap.platform_key()}"
+    copy.mkdir(parents=True, mode=0o700)
+    copy.parent.chmod(0o700)
+    (copy / "openpista.py").write_text("raise KeyboardInterrupt")
+    env = {"OPENPISTA_CACHE": str(copy.parent), "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", start], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
