@@ -34,9 +34,8 @@ def platform_key():
 def cache_roots():
     """The folders that may hold unpacked copies, best first."""
     env, uid = os.environ.get, getattr(os, "getuid", int)()
-    if env("OPENPISTA_CACHE"):  # somebody's word: this one or none
-        return [os.path.abspath(env("OPENPISTA_CACHE"))]
-    roots = [env("CACHE_DIRECTORY", "").partition(":")[0]]  # systemd's, and already our own
+    roots = [env("OPENPISTA_CACHE", "") and os.path.abspath(env("OPENPISTA_CACHE"))]
+    roots += [env("CACHE_DIRECTORY", "").partition(":")[0]]  # systemd's, and already our own
     roots += [os.path.join(env("XDG_CACHE_HOME", ""), "openpista"), os.path.expanduser("~/.cache/openpista")]
     for folder in (env("TMPDIR", ""), env("TEMP", ""), "/tmp", "/var/tmp"):
         roots.append(os.path.join(folder, "openpista-" + str(uid)))
@@ -82,12 +81,14 @@ def start():
         known = ", ".join(sorted(IDS))
         sys.stderr.write("openpista: this file is for " + known + ", not for " + key + "; use build_zipapp.py there\n")
         sys.exit(2)
-    copies = [os.path.join(root, IDS[key] + "-" + key) for root in cache_roots() if is_private(root)]
+    roots = cache_roots()
+    chosen = roots[:1] if os.environ.get("OPENPISTA_CACHE") else roots  # somebody's word: no copy elsewhere will do
+    copies = [os.path.join(root, IDS[key] + "-" + key) for root in chosen if is_private(root)]
     copy = next((copy for copy in copies if hold(copy)), None)
     if copy is None:
         import openpista_unpack
 
-        copy = openpista_unpack.unpack(IDS[key], key, cache_roots())
+        copy = openpista_unpack.unpack(IDS[key], key, roots)
         hold(copy)
     sys.path[0] = copy  # in place of the archive, which may be replaced while we run
     gc.set_threshold(50000)  # start-up makes much and drops little: the default looks through it again and again

@@ -2041,6 +2041,9 @@ def pick_format(provider: str, model: str, agent: AgentConfig) -> str:
     return PROVIDERS[provider].format
 
 
+LONGEST_CONNECT = 15.0  # seconds; what answers later than that does not answer
+
+
 def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
     """The door to httpx: a client for addresses like this one, ours to close; proxies come from the environment."""
     try:
@@ -2051,7 +2054,7 @@ def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
 
     # For plain http a context that trusts nobody: it costs nothing.
     context = trusted_context() if url.lower().startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    limits = httpx.Timeout(idle_timeout, connect=15.0, pool=15.0)
+    limits = httpx.Timeout(idle_timeout, connect=min(idle_timeout, LONGEST_CONNECT))
     headers = {"user-agent": f"openpista/{__version__}"}
     try:
         return httpx.AsyncClient(verify=context, timeout=limits, headers=headers, follow_redirects=False)
@@ -2181,7 +2184,8 @@ class HttpProvider:
         try:
             return await self._stream(request, body, tell)
         except httpx.ConnectTimeout:
-            raise Unavailable(f"no connection to {host} within 15 s") from None
+            seconds = min(self.idle_timeout, LONGEST_CONNECT)
+            raise Unavailable(f"no connection to {host} within {seconds:g} s") from None
         except httpx.TimeoutException:
             raise Unavailable(f"{host} was silent for {self.idle_timeout:g} s") from None
         except httpx.ConnectError as error:

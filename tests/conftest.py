@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import fcntl
 import os
 import pathlib
 import signal
@@ -22,9 +23,14 @@ KEPT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory):
-    """openpista.pyz, built once for all tests."""
-    path = tmp_path_factory.mktemp("archive") / "openpista.pyz"
-    subprocess.run([sys.executable, ROOT / "build_zipapp.py", "--output", path], check=True)
+    """openpista.pyz, built once for all tests and all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = folder / "openpista.pyz"
+    with (folder / "archive.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            subprocess.run([sys.executable, ROOT / "build_zipapp.py", "--output", path], check=True)
     return path
 
 

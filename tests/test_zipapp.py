@@ -15,8 +15,6 @@ import pytest
 
 import bootstrap
 
-pytestmark = pytest.mark.xdist_group("archive")
-
 ROOT = pathlib.Path(__file__).parent.parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "openpista.py").read_text("utf-8"), re.MULTILINE)[1]
 COPY = re.compile(r"[0-9a-f]{32}-[\w-]+")
