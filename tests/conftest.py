@@ -47,11 +47,18 @@ def environ(home, tmp_path):
     return kept | {"HOME": str(tmp_path), "OPENPISTA_HOME": str(home), "TERM": "xterm"}
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="module")
+def server():
     """A fake model server, a process of its own."""
     with ModelServer() as server:
         yield server
+
+
+@pytest.fixture
+def model(server):
+    """The fake model server, with nothing in its script or its records."""
+    server.script()
+    return server
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fakes import ModelServer
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
@@ -22,18 +21,6 @@ PROGRAM = [
     "-c",
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; sys.exit(o.main())",
 ]
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-def model(server):
-    server.script()
-    return server
 
 
 @pytest.fixture

@@ -25,18 +25,6 @@ OFFLINE = ("run", "--provider", "offline", "--session", "s", "-e")
 ROOTLESS = os.name != "posix" or os.getuid() != 0
 
 
-@pytest.fixture(scope="module")
-def server():
-    with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-def model(server):
-    server.script()
-    return server
-
-
 def one_line(done, code, text):
     """It failed with this code and one line on stderr that says this; nothing on stdout."""
     assert "Traceback" not in done.stderr, done.stderr

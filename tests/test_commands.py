@@ -10,7 +10,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fakes import ModelServer
 
 from openpista import COMMANDS, STDIN_LIMIT
 
@@ -22,18 +21,6 @@ PROGRAM = [
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; sys.exit(o.main())",
 ]
 OFFLINE = ("run", "--provider", "offline", "-e")
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-def model(server):
-    server.script()
-    return server
 
 
 def together(run, cases):

@@ -9,7 +9,7 @@ import socket
 import time
 
 import pytest
-from fakes import ModelServer, check_steps
+from fakes import check_steps
 
 OPENAI = {"authorization": "Bearer key", "content-type": "application/json"}
 ANTHROPIC = {"x-api-key": "key", "anthropic-version": "2023-06-01", "content-type": "application/json"}
@@ -20,18 +20,6 @@ CHAT_TOOLS = [{"type": "function", "function": {"name": "system_run", "parameter
 RESPONSES_TOOLS = [{"type": "function", "name": "system_run", "parameters": SCHEMA, "strict": False}]
 MESSAGES_TOOLS = [{"name": "system_run", "input_schema": SCHEMA}]
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-def model(server):
-    server.script()
-    return server
 
 
 def body_for(kind, **more):

@@ -12,7 +12,6 @@ import sys
 from email.utils import format_datetime
 
 import pytest
-from fakes import ModelServer
 
 import openpista
 from openpista import (
@@ -47,18 +46,6 @@ ASK = Request("Be brief.", (Message(Role.USER, "Who am I?"),), TOOLS)
 RUN = {"name": "system_run", "arguments": {"command": "whoami"}}
 PATHS = {name: "/v1" + form.path for name, form in FORMATS.items()}
 MODELS = {"chat": "m1", "responses": "m1", "messages": "claude-sonnet-4-5"}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-def model(server):
-    server.script()
-    return server
 
 
 @pytest.fixture(autouse=True)
@@ -844,7 +831,7 @@ def test_a_certificate_that_nobody_trusts_is_one_clear_error(tls_url):
 def test_plain_http_where_tls_is_spoken_and_the_other_way_round(tls_url, model, certificate, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     for url in (tls_url.replace("https:", "http:"), model.url.replace("http:", "https:")):
-        assert url in Trial(url).fails(Unavailable)
+        assert url in Trial(url, idle_timeout=0.5).fails(Unavailable)
 
 
 @pytest.mark.parametrize("text", [None, "no certificate"])

@@ -14,7 +14,6 @@ import time
 
 import pyte
 import pytest
-from fakes import ModelServer
 from wcwidth import wcswidth
 
 from openpista import cells, fit_cells, printable
@@ -90,18 +89,6 @@ class Terminal:
             self.process.kill()
         self.process.wait()
         os.close(self.master)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ModelServer() as server:
-        yield server
-
-
-@pytest.fixture
-def model(server):
-    server.script()
-    return server
 
 
 @pytest.fixture
