@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
 PROGRAM = [
     sys.executable,
+    "-P",
     "-c",
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; sys.exit(o.main())",
 ]
