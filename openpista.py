@@ -4174,16 +4174,20 @@ class Agent:
             return await Turn(self, session, gate, tell).run(text)
 
 
+LONGEST_QUEUE = 3_600.0  # seconds to wait for another process that works on the session
+
+
 @contextlib.asynccontextmanager
 async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None]:
     """The session's lease, kept alive while the block runs. Waits for another process, and says so."""
-    for attempt in itertools.count():
-        if store.take_lease(session):
-            break
-        if attempt == 0:
-            tell(
-                Progress("notice", f"session {session.name} is in use by {store.lease_holder(session)}; waiting for it")
-            )
+    started, waits = time.monotonic(), False
+    while not store.take_lease(session):
+        used = f"session {session.name} is in use by {store.lease_holder(session)}"
+        if time.monotonic() - started > LONGEST_QUEUE:
+            raise StoreError(used, f"waited {LONGEST_QUEUE:g} s; try again later")
+        if not waits:
+            tell(Progress("notice", f"{used}; waiting for it"))
+        waits = True
         await asyncio.sleep(0.2)
 
     turn, lost = asyncio.current_task(), []
@@ -4864,8 +4868,8 @@ def command(name: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Call
 
 # ---- run ----
 
-STDIN_LIMIT = 200_000  # characters of piped input; about 50,000 tokens
-STDIN_NOTICE = 3.0  # seconds of waiting before it is said what is waited for
+STDIN_LIMIT = 200_000  # bytes of piped input that are kept; about 50,000 tokens
+STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is waited for, and until that is given up
 
 
 @command(
@@ -4906,29 +4910,35 @@ def clean(text: str) -> str:
 
 def piped_input(timeout: float | None) -> str:
     """Standard input, if it is not a terminal; its head and tail if it is long, which is said."""
-    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+    if sys.stdin.isatty():
         return ""
-    capture, handle, started, noticed = Capture(STDIN_LIMIT), sys.stdin.fileno(), time.monotonic(), False
+    capture = Capture(STDIN_LIMIT)
+    for data in portions_of(sys.stdin.fileno(), timeout or STDIN_LONGEST):
+        capture.feed(data)
+    text = storable(capture.text()).strip()
+    room = STDIN_LIMIT * len(text) // max(1, len(text.encode()))  # characters: a Korean one has three bytes
+    if text and max(len(text), capture.total) > room:
+        text = text[: room // 2] + left_out(capture.total - 2 * (room // 2)) + text[-(room // 2) :]
+        print(f"openpista: standard input was cut to {room:,} of {capture.total:,} characters", file=sys.stderr)
+    return f"<stdin>\n{text}\n</stdin>" if text else ""
+
+
+def portions_of(handle: int, timeout: float) -> Iterator[bytes]:
+    """What a descriptor gives until its end. PistaError if that does not come within timeout seconds."""
+    started, noticed, data = time.monotonic(), False, b""
     while True:
         waited = time.monotonic() - started
-        if timeout and waited > timeout:
+        if waited > timeout:
             raise PistaError(f"standard input did not end within {timeout:g} s", "close it with </dev/null")
-        if not noticed and waited > STDIN_NOTICE and not capture.total:
+        if waited > STDIN_NOTICE and not data and not noticed:
             noticed = True
             print("openpista: waiting for standard input to end (</dev/null closes it)", file=sys.stderr)
         if os.name == "posix" and not select.select([handle], [], [], 0.25)[0]:
             continue
         data = os.read(handle, 64 << 10)
         if not data:
-            break
-        capture.feed(data)
-    text = storable(capture.text()).strip()
-    room = STDIN_LIMIT * len(text) // max(1, len(text.encode()))  # a Korean letter has three bytes, and costs as much
-    if len(text) > room or capture.total > STDIN_LIMIT:
-        half, tail = text[: room // 2], text[-(room // 2) :]
-        text = half + left_out(capture.total - 2 * (room // 2)) + tail
-        print(f"openpista: standard input was cut to {room:,} of {capture.total:,} characters", file=sys.stderr)
-    return f"<stdin>\n{text}\n</stdin>" if text else ""
+            return
+        yield data
 
 
 async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) -> int:
