@@ -3109,7 +3109,8 @@ class Child:
             timed_out = True
             await self.end()
         await self._briefly(self._eof, self.LINGER)
-        return Outcome("", self.close(), timed_out)._replace(output=self.capture.text())
+        code = self.close()  # which also takes what still lies in the pipe
+        return Outcome(self.capture.text(), code, timed_out)
 
     async def end(self, grace: float = GRACE) -> None:
         """TERM for the group, KILL for what is still there after so many seconds."""
@@ -4226,7 +4227,7 @@ class Turn:
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
         self._seen: dict[str, int] = {}  # call and result -> how often
         self._summarised = False
-        self._sent = 0  # bytes of the messages of the last request
+        self._sent = 0  # bytes of the messages that went out for the answer now asked for
         self._ceiling = sys.maxsize  # bytes that messages may have; less after an overflow
 
     async def run(self, text: str) -> Reply:
@@ -4277,6 +4278,7 @@ class Turn:
 
     async def _ask(self, last_note: str = "") -> Completion:
         """The model's next message. An overflow leads to one smaller request, silence to one more question."""
+        self._sent = 0
         try:
             answer = await self._complete(last_note, may_call=not last_note)
         except ContextTooLong:
