@@ -70,3 +70,7 @@ CREATE TABLE usage (
 );
 CREATE INDEX usage_by_time ON usage (at);
 CREATE INDEX usage_by_session ON usage (session_id);
+
+-- step 2: a session may have a model of its own
+
+ALTER TABLE sessions ADD COLUMN model TEXT NOT NULL DEFAULT '';  -- provider/model; '' is the configured one

@@ -268,6 +268,7 @@ class Progress(NamedTuple):
     text: str = ""
     call: ToolCall | None = None
     result: ToolResult | None = None
+    usage: Usage | None = None  # thinking: what the turn has cost so far
 
 
 class Reply(NamedTuple):
@@ -417,6 +418,16 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
+def put_aside(path: Path) -> Path:
+    """Move a damaged file out of the way, so that nothing of it is lost; where it is now."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
+        if not aside.exists():
+            path.rename(aside)
+            return aside
+    raise AssertionError("unreachable")
+
+
 def load_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; ConfigError says where it is broken."""
     import tomllib
@@ -437,6 +448,10 @@ class Redactor:
     COVER = "\ufdd0"  # no character of any language: Unicode keeps it for uses like this
     LIKELY = r"(?<!\d)\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
 
+    BEGUN = re.compile(
+        r"(?:(?<!\d)\d+(?::[A-Za-z0-9_-]*)?|\bs(?:k(?:-[A-Za-z0-9_-]*)?)?)\Z"
+    )  # perhaps half of a LIKELY one
+
     def __init__(self, secrets: Iterable[str] = ()):
         self._secrets: set[str] = set()
         self.add(*secrets)
@@ -453,6 +468,20 @@ class Redactor:
     def cover(self, text: str) -> str:
         """The text, as long as before, with secrets painted over: it can be cut and leaves no half of one."""
         return self._pattern.sub(lambda match: self.COVER * len(match[0]), text)
+
+    def half(self, text: str) -> str:
+        """The end of the text that may be the beginning of a secret, whose rest comes with the next words."""
+        likely = self.BEGUN.search(text)
+        longest = max((begun(secret, text) for secret in self._secrets), default=0)
+        return text[len(text) - max(longest, len(likely[0]) if likely else 0) :]
+
+
+def begun(word: str, text: str) -> int:
+    """How many characters at the end of the text the word begins with."""
+    start = text.find(word[0], max(0, len(text) - len(word)))
+    while start >= 0 and not word.startswith(text[start:]):
+        start = text.find(word[0], start + 1)
+    return len(text) - start if start >= 0 else 0
 
 
 class RedactingFormatter(logging.Formatter):
@@ -799,13 +828,17 @@ class Credentials:
         for provider, table in load_toml(self.path).items():
             fields = table if isinstance(table, dict) else {"": table}
             if not set(fields) <= {"api_key", "base_url"} or not all(isinstance(v, str) for v in fields.values()):
-                raise ConfigError(f"{self.path}: [{provider}] is not a login", "mend or remove it, then log in again")
+                raise ConfigError(f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside")
             found[provider] = Login(provider, **fields)
         return found
 
     def save(self, login: Login) -> None:
-        """Store a login in place of the provider's old one."""
-        logins = self.logins()
+        """Store a login in place of the provider's old one. A file that is broken is kept aside, and that is said."""
+        try:
+            logins = self.logins()
+        except ConfigError as error:
+            log.warning("%s; it is kept as %s", error.args[0], put_aside(self.path))
+            logins = {}
         logins.pop(login.provider, None)
         self._write([*logins.values(), login])
 
@@ -854,6 +887,7 @@ class Session(NamedTuple):
     id: int
     name: str
     elided_upto: int = 0
+    model: str = ""  # provider/model that the person chose for it; '': the configured one
 
 
 class SessionInfo(NamedTuple):
@@ -959,11 +993,13 @@ class Store:
         with self.atomic():
             now = iso(self.now())
             self._run("INSERT OR IGNORE INTO sessions (name, created_at, updated_at) VALUES (?, ?, ?)", name, now, now)
-            return Session(*self._run("SELECT id, name, elided_upto FROM sessions WHERE name = ?", name).fetchone())
+            return Session(
+                *self._run("SELECT id, name, elided_upto, model FROM sessions WHERE name = ?", name).fetchone()
+            )
 
     def find_session(self, name: str) -> Session:
         """The session of this name; StoreError if there is none."""
-        row = self._run("SELECT id, name, elided_upto FROM sessions WHERE name = ?", name).fetchone()
+        row = self._run("SELECT id, name, elided_upto, model FROM sessions WHERE name = ?", name).fetchone()
         if row is None:
             names = [row[0] for row in self._run("SELECT name FROM sessions ORDER BY updated_at DESC LIMIT 1000")]
             raise StoreError(f"no session named {name!r}{near(name, names)}", "see `openpista sessions list`")
@@ -979,6 +1015,10 @@ class Store:
             limit,
         )
         return [SessionInfo(*row) for row in rows]
+
+    def set_model(self, session: Session, model: str) -> None:
+        """Answer this session with another model, given as provider/model; '' for the configured one."""
+        self._run("UPDATE sessions SET model = ? WHERE id = ?", model, session.id)
 
     def delete_session(self, name: str) -> None:
         """Remove a session and all it holds; usage stays, without it."""
@@ -1977,10 +2017,15 @@ def main_provider(agent: AgentConfig, logins: Mapping[str, Login], environ: Mapp
         return "custom"
     if agent.api_key:
         return "openai"
-    raise CredentialError(
-        "no key for any model",
-        "set a provider's variable such as OPENAI_API_KEY, or run `openpista auth login`, or try `--provider offline`",
+    raise no_model()
+
+
+def no_model() -> CredentialError:
+    """Nobody has said which model to ask."""
+    ways = (
+        "set a provider's variable such as OPENAI_API_KEY, or run `openpista auth login`, or try `--provider offline`"
     )
+    return CredentialError("no key for any model", ways)
 
 
 def resolve(wanted: str, agent: AgentConfig, logins: Mapping[str, Login], environ: Mapping[str, str]) -> Endpoint:
@@ -2393,20 +2438,27 @@ class Models:
     @property
     def name(self) -> str:
         """The one that is asked first, as provider/model."""
-        return self.providers[0].name
+        return self.providers[0].name if self.providers else "no model"
 
     @property
     def window(self) -> int:
         """Tokens of the window of the one that is asked first."""
-        return self.providers[0].window
+        return self.providers[0].window if self.providers else DEFAULT_WINDOW
+
+    async def use(self, providers: Sequence[Provider]) -> None:
+        """From now on ask these; those that were asked before are closed."""
+        former, self.providers = self.providers, list(providers)
+        for provider in former:
+            await provider.aclose()
 
     async def aclose(self) -> None:
         """Close them all."""
-        for provider in self.providers:
-            await provider.aclose()
+        await self.use(())
 
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The first answer. One that fails goes to the end of the line; if all fail, the first one's error."""
+        if not self.providers:
+            raise no_model()
         failed: list[PistaError] = []
         line = tuple(self.providers)  # as it stands now: another session's turn may change it meanwhile
         for provider, following in zip(line, (*line[1:], None), strict=True):
@@ -4298,7 +4350,7 @@ class Turn:
         limit = agent.settings.max_tokens
         request = Request(agent.system, messages, agent.toolbox.specs, may_call=may_call, note=note, max_tokens=limit)
         self._sent = weight(messages)
-        self.tell(Progress("thinking"))
+        self.tell(Progress("thinking", usage=self.usage))
         answer = await self._spend(request, self.tell)
         self.model = answer.model
         if answer.usage.input > 500:
@@ -4484,7 +4536,6 @@ def spoken(message: Message) -> str:
 # comes, a question before a risky call. Nothing a model or a tool says reaches
 # the terminal with its control characters.
 
-LAST_WORD = re.compile(r"[!-~]{1,256}\Z")  # it may be the first half of a secret; keys are of these letters
 HALF_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
 
 
@@ -4519,7 +4570,7 @@ class Console:
         out: Any,
         err: Any,
         environ: Mapping[str, str],
-        redact: Callable[[str], str] = str,
+        redact: Redactor,
         keys: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -4552,9 +4603,7 @@ class Console:
         else:
             self._break()
             self._print(reply.text + "\n")
-        self._note(
-            f"{reply.model} · {plural(len(reply.tool_calls), 'tool call')} · {tokens(reply.usage)} · {seconds:.1f} s"
-        )
+        self._note(took(reply, seconds))
 
     def close(self) -> None:
         """Leave no half-painted line."""
@@ -4569,15 +4618,7 @@ class Console:
         """Ask at the terminal; no answer is a no."""
         self._clear()
         self._status = ""
-        command = call.arguments.get("command")
-        what = str(command) if command else f"{call.name} {to_json(call.arguments)}"
-        if folder := command and call.arguments.get("workdir"):
-            what += f"\nin {folder}"
-        if command and call.arguments.get("background"):
-            what += "\nin the background"
-        if variables := command and call.arguments.get("env"):
-            what += "\nwith " + " ".join(f"{name}={value}" for name, value in variables.items())
-        self.err.write(f"\n{indented(printable(head_and_tail(what, 4_000)))}\n  ({printable(danger)})\n")
+        self.err.write(f"\n{asked_for(call, danger)}\n")
         forget_typed(self.keys)
         self.err.write("Run it? [y]es, [a]lways this command, [N]o and nothing risky this turn: ")
         self.err.flush()
@@ -4603,7 +4644,7 @@ class Console:
         if self.streams:
             self._clear()
             text = self._held + progress.text
-            self._held = half[0] if (half := HALF_ESCAPE.search(text) or LAST_WORD.search(text)) else ""
+            self._held = half[0] if (half := HALF_ESCAPE.search(text)) else self.redact.half(text)
             said = self.redact(text.removesuffix(self._held))
             self._said += said
             self._print(said)
@@ -4699,6 +4740,25 @@ def title(call: ToolCall) -> str:
     return printable(clip(f"{'' if call.name == 'system.run' else call.name} {what}".strip() or call.name, 200))
 
 
+def asked_for(call: ToolCall, danger: str) -> str:
+    """What a person must see before they answer: the whole call, and why it is risky."""
+    command = call.arguments.get("command")
+    what = str(command) if command else f"{call.name} {to_json(call.arguments)}"
+    if folder := command and call.arguments.get("workdir"):
+        what += f"\nin {folder}"
+    if command and call.arguments.get("background"):
+        what += "\nin the background"
+    if variables := command and call.arguments.get("env"):
+        what += "\nwith " + " ".join(f"{name}={value}" for name, value in variables.items())
+    return f"{indented(printable(head_and_tail(what, 4_000)))}\n  ({printable(danger)})"
+
+
+def took(reply: Reply, seconds: float) -> str:
+    """What an answer took, in a line."""
+    calls = plural(len(reply.tool_calls), "tool call")
+    return f"{reply.model} · {calls} · {tokens(reply.usage)} · {seconds:.1f} s"
+
+
 def tokens(usage: Usage) -> str:
     """Usage in a few words."""
     cost = "" if usage.cost is None else f", ${usage.cost:.4f}"
@@ -4779,15 +4839,13 @@ class App(NamedTuple):
 async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[App]:
     """Everything a turn needs, opened in order and closed in reverse."""
     async with contextlib.AsyncExitStack() as stack:
-        ctx.redact.add(*(endpoint.key.value for endpoint in endpoints))
         make_home(ctx.home)
         skills, problems = load_skills(ctx.workspace)
         for problem in problems:
             log.info("%s", problem)
         store = stack.enter_context(Store(ctx.database))
         settings = ctx.config.agent
-        limits = {"timeout": settings.timeout, "idle_timeout": settings.idle_timeout}
-        models = Models([open_provider(endpoint, **limits) for endpoint in endpoints])
+        models = Models(open_providers(ctx, endpoints))
         stack.push_async_callback(models.aclose)
         bench = Bench(ctx.config.tools, ctx.environ, ctx.home, ctx.redact, tuple(skills))
         where = describe_machine(bench.folder(), ctx.environ)
@@ -4795,13 +4853,23 @@ async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator
         yield App(store, models, Agent(models, Toolbox(bench), store, settings=settings, system=system))
 
 
-def chosen_endpoints(ctx: Context) -> list[Endpoint]:
-    """The main model and its stand-ins; a stand-in without a key is left out, and that is said."""
+def open_providers(ctx: Context, endpoints: Iterable[Endpoint]) -> list[Provider]:
+    """The providers for these endpoints, ours to close; their keys are masked from now on."""
+    endpoints, settings = list(endpoints), ctx.config.agent
+    ctx.redact.add(*(endpoint.key.value for endpoint in endpoints))
+    limits = {"timeout": settings.timeout, "idle_timeout": settings.idle_timeout}
+    return [open_provider(endpoint, **limits) for endpoint in endpoints]
+
+
+def chosen_endpoints(ctx: Context, chosen: str = "") -> list[Endpoint]:
+    """The main model, or a chosen one, and its stand-ins; a stand-in without a key is left out, and that is said."""
     logins = ctx.credentials.logins()
     ctx.redact.add(*(login.api_key for login in logins.values()))  # those that are not asked too: a tool can read them
     agent = ctx.config.agent
-    agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
-    endpoints = [resolve(agent.provider, agent, logins, ctx.environ)]
+    if not agent.provider:
+        with contextlib.suppress(*([CredentialError] if chosen else [])):
+            agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
+    endpoints = [resolve(chosen or agent.provider, agent, logins, ctx.environ)]
     for wanted in agent.fallback:
         try:
             endpoints.append(resolve(wanted, agent, logins, ctx.environ))

@@ -94,16 +94,22 @@ CORRUPT = [
 
 
 @pytest.mark.parametrize("text", CORRUPT)
-def test_a_corrupt_file_is_an_error_and_is_not_overwritten(store, text):
+def test_a_corrupt_file_is_an_error_and_is_not_overwritten(store, text, caplog):
     store.path.parent.mkdir()
     store.path.write_bytes(text.encode("utf-8", "surrogateescape"))
     store.path.chmod(0o600)
     before = store.path.read_bytes()
-    for act in (store.logins, lambda: store.save(Login("groq", "new")), lambda: store.remove("openai")):
+    for act in (store.logins, lambda: store.remove("openai")):
         with pytest.raises(ConfigError) as caught:
             act()
         assert str(store.path) in str(caught.value) and "sk-one" not in str(caught.value)
     assert store.path.read_bytes() == before
+    for number, aside in enumerate(("credentials.toml.damaged", "credentials.toml.damaged-2")):
+        store.path.write_bytes(before)
+        with caplog.at_level(logging.WARNING, "openpista"):
+            store.save(Login("groq", "new"))
+        assert store.path.with_name(aside).read_bytes() == before
+        assert list(store.logins()) == ["groq"] and aside in caplog.records[number].getMessage()
 
 
 def test_a_file_that_others_could_read_is_tightened_and_that_is_said(store, caplog):
