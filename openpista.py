@@ -3,7 +3,7 @@
 A message comes in, a model decides, bash does it, the answer goes back. All of
 it is in this file.
 
-    command line
+    command line, chat
          | text             ^ Reply, Progress
          v                  |
        Agent --- Request ---> Provider ---> a language model
@@ -21,19 +21,24 @@ Map. Each section uses only those above it, so read on from any point.
      6. Store         SQLite: sessions, messages, the journal, usage
      7. Wire          three formats of model APIs: values to JSON and back, no I/O
      8. Providers     language models over HTTP; who they are, retries, fallback
-     9. Risk          which command lines need a person's yes
-    10. Processes     a child in its group, with limits on time and output
-    11. Skills        SKILL.md folders
-    12. Tools         what the model may do, and who is asked first
-    13. Agent         the loop: ask, act, repeat; what fits into the window
-    14. Terminal      progress, questions, what may be printed
-    15. App           the one place where the objects meet
-    16. Commands      the command line
+     9. Catalogue     which models a provider has; whether a key is good
+    10. Risk          which command lines need a person's yes
+    11. Processes     a child in its group, with limits on time and output
+    12. Skills        SKILL.md folders
+    13. Tools         what the model may do, and who is asked first
+    14. Agent         the loop: ask, act, repeat; what fits into the window
+    15. Terminal      cells, keys, painting, raw mode
+    16. Widgets       picker, fields, editor, Markdown: fed with keys, asked for lines
+    17. Console       a turn in lines; questions, tables, complaints
+    18. App           the one place where the objects meet
+    19. Login         signing in to a provider, browsing its models
+    20. Chat          the conversation at a terminal
+    21. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
 Add a setting:    a field in Config, a line in config.example.toml.
-Add a command:    a function under @command.
+Add a command:    a function under @command; in the chat a row in CHAT_COMMANDS.
 
 httpx is imported in `open_http`, its door, so that a command that asks no model
 stays quick; so are parts of the standard library that few commands use. The nouns
@@ -44,8 +49,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import codecs
+import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -828,7 +836,9 @@ class Credentials:
         for provider, table in load_toml(self.path).items():
             fields = table if isinstance(table, dict) else {"": table}
             if not set(fields) <= {"api_key", "base_url"} or not all(isinstance(v, str) for v in fields.values()):
-                raise ConfigError(f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside")
+                raise ConfigError(
+                    f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside"
+                )
             found[provider] = Login(provider, **fields)
         return found
 
@@ -1276,9 +1286,9 @@ class Store:
         return self._run(f"PRAGMA {name}").fetchone()[0]
 
 
-def new_session_name(now: datetime) -> str:
-    """A name for a run of its own, such as run-20260301-090000-1f3a."""
-    return f"run-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+def new_session_name(now: datetime, kind: str) -> str:
+    """A name for a new session, such as run-20260301-090000-1f3a."""
+    return f"{kind}-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
 # ===== 7. Wire ================================================================
@@ -1890,7 +1900,7 @@ FORMATS = {
 #
 # A vendor is a row in PROVIDERS. `resolve` makes an Endpoint of a row, the
 # settings, the environment and the stored logins; an HttpProvider asks it, and
-# Models asks the next one when it fails. Foreign errors become ours in `_ask`.
+# Models asks the next one when it fails. Foreign errors become ours in `our_errors`.
 
 
 class ProviderSpec(NamedTuple):
@@ -2031,10 +2041,32 @@ def no_model() -> CredentialError:
 def resolve(wanted: str, agent: AgentConfig, logins: Mapping[str, Login], environ: Mapping[str, str]) -> Endpoint:
     """The endpoint for 'provider' or 'provider/model'; what [agent] says holds only for the main provider."""
     provider, _, model = wanted.partition("/")
+    endpoint = endpoint_of(provider, agent, logins, environ, model)
+    if not endpoint.model:
+        raise ConfigError(f"{provider} needs a model", "--model NAME, or [agent] model")
+    if not endpoint.key.value and endpoint.spec.key_env:
+        raise CredentialError(
+            f"no key for {provider}",
+            f"set {endpoint.spec.key_env[0]}, or run `openpista auth login --provider {provider}`, "
+            "or try `--provider offline`",
+        )
+    return endpoint
+
+
+def turned_to(agent: AgentConfig, provider: str, environ: Mapping[str, str]) -> AgentConfig:
+    """The settings for another provider: what [agent] says of its own does not hold for that one."""
+    if provider == agent.provider:
+        return agent
+    agent = agent._replace(provider=provider, model="", api_key=Secret(), base_url="", format="")
+    return agent._replace(base_url=variable("BASE_URL", environ)[0], model=variable("MODEL", environ)[0])
+
+
+def endpoint_of(
+    provider: str, agent: AgentConfig, logins: Mapping[str, Login], environ: Mapping[str, str], model: str = ""
+) -> Endpoint:
+    """Where a provider is, as well as that is known: its model and its key may be missing."""
     spec, is_main = provider_spec(provider), provider == agent.provider
     model = model or (agent.model if is_main else "") or spec.model
-    if not model:
-        raise ConfigError(f"{provider} needs a model", "--model NAME, or [agent] model")
     if provider == "offline":
         return Endpoint(provider, spec, "", model, Key(), "")
     stored = logins[provider].base_url if provider in logins else ""
@@ -2042,14 +2074,15 @@ def resolve(wanted: str, agent: AgentConfig, logins: Mapping[str, Login], enviro
     if not url:
         raise ConfigError(f"{provider} needs an address", "[agent] base_url, or auth login --endpoint URL")
     key = find_key(provider, agent, logins, environ)
-    if not key.value and spec.key_env:
-        raise CredentialError(
-            f"no key for {provider}",
-            f"set {spec.key_env[0]}, or run `openpista auth login --provider {provider}`, or try `--provider offline`",
-        )
-    if not key.value.isascii() or not key.value.isprintable():
-        raise CredentialError(f"the key from {key.source} has characters that no key has", "copy it again")
+    check_key(key)
     return Endpoint(provider, spec, whole_url(url, spec), model, key, pick_format(provider, model, agent))
+
+
+def check_key(key: Key) -> None:
+    """Refuse a key that could not stand in a header."""
+    if not key.value.isascii() or not key.value.isprintable():
+        where = f" from {key.source}" if key.source else ""
+        raise CredentialError(f"the key{where} has characters that no key has", "copy it again")
 
 
 def whole_url(url: str, spec: ProviderSpec) -> str:
@@ -2128,6 +2161,58 @@ def trusted_context() -> Any:
     except (OSError, ssl.SSLError) as error:
         where = file or folder or "certifi"
         raise ConfigError(f"cannot read the certificates of {where}: {error}", "see SSL_CERT_FILE") from None
+
+
+def key_headers(endpoint: Endpoint) -> dict[str, str]:
+    """How an endpoint wants to be shown its key."""
+    headers = FORMATS[endpoint.format].headers(endpoint.key.value)
+    return headers | (bearer(endpoint.key.value) if endpoint.provider == "opencode" else {})  # Zen: on /messages too
+
+
+@contextlib.contextmanager
+def our_errors(base_url: str, idle_timeout: float) -> Iterator[None]:
+    """What httpx raises inside becomes Unavailable or ProviderError."""
+    import httpx
+
+    host = shown_url(base_url)
+    try:
+        yield
+    except httpx.ConnectTimeout:
+        raise Unavailable(f"no connection to {host} within {min(idle_timeout, LONGEST_CONNECT):g} s") from None
+    except httpx.TimeoutException:
+        raise Unavailable(f"{host} was silent for {idle_timeout:g} s") from None
+    except httpx.ConnectError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise ProviderError(f"{host} has a certificate that is not trusted", "see SSL_CERT_FILE") from None
+        why = "connection refused" if "All connection attempts" in str(error) else error
+        raise Unavailable(f"cannot reach {host}: {why}") from None
+    except httpx.TransportError as error:
+        raise Unavailable(f"the connection to {host} broke: {error or type(error).__name__}") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ProviderError(f"{host}: {error}") from None
+
+
+def words_of(endpoint: Endpoint, raw: bytes) -> tuple[str, str]:
+    """(words, code) of a body that explains an error, without the key."""
+    text = raw.decode("utf-8", "replace")
+    if key := endpoint.key.value:
+        text = text.replace(key, endpoint.key.masked)  # some repeat it; clipped, it would not be found again
+    try:
+        return vendor_message(json.loads(text))
+    except (ValueError, RecursionError):
+        return clip(re.sub(r"<[^<>]*>", " ", text), 200), ""
+
+
+def refused_key(endpoint: Endpoint, status: int, words: str) -> CredentialError:
+    """The error for a key that is not good, or missing."""
+    key, env = endpoint.key, endpoint.spec.key_env
+    where = f" from {key.source}" if key.source else ""
+    which = f"the key {key.masked}{where}" if key.value else "a request without a key"
+    said = f"{endpoint.provider} refused {which} ({status}{': ' + words if words else ''})"
+    login = f"run `openpista auth login --provider {endpoint.provider}`"
+    if key.source.startswith("$"):  # the environment wins over a login
+        return CredentialError(said, f"correct {key.source}, or unset it and {login}")
+    return CredentialError(said, f"set {env[0]}, or {login}" if env else login)
 
 
 class HttpProvider:
@@ -2221,33 +2306,14 @@ class HttpProvider:
                 self._mends.append(mend)
 
     async def _ask(self, request: Request, body: dict[str, Any], tell: Tell) -> Completion:
-        """One request, one answer; here httpx's errors become ours."""
+        """One request, one answer."""
         self._client = self._client or open_http(self.endpoint.base_url, self.idle_timeout)
-        import httpx
-
-        host = shown_url(self.endpoint.base_url)
-        try:
+        with our_errors(self.endpoint.base_url, self.idle_timeout):
             return await self._stream(request, body, tell)
-        except httpx.ConnectTimeout:
-            seconds = min(self.idle_timeout, LONGEST_CONNECT)
-            raise Unavailable(f"no connection to {host} within {seconds:g} s") from None
-        except httpx.TimeoutException:
-            raise Unavailable(f"{host} was silent for {self.idle_timeout:g} s") from None
-        except httpx.ConnectError as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise ProviderError(f"{host} has a certificate that is not trusted", "see SSL_CERT_FILE") from None
-            why = "connection refused" if "All connection attempts" in str(error) else error
-            raise Unavailable(f"cannot reach {host}: {why}") from None
-        except httpx.TransportError as error:
-            raise Unavailable(f"the connection to {host} broke: {error or type(error).__name__}") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ProviderError(f"{host}: {error}") from None
 
     async def _stream(self, request: Request, body: dict[str, Any], tell: Tell) -> Completion:
         form = FORMATS[self.format]
-        headers = form.headers(self.endpoint.key.value) | {"content-type": "application/json"}
-        if self.endpoint.provider == "opencode":
-            headers |= bearer(self.endpoint.key.value)  # Zen wants it on /messages too
+        headers = key_headers(self.endpoint._replace(format=self.format)) | {"content-type": "application/json"}
         content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         url, started = self.endpoint.base_url + form.path, time.monotonic()
         log.debug("%s: POST %s, %d bytes, %d messages", self.name, shown_url(url), len(content), len(request.messages))
@@ -2284,16 +2350,10 @@ class HttpProvider:
 
     def _refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> Exception:
         """The error that a status and its body stand for."""
-        text = raw.decode("utf-8", "replace")
-        if key := self.endpoint.key.value:
-            text = text.replace(key, self.endpoint.key.masked)  # some repeat it; clipped, it would not be found again
-        try:
-            words, code = vendor_message(json.loads(text))
-        except (ValueError, RecursionError):
-            words, code = clip(re.sub(r"<[^>]*>", " ", text), 200), ""
+        words, code = words_of(self.endpoint, raw)
         said = f"{self.name} answered {status}{': ' + words if words else ''}"
         if status in (401, 403):
-            return self._refused_key(status, words)
+            return refused_key(self.endpoint, status, words)
         if status == 413 or (status in (400, 422) and TOO_LONG.search(f"{code} {words}")):
             return ContextTooLong(said)
         if code == "insufficient_quota":  # not Gemini's "exceeded your current quota", its limit per minute
@@ -2310,15 +2370,6 @@ class HttpProvider:
                 f"{said or self.name} (redirect to {headers.get('location', 'nowhere')})", "set base_url to it"
             )
         return Refused(f"{code} {words}", ProviderError(said)) if status in (400, 422) else ProviderError(said)
-
-    def _refused_key(self, status: int, words: str) -> CredentialError:
-        key, env = self.endpoint.key, self.endpoint.spec.key_env
-        which = f"the key {key.masked} from {key.source}" if key.value else "a request without a key"
-        said = f"{self.endpoint.provider} refused {which} ({status}{': ' + words if words else ''})"
-        login = f"run `openpista auth login --provider {self.endpoint.provider}`"
-        if key.source.startswith("$"):  # the environment wins over a login
-            return CredentialError(said, f"correct {key.source}, or unset it and {login}")
-        return CredentialError(said, f"set {env[0]}, or {login}" if env else login)
 
 
 class Refused(Exception):
@@ -2447,13 +2498,13 @@ class Models:
 
     async def use(self, providers: Sequence[Provider]) -> None:
         """From now on ask these; those that were asked before are closed."""
-        former, self.providers = self.providers, list(providers)
-        for provider in former:
-            await provider.aclose()
+        former, self.providers = Models(self.providers), list(providers)
+        await former.aclose()
 
     async def aclose(self) -> None:
         """Close them all."""
-        await self.use(())
+        for provider in self.providers:
+            await provider.aclose()
 
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The first answer. One that fails goes to the end of the line; if all fail, the first one's error."""
@@ -2476,7 +2527,589 @@ class Models:
         raise failed[0]
 
 
-# ===== 9. Risk ================================================================
+# ===== 9. Catalogue ===========================================================
+#
+# Which models a provider has, and whether a key is good. What the provider lists
+# counts, for a day from a cache; BUILT_IN adds what the list does not tell, and
+# stands in for it where there is none. Of foreign text only ids without blanks
+# and controls come through.
+
+
+class ModelInfo(NamedTuple):
+    """What is known of a model; prices are US dollars for a million tokens."""
+
+    id: str
+    context: int = 0  # tokens; 0 where unknown
+    input_price: float | None = None
+    output_price: float | None = None
+    status: str = ""  # a word of STATUSES, or nothing to say
+    recommended: bool = False
+    source: str = "built in"  # or "remote"
+    chats: bool = True  # False: embeddings, speech, images ..., or a format that openpista does not speak
+
+
+class Catalogue(NamedTuple):
+    """The models of a provider, the recommended ones first."""
+
+    provider: str
+    models: tuple[ModelInfo, ...]
+    fetched_at: str = ""  # when the provider listed them; '' for the built-in list
+    note: str = ""  # what a person should know about where the list comes from
+
+
+# Figures of models.dev, 2 July 2026: id, tokens of context, dollars for 1M tokens in and out; * recommended.
+BUILT_IN = {
+    "opencode": """
+        gpt-5.3-codex 400000 1.75 14 *, claude-sonnet-5 1000000 2 10 *, claude-opus-4-8 1000000 5 25 *,
+        gpt-5.5 1050000 5 30 *, gpt-5-codex 400000 1.07 8.5 *, gpt-5.1-codex-max 400000 1.25 10 *,
+        gpt-5.1-codex-mini 400000 0.25 2 *, claude-haiku-4-5 200000 1 5 *, kimi-k2.7-code 262144 0.95 4 *,
+        glm-5.2 1000000 1.4 4.4 *, qwen3.6-plus 262144 0.5 3 *, minimax-m3 512000 0.3 1.2 *, big-pickle 200000 0 0,
+        claude-opus-4-1 200000 15 75, claude-opus-4-5 200000 5 25, claude-opus-4-6 1000000 5 25,
+        claude-opus-4-7 1000000 5 25, claude-sonnet-4-5 1000000 3 15, claude-sonnet-4-6 1000000 3 15,
+        claude-sonnet-4 1000000 3 15, deepseek-v4-flash-free 200000 0 0, deepseek-v4-flash 1000000 0.14 0.28,
+        deepseek-v4-pro 1000000 1.74 3.84, gemini-3-flash 1048576 0.5 3, gemini-3.1-pro 1048576 2 12,
+        gemini-3.5-flash 1048576 1.5 9, glm-5.1 204800 1.4 4.4, glm-5 204800 1 3.2, gpt-5-nano 400000 0.05 0.4,
+        gpt-5.1-codex 400000 1.07 8.5, gpt-5.1 400000 1.07 8.5, gpt-5.2-codex 400000 1.75 14, gpt-5.2 400000 1.75 14,
+        gpt-5.3-codex-spark 128000 1.75 14, gpt-5.4-mini 400000 0.75 4.5, gpt-5.4-nano 400000 0.2 1.25,
+        gpt-5.4-pro 1050000 30 180, gpt-5.4 1050000 2.5 15, gpt-5.5-pro 1050000 30 180, gpt-5 400000 1.07 8.5,
+        grok-build-0.1 256000 1 2, kimi-k2.5 262144 0.6 3, kimi-k2.6 262144 0.95 4, mimo-v2.5-free 200000 0 0,
+        minimax-m2.5 204800 0.3 1.2, minimax-m2.7 204800 0.3 1.2, nemotron-3-ultra-free 1000000 0 0,
+        north-mini-code-free 256000 0 0, qwen3.5-plus 262144 0.2 1.2
+    """,
+    "openai": """
+        gpt-5.5 1050000 5 30 *, gpt-5.3-codex 400000 1.75 14 *, gpt-5.4 1050000 2.5 15 *,
+        gpt-5.4-mini 400000 0.75 4.5 *, gpt-5.4-nano 400000 0.2 1.25, gpt-5-codex 400000 1.25 10, gpt-5 400000 1.25 10,
+        gpt-5-mini 400000 0.25 2, gpt-4.1 1047576 2 8, gpt-4.1-mini 1047576 0.4 1.6, gpt-4o 128000 2.5 10,
+        gpt-4o-mini 128000 0.15 0.6, o3 200000 2 8, o4-mini 200000 1.1 4.4
+    """,
+    "anthropic": """
+        claude-sonnet-5 1000000 2 10 *, claude-opus-4-8 1000000 5 25 *, claude-haiku-4-5 200000 1 5 *,
+        claude-sonnet-4-6 1000000 3 15, claude-sonnet-4-5 200000 3 15, claude-opus-4-6 1000000 5 25,
+        claude-opus-4-5 200000 5 25
+    """,
+    "openrouter": """
+        anthropic/claude-sonnet-5 1000000 2 10 *, openai/gpt-5.5 1050000 5 30 *, openai/gpt-5.3-codex 400000 1.75 14 *,
+        moonshotai/kimi-k2.7-code 262144 0.74 3.5 *, z-ai/glm-5.2 1048576 0.93 3 *,
+        anthropic/claude-opus-4.8 1000000 5 25, anthropic/claude-haiku-4.5 200000 1 5,
+        openai/gpt-5.4-mini 400000 0.75 4.5, openai/gpt-4o 128000 2.5 10, google/gemini-3.5-flash 1048576 1.5 9,
+        deepseek/deepseek-v4-pro 1048576 0.435 0.87
+    """,
+    "together": """
+        moonshotai/Kimi-K2.7-Code 262144 0.95 4 *, zai-org/GLM-5.2 262144 1.4 4.4 *,
+        deepseek-ai/DeepSeek-V4-Pro 512000 1.74 3.48 *, MiniMaxAI/MiniMax-M3 524288 0.3 1.2,
+        Qwen/Qwen3.7-Max 1000000 1.25 3.75, openai/gpt-oss-120b 131072 0.15 0.6,
+        meta-llama/Llama-3.3-70B-Instruct-Turbo 131072 0.88 0.88
+    """,
+    "groq": """
+        openai/gpt-oss-120b 131072 0.15 0.6 *, openai/gpt-oss-20b 131072 0.075 0.3,
+        llama-3.3-70b-versatile 131072 0.59 0.79, llama-3.1-8b-instant 131072 0.05 0.08
+    """,
+    "gemini": """
+        gemini-3.5-flash 1048576 1.5 9 *, gemini-3.1-pro-preview 1048576 2 12 *,
+        gemini-3.1-flash-lite 1048576 0.25 1.5, gemini-2.5-pro 1048576 1.25 10, gemini-2.5-flash 1048576 0.3 2.5,
+        gemini-2.5-flash-lite 1048576 0.1 0.4
+    """,
+    "deepseek": """
+        deepseek-v4-pro 1000000 0.435 0.87 *, deepseek-v4-flash 1000000 0.14 0.28 *, deepseek-chat 1000000 0.14 0.28,
+        deepseek-reasoner 1000000 0.14 0.28
+    """,
+    "mistral": """
+        mistral-medium-2604 262144 1.5 7.5 *, mistral-large-latest 262144 0.5 1.5 *,
+        mistral-medium-latest 262144 0.4 2, mistral-small-latest 256000 0.15 0.6, codestral-latest 256000 0.3 0.9
+    """,
+    "xai": """
+        grok-4.3 1000000 1.25 2.5 *, grok-build-0.1 256000 1 2 *, grok-4.20-0309-reasoning 1000000 1.25 2.5,
+        grok-4.20-0309-non-reasoning 1000000 1.25 2.5
+    """,
+    "offline": "shell 0 0 0",
+}
+
+STATUSES = {
+    "free": "costs nothing, mostly with narrow limits",
+    "preview": "may change or go without notice",
+    "deprecated": "will be switched off; better not begin with it",
+    "inactive": "listed, but not served now",
+}
+FREE_TIER = "costs nothing, but OpenCode's free tier answers only inside OpenCode: expect a refusal here"
+FORMAT_NAMES = {"chat": "Chat Completions", "responses": "Responses", "messages": "Messages"}
+
+
+def built_in(provider: str) -> list[ModelInfo]:
+    """The models that are known without asking; [] where only the machine at the other end can know."""
+    found = []
+    for entry in filter(str.strip, BUILT_IN.get(provider, "").split(",")):
+        name, context, in_price, out_price, *star = entry.split()
+        info = ModelInfo(name, int(context), float(in_price), float(out_price), status_by_name(provider, name))
+        found.append(info._replace(recommended=bool(star), chats=not other_kind(provider, name)))
+    return found
+
+
+# ---- reading a list: vendors agree on little but the ids ----
+
+LONGEST_LIST = 16 << 20  # bytes
+MOST_MODELS = 20_000
+CONTEXT_PATHS = (
+    "context_length",  # OpenRouter, Together
+    "context_window",  # Groq, Vercel
+    "max_context_length",  # Mistral, LM Studio
+    "max_input_tokens",  # Anthropic
+    "max_model_len",  # vLLM
+    "inputTokenLimit",  # Gemini's own API
+    "limit.context",  # models.dev
+    "limits.max_input_tokens",  # GitHub
+    "capabilities.limits.max_context_window_tokens",  # Copilot
+    "meta.n_ctx_train",  # llama.cpp
+)
+PRICE_PATHS = (  # in, out, and whether they are for one token
+    ("pricing.prompt", "pricing.completion", True),  # OpenRouter
+    ("pricing.input", "pricing.output", False),  # Together; Vercel's are strings, and those are for one token
+    ("cost.input", "cost.output", False),  # models.dev
+)
+OUTPUT_PATHS = ("architecture.output_modalities", "supported_output_modalities", "modalities.output")
+OTHER_KINDS = re.compile(
+    r"(?<![a-z])(embed|rerank|bge-|gte-|e5-|whisper|tts|transcri|speech|voice|audio|realtime|imag[ei]|dall-e|sora|veo"
+    r"|video|lyria|orpheus|moderation|guard|ocr|aqa|davinci|babbage|turbo-instruct)",
+    re.IGNORECASE,
+)
+UNFINISHED = re.compile(r"(?<![a-z])(preview|alpha|beta|exp|experimental)(?![a-z])", re.IGNORECASE)
+
+
+def parse_models(provider: str, raw: bytes) -> list[ModelInfo]:
+    """The models of a list as a provider sends it; entries that make no sense are left out."""
+    if len(raw) > LONGEST_LIST:
+        raise ProviderError(f"{provider} sent a list of models of more than {LONGEST_LIST >> 20} MiB")
+    try:
+        payload = json.loads(raw)
+    except (ValueError, RecursionError):
+        start = printable(clip(raw[:400].decode("utf-8", "replace"), 60))
+        raise ProviderError(f"{provider} sent no list of models ({start!r})", "is base_url right?") from None
+    rows = payload
+    if isinstance(payload, dict):  # a null stands for an empty list with Ollama
+        rows = next((payload[name] or [] for name in ("data", "models") if name in payload), None)
+    if not isinstance(rows, list):
+        raise ProviderError(f"{provider} sent no list of models ({printable(vendor_message(payload)[0])})")
+    if not rows:
+        raise ProviderError(f"{provider} lists no models")
+    found = (model_of(provider, row) for row in rows[:MOST_MODELS])
+    models = {info.id: info for info in found if info}
+    if not models:
+        raise ProviderError(f"{provider} sent a list without a single usable model")
+    return list(models.values())
+
+
+def model_of(provider: str, row: Any) -> ModelInfo | None:
+    """The model of one entry, None if it has no usable id."""
+    row = {"id": row} if isinstance(row, str) else row if isinstance(row, dict) else {}
+    name = row.get("id") or row.get("name")  # Gemini's and Cohere's own APIs have only names
+    name = name.removeprefix("models/") if isinstance(name, str) else ""
+    if not 0 < len(name) <= 200 or not name.isprintable() or " " in name:
+        return None
+    context = next((int(size) for path in CONTEXT_PATHS if (size := sane_number(value_at(row, path)))), 0)
+    prices = prices_of(provider, row, name)
+    chats = says_it_chats(row) and not other_kind(provider, name)
+    return ModelInfo(name, context, *prices, status_of(provider, row, name, prices), False, "remote", chats)
+
+
+def value_at(row: Any, path: str) -> Any:
+    """The value at a.b.c, None if there is none."""
+    for name in path.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
+
+
+def sane_number(value: Any) -> float | None:
+    """A sane number of 0 or more, which may stand in a string."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if 0 <= found <= 1e9 else None  # not NaN either
+
+
+def prices_of(provider: str, row: dict[str, Any], name: str) -> tuple[float | None, float | None]:
+    """Dollars for a million tokens in and out."""
+    for *paths, for_one in PRICE_PATHS:
+        said = [value_at(row, path) for path in paths]
+        if any(value is not None for value in said):
+            found = [per_million(value, for_one or isinstance(value, str)) for value in said]
+            # Together lists 0 for what it does not sell by the token.
+            unpriced = provider == "together" and not any(found) and not name.lower().endswith("-free")
+            return (None, None) if unpriced else (found[0], found[1])
+    return None, None
+
+
+def per_million(value: Any, for_one: bool) -> float | None:
+    """Dollars for a million tokens, from those for one or for a million."""
+    found = sane_number(value)
+    return None if found is None else round(found * 1e6 if for_one else found, 6)
+
+
+def status_of(provider: str, row: dict[str, Any], name: str, prices: tuple[float | None, float | None]) -> str:
+    """The word for a model's state."""
+    said = next((value for key in ("status", "lifecycle_status") if isinstance(value := row.get(key), str)), "").lower()
+    # Mistral, others, OpenRouter: a date, a flag, the day on which it ends
+    if row.get("deprecation") or row.get("deprecated") is True or row.get("expiration_date") or said == "deprecated":
+        return "deprecated"
+    if row.get("active") is False or said == "inactive":  # Groq
+        return "inactive"
+    if prices == (0, 0):
+        return "free"
+    return "preview" if UNFINISHED.fullmatch(said) else status_by_name(provider, name)
+
+
+def status_by_name(provider: str, name: str) -> str:
+    """The state that a model's name tells."""
+    if name.lower().endswith(("-free", ":free")) or (provider == "opencode" and name == "big-pickle"):
+        return "free"
+    return "preview" if UNFINISHED.search(name) else ""
+
+
+def says_it_chats(row: dict[str, Any]) -> bool:
+    """False where an entry says that its model does not chat."""
+    if row.get("chats") is False or value_at(row, "capabilities.completion_chat") is False:  # our cache; Mistral
+        return False
+    if any(isinstance(kinds := value_at(row, path), list) and "text" not in kinds for path in OUTPUT_PATHS):
+        return False
+    return not OTHER_KINDS.match(str(row.get("type") or ""))  # Together, LM Studio
+
+
+def other_kind(provider: str, name: str) -> bool:
+    """Whether a name tells that one cannot chat with the model from here."""
+    if provider == "opencode" and name.startswith("gemini-"):
+        return True  # Zen serves these in Google's format only
+    return OTHER_KINDS.search(name) is not None
+
+
+def arranged(provider: str, models: Iterable[ModelInfo]) -> tuple[ModelInfo, ...]:
+    """The models, completed with what is known of them: recommended, usable, deprecated, of other kinds."""
+    known = {info.id: info for info in built_in(provider)}
+    rank = {name: place for place, name in enumerate(known)}
+    whole = [completed(info, known.get(info.id) or known.get(undated(info.id))) for info in models]
+
+    def place(info: ModelInfo) -> tuple[Any, ...]:
+        pieces = [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"([0-9]+)", info.id.lower()))]
+        best = rank.get(info.id, rank.get(undated(info.id), 0)) if info.recommended else 0
+        return not info.recommended, best, not info.chats, info.status in ("deprecated", "inactive"), pieces
+
+    return tuple(sorted(whole, key=place))
+
+
+def undated(name: str) -> str:
+    """claude-sonnet-4-5 for claude-sonnet-4-5-20250929: Anthropic lists only the dated name."""
+    return re.sub(r"-20[0-9]{6}$", "", name)
+
+
+def completed(info: ModelInfo, known: ModelInfo | None) -> ModelInfo:
+    """The model with what its provider left open filled in."""
+    if known is None:
+        return info
+    priced = info if info.input_price is not None else known
+    return info._replace(
+        context=info.context or known.context,
+        input_price=priced.input_price,
+        output_price=priced.output_price,
+        recommended=known.recommended and info.chats and info.status in ("", "preview"),
+    )
+
+
+# ---- asking ----
+
+PUBLIC_LISTS = {"opencode", "openrouter"}  # these answer without a key, or with a wrong one
+MOST_PAGES = 20
+BAD_KEY = re.compile(r"api.key (not valid|expired)|(incorrect|invalid) api.key|API_KEY_INVALID", re.IGNORECASE)
+
+
+class HttpAnswer(NamedTuple):
+    """What came back."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@contextlib.asynccontextmanager
+async def time_limit(endpoint: Endpoint, seconds: float) -> AsyncIterator[None]:
+    """What takes longer inside becomes Unavailable."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise Unavailable(f"{shown_url(endpoint.base_url)} gave no whole answer within {seconds:g} s") from None
+
+
+async def get_url(endpoint: Endpoint, url: str, timeout: float) -> HttpAnswer:
+    """The answer to a GET with the endpoint's key; redirects are not followed."""
+    check_key(endpoint.key)
+    log.debug("%s: GET %s", endpoint.provider, shown_url(url))
+    async with open_http(url, timeout) as client:
+        with our_errors(endpoint.base_url, timeout):
+            async with client.stream("GET", url, headers=key_headers(endpoint)) as response:
+                return HttpAnswer(response.status_code, response.headers, await read_some(response, LONGEST_LIST + 1))
+
+
+def check_answer(endpoint: Endpoint, answer: HttpAnswer) -> None:
+    """Raise the error that a status other than 200 stands for."""
+    status = answer.status
+    if status == 200:
+        return
+    words, code = map(printable, words_of(endpoint, answer.body[: 64 << 10]))
+    if status in (401, 403) or (status == 400 and BAD_KEY.search(f"{code} {words}")):  # 400: Gemini, xAI
+        raise refused_key(endpoint, status, words)
+    said = f"{shown_url(endpoint.base_url)} answered {status}{': ' + words if words else ''}"
+    if 300 <= status < 400:
+        where = printable(shown_url(answer.headers.get("location", "nowhere")))
+        raise ProviderError(f"{said} (redirect to {clip(where, 200)})", "set base_url to it")
+    if status in (408, 425, 429) or status >= 500:
+        raise Unavailable(said, retry_after(answer.headers))
+    raise ProviderError(said, "is base_url right?" if status in (404, 405) else "")
+
+
+async def fetch_models(endpoint: Endpoint, timeout: float = 10.0) -> list[ModelInfo]:
+    """The models that a provider lists now. Errors: CredentialError, Unavailable, ProviderError."""
+    models: dict[str, ModelInfo] = {}
+    url = list_url(endpoint)
+    async with time_limit(endpoint, timeout):
+        for _ in range(MOST_PAGES):
+            answer = await get_url(endpoint, url, timeout)
+            check_answer(endpoint, answer)
+            page = {info.id: info for info in parse_models(endpoint.provider, answer.body)}
+            is_old = page.keys() <= models.keys()  # a server that knows no pages gives the first one again
+            models |= page
+            url = next_page(endpoint, answer.body)
+            if not url or is_old or len(models) >= MOST_MODELS:
+                break
+    return list(models.values())[:MOST_MODELS]
+
+
+def list_url(endpoint: Endpoint) -> str:
+    """Where the list is; Anthropic's has pages, of 20 unless told."""
+    return f"{endpoint.base_url}/models{'?limit=1000' if endpoint.format == 'messages' else ''}"
+
+
+def next_page(endpoint: Endpoint, raw: bytes) -> str:
+    """Where the list goes on, '' at its end."""
+    if endpoint.format != "messages":
+        return ""
+    from urllib.parse import quote
+
+    payload = json.loads(raw)
+    last = value_at(payload, "last_id")
+    more = value_at(payload, "has_more") is True and isinstance(last, str) and 0 < len(last) <= 200
+    return f"{list_url(endpoint)}&after_id={quote(last, safe='', errors='replace')}" if more else ""
+
+
+async def try_key(endpoint: Endpoint, timeout: float = 10.0) -> str:
+    """Ask whether the key is good, at no cost; a word to show, such as '42 models', or ''.
+
+    Errors: CredentialError if it is refused; Unavailable or ProviderError if it could not be tried.
+    """
+    if endpoint.provider == "offline":
+        return ""
+    url, shows_models = key_probe(endpoint)
+    async with time_limit(endpoint, timeout):
+        answer = await get_url(endpoint, url, timeout)
+    words, code = map(printable, words_of(endpoint, answer.body[: 64 << 10])) if answer.status != 200 else ("", "")
+    if code == "EntitlementError":  # Zen: the key is known, and has no Go subscription, which nobody asked for
+        return ""
+    if answer.status in (404, 405) or (answer.status == 403 and re.search(r"\bscopes?\b", words)):
+        # OpenAI's restricted keys may chat without the right to list the models.
+        raise ProviderError(f"the key cannot be tried: {shown_url(url)} answered {answer.status}: {words}")
+    check_answer(endpoint, answer)
+    return plural(len(parse_models(endpoint.provider, answer.body)), "model") if shows_models else ""
+
+
+def key_probe(endpoint: Endpoint) -> tuple[str, bool]:
+    """The cheapest address that wants a good key, and whether it gives the list of models.
+
+    OpenRouter and Zen list their models to anybody. OpenRouter tells about a key at /key. Zen has no such
+    address of its own, but its keys are those of OpenCode Go, whose usage is a GET that looks the key up
+    first: 401 for one that is unknown, else 200, or an EntitlementError without a subscription. A question
+    to a model would need a balance, cost something, and answer 401 to an empty balance too.
+    """
+    if endpoint.provider == "openrouter":
+        return f"{endpoint.base_url}/key", False
+    if endpoint.provider == "opencode":
+        return re.sub(r"(/go)?/v1$", "", endpoint.base_url) + "/go/v1/usage", False
+    return list_url(endpoint), True
+
+
+# ---- the cache ----
+
+FRESH = timedelta(hours=24)
+
+
+class Cached(NamedTuple):
+    """A list as it was when the provider gave it."""
+
+    base_url: str
+    fetched_at: datetime
+    models: list[ModelInfo]
+
+    def text(self) -> str:
+        """The file's text: entries in a shape that parse_models reads, so that it checks them on the way back."""
+        rows = [
+            {"id": m.id, "context_length": m.context, "cost": {"input": m.input_price, "output": m.output_price}}
+            | {"status": m.status, "chats": m.chats}
+            for m in self.models
+        ]
+        return to_json({"base_url": self.base_url, "fetched_at": iso(self.fetched_at), "data": rows})
+
+
+async def load_catalogue(
+    endpoint: Endpoint, folder: Path, *, refresh: bool = False, now: Callable[[], datetime] = utc_now
+) -> Catalogue:
+    """The models of a provider: from the cache, else as it lists them, else what is known; never a failure."""
+    if endpoint.provider == "offline":
+        return Catalogue("offline", tuple(built_in("offline")))
+    path = folder / f"{endpoint.provider}.json"
+    cached, notes = read_cache(endpoint, path)
+    if cached and not refresh and timedelta() <= now() - cached.fetched_at < FRESH:
+        return catalogue_of(endpoint, cached, [*notes, f"from the cache, {shown_age(cached, now())}"])
+    try:
+        check_there_is_a_key(endpoint)
+        fetched = Cached(endpoint.base_url, now(), await fetch_models(endpoint))
+    except PistaError as error:
+        instead = "built-in list" if built_in(endpoint.provider) else "no list"
+        instead = f"from the cache, {shown_age(cached, now())}" if cached else instead
+        return catalogue_of(endpoint, cached, [*notes, f"{instead}: {error}"])
+    return catalogue_of(endpoint, fetched, [*notes, *write_cache(path, fetched)])
+
+
+def catalogue_of(endpoint: Endpoint, cached: Cached | None, notes: Iterable[str]) -> Catalogue:
+    """The catalogue of a list, or of the built-in one."""
+    models = arranged(endpoint.provider, cached.models if cached else built_in(endpoint.provider))
+    note = printable("; ".join(notes)).replace("\n", " ")
+    return Catalogue(endpoint.provider, models, iso(cached.fetched_at) if cached else "", note)
+
+
+def known_models(endpoint: Endpoint, folder: Path) -> tuple[ModelInfo, ...]:
+    """The models of a provider as far as they are known without asking."""
+    cached, _ = read_cache(endpoint, folder / f"{endpoint.provider}.json")
+    return catalogue_of(endpoint, cached, ()).models
+
+
+def check_there_is_a_key(endpoint: Endpoint) -> None:
+    """Refuse to ask for a list that needs a key without one."""
+    if not endpoint.key.value and endpoint.spec.key_env and endpoint.provider not in PUBLIC_LISTS:
+        raise CredentialError(
+            f"no key for {endpoint.provider}",
+            f"set {endpoint.spec.key_env[0]}, or run `openpista auth login --provider {endpoint.provider}`",
+        )
+
+
+def read_cache(endpoint: Endpoint, path: Path) -> tuple[Cached | None, list[str]]:
+    """(what the cache holds of this endpoint, what is to be said about it)"""
+    try:
+        if not path.is_file():
+            return None, []
+        with path.open("rb") as file:
+            raw = file.read(LONGEST_LIST + 1)
+    except OSError as error:
+        return None, [f"cannot read the cache {path}: {error.strerror}"]
+    try:
+        models = parse_models(endpoint.provider, raw)
+        table = json.loads(raw)
+        fetched_at = datetime.fromisoformat(table["fetched_at"]).astimezone(UTC)
+        cached = Cached(table["base_url"], fetched_at, models)
+    except (ProviderError, ValueError, KeyError, TypeError, OverflowError):
+        return None, [damaged(path)]
+    return (cached if cached.base_url == endpoint.base_url else None), []
+
+
+def damaged(path: Path) -> str:
+    """Move a damaged cache out of the way; what to say about it."""
+    try:
+        return f"the cache was damaged; it was put aside as {put_aside(path)}"
+    except OSError as error:
+        return f"the cache {path} is damaged, and cannot be put aside: {error.strerror}"
+
+
+def write_cache(path: Path, cached: Cached) -> list[str]:
+    """Keep a list for a day; what is to be said if that is not possible."""
+    try:
+        for folder in reversed(path.parents[:3]):  # home, cache, models: mkdir -p would leave the outer ones open
+            make_private(folder)
+        write_private(path, cached.text())
+    except OSError as error:
+        return [f"not cached: cannot write {path}: {error.strerror}"]
+    return []
+
+
+def shown_age(cached: Cached, now: datetime) -> str:
+    """'3 h old'"""
+    minutes = int((now - cached.fetched_at).total_seconds() // 60)
+    if minutes < 0:  # the clock went backwards
+        return f"of {iso(cached.fetched_at)[:10]}"
+    if minutes < 120:
+        return f"{minutes} min old"
+    return f"{minutes // 60} h old" if minutes < 48 * 60 else f"{minutes // 1440} days old"
+
+
+# ---- showing ----
+
+
+def shown_context(context: int) -> str:
+    """'200k', '1M'; rounded down, so that it does not promise too much."""
+    if context >= 1_000_000:
+        return f"{context // 100_000 / 10:g}M"
+    return f"{context // 1000}k" if context >= 1000 else str(context or "")
+
+
+def dollars(amount: float | None) -> str:
+    """'$1.25', '$0.435', '$10', '?'"""
+    if amount is None:
+        return "?"
+    return "$" + (f"{amount:.2f}".removesuffix(".00") if round(amount, 2) == amount else f"{amount:.4f}".rstrip("0."))
+
+
+def shown_price(info: ModelInfo) -> str:
+    """'$1.25 / $10', what a million tokens cost in and out; '' where unknown."""
+    if info.input_price is None and info.output_price is None:
+        return ""
+    return f"{dollars(info.input_price)} / {dollars(info.output_price)}"
+
+
+def model_row(info: ModelInfo) -> tuple[str, ...]:
+    """The columns of a table: id, recommended, status, context, price, source."""
+    star = "★" if info.recommended else ""
+    return info.id, star, info.status, shown_context(info.context), shown_price(info), info.source
+
+
+def detail(info: ModelInfo, provider: str = "") -> tuple[str, ...]:
+    """What is known of a model, in a few lines."""
+    known = shown_price(info)
+    lines = [
+        info.id,
+        f"context: {info.context:,} tokens" if info.context else "context: unknown",
+        f"price for 1M tokens, in / out: {known or 'unknown'}",
+    ]
+    if provider == "opencode" and info.id.startswith("gemini-"):
+        lines.append("format: Google's own, which openpista does not speak")
+    elif not info.chats:
+        lines.append("no model to chat with")
+    elif provider and (form := FORMAT_NAMES.get(pick_format(provider, info.id, AgentConfig()))):
+        lines.append(f"format: {form}")
+    if info.status:
+        explained = FREE_TIER if provider == "opencode" and info.status == "free" else STATUSES[info.status]
+        lines.append(f"{info.status}: {explained}")
+    if info.recommended:
+        lines.append("recommended")
+    return (*lines, f"source: {info.source}")
+
+
+MODEL_HEADS = ("MODEL", "", "STATUS", "CONTEXT", "$ FOR 1M IN / OUT", "SOURCE")
+
+
+def is_offered(info: ModelInfo) -> bool:
+    """Whether the default view shows a model."""
+    return info.chats and info.status not in ("deprecated", "inactive")
+
+
+# ===== 10. Risk ===============================================================
 #
 # Does a command line only look, or must a person say yes first? ShellReader reads it
 # as bash would and has each simple command judged, those inside $( ), pipes and loops
@@ -3079,7 +3712,7 @@ def deed(name: str) -> str:
     return next((deed for deed, names in DEEDS.items() if name in names.split()), UNSURE)
 
 
-# ===== 10. Processes ==========================================================
+# ===== 11. Processes ==========================================================
 #
 # A child runs in a session and process group of its own, so that all of it can
 # be ended; what it prints is bounded while it is read. The call returns when the
@@ -3353,7 +3986,7 @@ def find_shell() -> str:
     return shutil.which("bash") or shutil.which("sh") or "/bin/sh"
 
 
-# ===== 11. Skills =============================================================
+# ===== 12. Skills =============================================================
 #
 # A skill is a folder with a SKILL.md: YAML front matter that says when to use it,
 # then instructions (agentskills.io). The prompt holds names and descriptions only;
@@ -3805,7 +4438,7 @@ def lines_that_fit(lines: Sequence[str], room: int) -> int:
     return sum(end <= room for end in itertools.accumulate(len(line) + 1 for line in lines))
 
 
-# ===== 12. Tools ==============================================================
+# ===== 13. Tools ==============================================================
 #
 # A tool is a class with a spec and a coroutine, and a row in TOOLS. Its failure
 # is an exception. Who must be asked first is the Gate's business.
@@ -4093,7 +4726,7 @@ class Toolbox:
         return ToolResult(call.id, self.redact(storable(result.output)), result.is_error)
 
 
-# ===== 13. Agent ==============================================================
+# ===== 14. Agent ==============================================================
 #
 # A turn: the person's words, then rounds of asking the model and doing what it
 # wants, until it answers in words. Everything is written down before the next
@@ -4530,34 +5163,1690 @@ def spoken(message: Message) -> str:
     return "\n".join(filter(None, [message.text, *calls]))
 
 
-# ===== 14. Terminal ===========================================================
+# ===== 15. Terminal ===========================================================
 #
-# What a person sees while a turn runs: a line of progress, the answer as it
-# comes, a question before a risky call. Nothing a model or a tool says reaches
-# the terminal with its control characters.
+# Text in cells, keys out of bytes, lines that are repainted where they changed,
+# and the terminal in raw mode and back. Text for it may hold our own SGR codes,
+# which Style makes; foreign text has gone through `printable` first.
 
-HALF_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
+# ---- text in cells ----
+
+SGR = re.compile(r"\x1b\[[0-9;]*m")
+SGR_OR_CHAR = re.compile(r"(\x1b\[[0-9;]*m)|.", re.DOTALL)
+PLAIN = "\x1b[0m"
+STYLES = {
+    "bold": "1",
+    "dim": "2",
+    "italic": "3",
+    "link": "4",
+    "mark": "7",
+    "code": "36",
+    "head": "1;36",
+    "good": "32",
+    "bad": "31",
+    "ask": "1;33",
+}
+
+
+class Style:
+    """Text in the styles of a table; without colours the text as it is."""
+
+    def __init__(self, colours: bool):
+        self.colours = colours
+
+    def __call__(self, text: str, *names: str) -> str:
+        if not (self.colours and text and names):
+            return text
+        begin = f"\x1b[{';'.join(STYLES[name] for name in names)}m"
+        return begin + text.replace(PLAIN, PLAIN + begin) + PLAIN  # a style inside ends, and this one goes on
 
 
 def cells(text: str) -> int:
-    """Columns that the text takes on a terminal."""
-    return sum(map(cell_width, text))
+    """Columns that the text takes on a terminal; SGR codes take none."""
+    if "\x1b" in text:
+        text = SGR.sub("", text)
+    return len(text) if text.isascii() else sum(map(cell_width, text))
 
 
 def cell_width(char: str) -> int:
     """Wide characters take two columns; marks, joiners, and the vowels and tails of Jamo none."""
+    if "\uac00" <= char <= "\ud7a3" or "\u4e00" <= char <= "\u9fff":  # Korean and Chinese, quickly
+        return 2
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def reach(text: str, width: int, start: int = 0) -> int:
+    """How far the text gets from start within width columns; marks and codes behind the last character included."""
+    piece = text[start : start + width + 1]
+    if piece.isascii() and "\x1b" not in piece:
+        return min(start + width, len(text))
+    for match in SGR_OR_CHAR.finditer(text, start):
+        width -= 0 if match[1] else cell_width(match[0])
+        if width < 0:
+            return match.start()
+    return len(text)
+
+
+def open_codes(text: str, before: str = "") -> str:
+    """The SGR codes that are still on behind the text."""
+    for code in SGR.findall(text):
+        before = "" if code in (PLAIN, "\x1b[m") else before.replace(code, "") + code
+    return before
 
 
 def fit_cells(text: str, width: int) -> str:
     """The text, cut with an ellipsis so that it takes at most width columns."""
     if cells(text) <= width:
         return text
-    while text and cells(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
+    cut = text[: reach(text, max(width, 1) - 1)] + "…"
+    return cut + (PLAIN if open_codes(cut) else "")
+
+
+def wrap_cells(text: str, width: int) -> list[str]:
+    """Rows of at most width columns (of two, if width is less), each closing the SGR codes that it opens."""
+    rows = [row for line in text.split("\n") for row in broken(untabbed(line), max(width, 2))]
+    return list(reopened(rows)) if "\x1b" in text else rows
+
+
+def broken(line: str, width: int) -> Iterator[str]:
+    """The line in rows, broken at spaces; a word longer than a row is cut."""
+    start = end = used = 0
+    for match in re.finditer(r"( *)[^ ]+", line.rstrip(" ")):
+        size, gap = cells(match[0]), len(match[1])
+        if used + size > width:
+            if size - gap <= width or used + gap >= width:
+                yield line[start:end]
+                start, used, size = match.end(1), 0, size - gap
+            while used + size > width:
+                cut = reach(line, width, start)
+                yield line[start:cut]
+                start, used, size = cut, 0, used + size - cells(line[start:cut])
+        used, end = used + size, match.end()
+    yield line[start : reach(line, width, start)]
+
+
+def untabbed(line: str) -> str:
+    """Tabs as spaces to the next multiple of 4 columns."""
+    *before, last = line.split("\t")
+    return "".join(part + " " * (4 - cells(part) % 4) for part in before) + last
+
+
+def reopened(rows: Sequence[str]) -> Iterator[str]:
+    """Rows whose SGR codes end with each row and begin again on the next."""
+    codes = ""
+    for row in rows:
+        before, codes = codes, open_codes(row, codes)
+        yield before + row + (PLAIN if codes else "")
+
+
+# ---- keys ----
+
+
+class KeyPress(NamedTuple):
+    """A key, by its name: text (a character), paste, enter, up, ctrl-c, alt-b, shift-enter, escape, f1 ..."""
+
+    name: str
+    text: str = ""  # of text and paste
+
+
+UNKNOWN_KEY = KeyPress("unknown")  # a sequence that nobody needs
+CONTROLS = {chr(code): f"ctrl-{chr(code + 64).lower()}" for code in range(32)} | {
+    "\0": "ctrl-space",
+    "\x08": "backspace",
+    "\t": "tab",
+    "\r": "enter",
+    "\x1b": "escape",
+    "\x7f": "backspace",
+}
+LETTERS = dict(zip("ABCDFHPQRSZ", "up down right left end home f1 f2 f3 f4 backtab".split(), strict=True))
+NUMBERS = dict(enumerate("home insert delete end pageup pagedown home end".split(), 1)) | {
+    code: f"f{number}" for number, code in enumerate((11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 23, 24), 1)
+}
+CODES = {8: "backspace", 9: "tab", 13: "enter", 27: "escape", 127: "backspace", 57414: "enter"}  # 57414: on the keypad
+MODIFIERS = ((2 | 8 | 32, "alt-"), (4, "ctrl-"), (1, "shift-"))  # 8 and 32: Meta, in xterm and in kitty
+SAME = {"shift-tab": "backtab", "shift-backtab": "backtab", "shift-backspace": "backspace"}
+
+WHOLE = re.compile(
+    r"\x1b?\x1b(?P<paste>\[200~)"
+    r"|(?P<string>\x1b[\]P_](?=.))"  # OSC, DCS, APC: an answer of the terminal
+    r"|\x1b?\x1b\[(?P<dropped>\[[^\x1b]|M[^\x00-\x1f]{3})"  # F1 of a Linux console; a mouse of old
+    r"|(?P<meta>\x1b?)\x1b(?:\[(?![\[M])(?P<fields>[0-?]{0,64})[ -/]{0,8}(?P<csi>[@-~])|O(?P<ss3>[!-~]))",
+    re.DOTALL,
+)
+HALF = re.compile(r"(?P<half>\x1b(?:\x1b?(?:\[(?:\[|M[^\x00-\x1f]{0,2}|[0-?]{0,64}[ -/]{0,8})?|O)?|[\]P_]))\Z")
+REST = re.compile(r"\x1b?\x1b(?P<broken>\[)(?=[ -?\[M])|\x1b(?P<alt>[^\x1b])|(?P<lone>.)", re.DOTALL)
+UNTIL = {
+    "paste": re.compile(r"\x1b\[201~"),
+    "string": re.compile(r"\x07|\x1b\\|[\x18\x1a]|(?=\x1b[^\\])", re.DOTALL),
+    "broken": re.compile(r"[@-~]|(?=[^ -~])"),
+}
+# A number, its modifiers, 3 for "released", and the number in xterm's modifyOtherKeys: 27;modifiers;number~
+FIELDS = re.compile(r"(\d*)(?::[\d:]*)?(?:;(\d*)(?::(\d*))?(?:;(\d*)[\d:;]*)?)?")
+
+
+def modified(bits: int, name: str) -> str:
+    """The name of a key with Alt, Ctrl and Shift, in this order."""
+    name = "".join(word for mask, word in MODIFIERS if bits & mask) + name
+    return SAME.get(name, name)
+
+
+def csi_key(match: re.Match) -> KeyPress:
+    """A key as ESC [ fields letter."""
+    fields, letter = FIELDS.fullmatch(match["fields"]), match["csi"]
+    if not fields or fields[3] == "3":
+        return UNKNOWN_KEY
+    number, bits = int(fields[1] or 1), max(int(fields[2] or 1) - 1, 0) | (2 if match["meta"] else 0)
+    if letter == "~" and number == 27:
+        number, letter = int(fields[4] or 0), "u"
+    if letter == "u" and number not in CODES:
+        return character(number, bits)
+    names = {"~": NUMBERS, "u": CODES}.get(letter)
+    name = names.get(number) if names else LETTERS.get(letter) if number == 1 else None
+    return KeyPress(modified(bits, name)) if name else UNKNOWN_KEY
+
+
+def character(number: int, bits: int) -> KeyPress:
+    """A key as the number of its character; Shift is in the character where there is no Ctrl."""
+    char = chr(number) if number < sys.maxunicode else "\0"
+    if unicodedata.category(char)[0] == "C":  # controls, halves of pairs, and the private ones: keys like CapsLock
+        return UNKNOWN_KEY
+    cased = char.lower() if bits & 4 else char.upper() if bits & 1 else char
+    char = cased if len(cased) == 1 else char
+    named = modified(bits & ~1, "space" if char == " " else char)
+    return KeyPress("text", char) if named in (char, "space") else KeyPress(named)
+
+
+def ss3_key(match: re.Match) -> KeyPress:
+    """A key as ESC O letter: arrows and keypad in their application modes."""
+    name = LETTERS.get(match["ss3"], "enter" if match["ss3"] == "M" else "")
+    return KeyPress(modified(2 if match["meta"] else 0, name)) if name else UNKNOWN_KEY
+
+
+def alt_key(match: re.Match) -> KeyPress:
+    """Alt with a character comes as ESC and the character."""
+    char = match["alt"]
+    name = CONTROLS.get(char) or ("space" if char == " " else printable(char))
+    return KeyPress(f"alt-{name}") if name else UNKNOWN_KEY
+
+
+def lone_key(match: re.Match) -> KeyPress:
+    """A character, or a control character."""
+    char = match["lone"]
+    return KeyPress(CONTROLS[char]) if char in CONTROLS else KeyPress("text", char) if printable(char) else UNKNOWN_KEY
+
+
+KEYS = {"csi": csi_key, "ss3": ss3_key, "alt": alt_key, "lone": lone_key, "dropped": lambda match: UNKNOWN_KEY}
+
+
+class KeyDecoder:
+    """Feed it bytes in any portions; it gives back whole keys."""
+
+    LONGEST_PASTE = 4 << 20  # characters; the rest is dropped
+    MARK = 5  # characters at the end that may be the first of the mark that is waited for
+
+    def __init__(self):
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""  # half a sequence
+        self._inside = ""  # what is read up to its end: paste, string, broken; a key of UNTIL
+        self._pasted: list[str] = []
+        self._room = self.LONGEST_PASTE
+
+    @property
+    def pasting(self) -> bool:
+        """Whether a paste has begun and its end has not come."""
+        return self._inside == "paste"
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is an Esc or half a sequence, whose rest may come."""
+        return bool(self._text or self._inside) and not self.pasting
+
+    def feed(self, data: bytes) -> list[KeyPress]:
+        """The keys that are whole now."""
+        self._text += self._utf8.decode(data)
+        return list(self._read(ended=False))
+
+    def flush(self, paste: bool = False) -> list[KeyPress]:
+        """The keys that it was waiting with, since no rest came; those of an endless paste only if told so."""
+        if self.pasting and not paste:
+            return []
+        keys = [] if self._inside else list(self._read(ended=True))
+        if self._inside:
+            self._skip(self._text)
+            keys.append(self._end())
+            self._text = ""
+        return keys
+
+    def _read(self, ended: bool) -> Iterator[KeyPress]:
+        text, at = self._text, 0
+        while at < len(text):
+            if self._inside:
+                match = UNTIL[self._inside].search(text, at)
+                stop = match.start() if match else max(at, len(text) - self.MARK)
+                self._skip(text[at:stop])
+                at = match.end() if match else stop
+                if not match:
+                    break
+                yield self._end()
+                continue
+            match = WHOLE.match(text, at) or (not ended and HALF.match(text, at)) or REST.match(text, at)
+            if match.lastgroup == "half":
+                break
+            at = match.end()
+            if match.lastgroup in UNTIL:
+                self._inside = match.lastgroup
+            else:
+                yield KEYS[match.lastgroup](match)
+        self._text = text[at:]
+
+    def _skip(self, text: str) -> None:
+        """Of what stands inside only a paste is of use."""
+        if self.pasting and self._room:
+            self._pasted.append(text[: self._room])
+            self._room -= len(self._pasted[-1])
+
+    def _end(self) -> KeyPress:
+        pasted = printable("".join(self._pasted).replace("\r\n", "\n").replace("\r", "\n"))
+        key = KeyPress("paste", pasted) if self.pasting else UNKNOWN_KEY
+        self._inside, self._pasted, self._room = "", [], self.LONGEST_PASTE
+        return key
+
+
+# ---- painting ----
+
+SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
+WRAP, NO_WRAP = "\x1b[?7h", "\x1b[?7l"
+ONE_LINE = str.maketrans("\t\n\r", "   ")
+
+
+class Painter:
+    """Lines below what was printed, or on a screen of their own; of a change it writes only what is new."""
+
+    def __init__(self, write: Callable[[str], None], inline: bool):
+        self._write, self._inline = write, inline
+        self._wanted: tuple[Sequence[str], tuple[int, int] | None] = ((), None)
+        self.forget()
+
+    def forget(self) -> None:
+        """The screen was somebody else's: paint all of it next time, from where the cursor is then."""
+        self._lines: list[str] = []  # as they stand on the screen
+        self._place = (0, 0)  # the cursor's row, from the first of them, and column
+        self._shows: bool | None = None  # the cursor
+        self._size = (0, 0)
+
+    def paint(self, lines: Sequence[str], size: tuple[int, int], cursor: tuple[int, int] | None = None) -> None:
+        """Show these lines instead; inline the last of them, if there are more than rows - 1."""
+        self._wanted = (lines, cursor)
+        if text := self._resized(size) + self._changes():
+            self._write(text)
+
+    def print(self, text: str, size: tuple[int, int]) -> None:
+        """Text that stays above the lines, and that the terminal wraps."""
+        text = text.replace("\n", "\r\n") + (PLAIN if "\x1b" in text else "") + "\r\n"
+        before = self._resized(size) + self._go(0) + "\x1b[J"
+        self._lines = []
+        self._write(before + text + self._changes())
+
+    def clear(self) -> None:
+        """Nothing painted; the cursor in the first column where the lines stood."""
+        self._wanted = ((), None)
+        if self._lines or self._shows is False:
+            self._write(self._go(0) + "\x1b[J" + SHOW_CURSOR)
+        self.forget()
+
+    def _resized(self, size: tuple[int, int]) -> str:
+        """What takes the lines away that a new size has moved: inline the terminal may have wrapped them anew."""
+        if size == self._size:
+            return ""
+        self._size, width = size, max(size[0], 2)
+        lines, (row, column), self._lines, self._place = self._lines, self._place, [], (0, 0)
+        if not self._inline:
+            return "\x1b[H\x1b[2J"
+        above = sum(rows_taken(line, width) for line in lines[:row]) + column // width
+        return ("\r" + (f"\x1b[{above}A" if above else "") + "\x1b[J") if lines else ""
+
+    def _changes(self) -> str:
+        """What turns the lines on the screen into those that are wanted."""
+        lines, cursor = self._fitted()
+        rows = enumerate(itertools.zip_longest(lines, self._lines))
+        parts = [self._go(row) + "\x1b[K" + new for row, (new, old) in rows if new not in (None, old)]
+        if len(lines) < len(self._lines):
+            parts.append(self._go(len(lines)) + "\x1b[J")
+        self._lines = lines
+        # Without wrapping a character that the terminal finds wider than we do cannot break the lines.
+        text = "".join([NO_WRAP, *parts, WRAP] if parts else [])
+        place = cursor or (max(len(lines) - 1, 0), 0)
+        if parts or place != self._place:
+            text += self._go(*place)
+        if (cursor is not None) != self._shows:
+            self._shows = cursor is not None
+            text += SHOW_CURSOR if self._shows else HIDE_CURSOR
+        return text
+
+    def _fitted(self) -> tuple[list[str], tuple[int, int] | None]:
+        """The lines that are wanted, and the cursor, as far as there is room for them."""
+        (lines, cursor), (columns, rows) = self._wanted, self._size
+        skipped = max(len(lines) - max(rows - 1, 1), 0) if self._inline else 0
+        lines = [fit_cells(line.translate(ONE_LINE), columns) for line in lines[skipped : skipped + max(rows, 1)]]
+        if cursor:
+            row, column = cursor[0] - skipped, max(min(cursor[1], columns - 1), 0)
+            cursor = (row, column) if 0 <= row < len(lines) else None
+        return [line + PLAIN if "\x1b" in line else line for line in lines], cursor
+
+    def _go(self, row: int, column: int = 0) -> str:
+        """The cursor moved to a place; a line feed makes a row where there is none yet."""
+        step = row - self._place[0]
+        self._place = (row, column)
+        return "\r" + (f"\x1b[{-step}A" if step < 0 else "\n" * step) + (f"\x1b[{column}C" if column else "")
+
+
+def rows_taken(line: str, width: int) -> int:
+    """Rows that a line takes where the terminal wraps it."""
+    line, at = SGR.sub("", line), 0
+    for count in itertools.count(1):
+        at = reach(line, width, at)
+        if at >= len(line):
+            return count
+
+
+# ---- the terminal ----
+
+
+def usable(keys: int, out: Any, environ: Mapping[str, str]) -> bool:
+    """Whether keys can be read one by one, and lines be painted."""
+    try:
+        import termios  # noqa: F401
+
+        both = os.isatty(keys) and out.isatty() and min(os.get_terminal_size(out.fileno())) > 0
+        return both and environ.get("TERM", "dumb") not in ("", "dumb")
+    except (ImportError, OSError, ValueError):
+        return False
+
+
+class Tty:
+    """The terminal in raw mode while it is entered, and back as it was, whatever happens."""
+
+    ESC_WAIT = 0.05  # seconds; the rest of a sequence comes sooner, even over a slow line
+    ENTER = "\x1b[?2004h"  # bracketed paste
+    LEAVE = PLAIN + WRAP + SHOW_CURSOR + "\x1b[?2004l"
+    FULL, MAIN = "\x1b[?1049h", "\x1b[?1049l"
+
+    def __init__(self, keys: int, out: Any, environ: Mapping[str, str]):
+        self._keys, self._out = keys, out
+        self.style = Style(not environ.get("NO_COLOR"))
+        self._decoder = KeyDecoder()
+        self._queue: collections.deque[KeyPress] = collections.deque()
+        self._woken = asyncio.Event()
+        self._before: list[Any] | None = None  # the terminal's mode, to which it goes back
+        self._raw = False
+        self._signals: list[int] = []
+        self._since = 0.0  # when bytes came last
+        self._full = self._gone = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows."""
+        try:
+            columns, rows = os.get_terminal_size(self._out.fileno())
+        except OSError:
+            columns = rows = 0
+        return columns or 80, rows or 24
+
+    def __enter__(self) -> Tty:
+        import termios
+
+        self._loop = asyncio.get_running_loop()
+        with self._may_be_gone():
+            self._before = termios.tcgetattr(self._keys)
+        self._handle_signals()
+        self._take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave_signals()
+        self._give_back()
+
+    # ---- out ----
+
+    def write(self, text: str) -> None:
+        """Text to the terminal, at once; without one it is lost, and key() says so."""
+        with self._may_be_gone():
+            self._out.write(text)
+            self._out.flush()
+
+    @contextlib.contextmanager
+    def full_screen(self) -> Iterator[None]:
+        """The alternate screen; inside another full_screen it is the same."""
+        outer, self._full = self._full, True
+        if not outer:
+            self.write(self.FULL)
+        try:
+            yield
+        finally:
+            self._full = outer
+            if not outer:
+                self.write(PLAIN + SHOW_CURSOR + self.MAIN)
+
+    # ---- keys ----
+
+    @property
+    def more(self) -> bool:
+        """Whether key() has one at once."""
+        return bool(self._queue)
+
+    async def key(self) -> KeyPress:
+        """The next key; "resize", "resume" after a suspend, "gone" again and again once the terminal is gone."""
+        while not self._queue and not self._gone:
+            await self._arrival()
+        return self._queue.popleft() if self._queue else KeyPress("gone")
+
+    def press(self, key: KeyPress) -> None:
+        """Put a key behind those that were pressed."""
+        self._queue.append(key)
+        self._woken.set()
+
+    async def _arrival(self) -> None:
+        """Until something came; the terminal is read only meanwhile, so a flood waits in the kernel."""
+        self._woken.clear()
+        self._loop.add_reader(self._keys, self._read)
+        late = self._loop.call_at(self._since + self.ESC_WAIT, self._flush) if self._decoder.waiting else None
+        try:
+            await self._woken.wait()
+        finally:
+            self._loop.remove_reader(self._keys)
+            if late:
+                late.cancel()
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._keys, 64 << 10)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._since, self._gone = self._loop.time(), not data
+        if not data or data == b"\x03":  # alone it is a person: a paste is over, even if its end got lost
+            self._flush(paste=True)
+        self._queue.extend(self._decoder.feed(data))
+        self._woken.set()
+
+    def _flush(self, paste: bool = False) -> None:
+        self._queue.extend(self._decoder.flush(paste))
+        self._woken.set()
+
+    # ---- signals ----
+
+    def suspend(self) -> None:
+        """Stop this group of processes, as ctrl-z does, with the terminal restored; goes on when it is continued."""
+        if signal.SIGTSTP in self._signals:
+            self._give_back()
+            self._leave_signals()
+            os.kill(0, signal.SIGTSTP)  # returns when it is continued, or at once where no shell could do that
+            self._handle_signals()
+            self._resume()
+
+    def _handle_signals(self) -> None:
+        handlers = {signal.SIGTSTP: self.suspend, signal.SIGCONT: self._resume, signal.SIGWINCH: self._resized}
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != signal.SIG_IGN:  # a shell without jobs has its children ignore SIGTSTP
+                self._loop.add_signal_handler(number, handler)
+                self._signals.append(number)
+
+    def _leave_signals(self) -> None:
+        while self._signals:
+            self._loop.remove_signal_handler(self._signals.pop())
+
+    def _resume(self) -> None:
+        if self._in_background():
+            os.kill(0, signal.SIGTTOU)  # continued with `bg`: who uses the terminal has to wait for `fg`
+        else:
+            self._take()
+            self._press_once(KeyPress("resume"))
+
+    def _resized(self) -> None:
+        self._press_once(KeyPress("resize"))
+
+    def _press_once(self, key: KeyPress) -> None:
+        if key not in self._queue:
+            self.press(key)
+
+    # ---- modes ----
+
+    def _take(self) -> None:
+        """Raw mode, but for OPOST: a line feed still goes to the first column."""
+        import termios
+
+        if self._before:
+            mode = [*self._before[:6], [*self._before[6]]]
+            mode[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR | termios.ISTRIP | termios.IXON)
+            mode[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
+            mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+            self._raw = True
+            self._set(mode)
+            self.write(self.ENTER + (self.FULL if self._full else ""))
+
+    def _give_back(self) -> None:
+        if self._raw:
+            self._raw = False
+            self._set(self._before)
+            self.write(self.LEAVE + (self.MAIN if self._full else ""))
+
+    def _set(self, mode: list[Any]) -> None:
+        import termios
+
+        with self._may_be_gone():
+            if not self._in_background():  # there it is the shell's, and we would be stopped
+                termios.tcsetattr(self._keys, termios.TCSANOW, mode)
+
+    def _in_background(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.tcgetpgrp(self._keys) != os.getpgrp()
+        return False  # not our terminal: nobody's jobs
+
+    @contextlib.contextmanager
+    def _may_be_gone(self) -> Iterator[None]:
+        import termios
+
+        try:
+            yield
+        except BlockingIOError:
+            pass  # what is left goes out with the next write
+        except (OSError, termios.error):
+            self._gone = True
+            self._woken.set()
+
+
+async def converse(tty: Tty, widget: Any, style: Style, wake: asyncio.Event | None = None) -> Any:
+    """The result of a widget that has the whole screen; it is painted anew too when wake is set."""
+    with tty.full_screen():
+        painter = Painter(tty.write, inline=False)
+        waker = asyncio.create_task(pressing(tty, wake)) if wake else None
+        try:
+            result = None
+            while result is None:
+                if not tty.more:
+                    lines, cursor = widget.lines(*tty.size, style)
+                    painter.paint(lines, tty.size, cursor)
+                key = await tty.key()
+                if key.name == "gone":
+                    return widget.press(KeyPress("ctrl-c"))
+                if key.name == "ctrl-z":
+                    tty.suspend()
+                elif key.name == "resume":
+                    painter.forget()
+                elif key.name not in ("resize", "wake"):
+                    result = widget.press(key)
+            return result
+        finally:
+            if waker:
+                waker.cancel()
+
+
+async def pressing(tty: Tty, wake: asyncio.Event) -> None:
+    """Press "wake" whenever the event is set; runs until it is cancelled."""
+    while await wake.wait():
+        wake.clear()
+        tty.press(KeyPress("wake"))
+
+
+# ===== 16. Widgets ============================================================
+#
+# A list to pick from, a line to type in. Each is fed with keys and asked for the
+# lines to show; none of them knows a terminal. Texts may come from anywhere:
+# they are made one printable line where they are shown.
+
+
+class Choice(NamedTuple):
+    """Something that can be picked."""
+
+    value: Any
+    columns: tuple[str, ...]
+    group: str = ""
+    mark: str = ""
+    detail: tuple[str, ...] = ()
+    words: str = ""  # what the search looks in; "": the columns
+
+
+class Chosen(NamedTuple):
+    """What came of a widget."""
+
+    kind: str  # picked, cancelled, or an action of the picker
+    value: Any = None
+
+
+CANCELLED = Chosen("cancelled")
+Lines = tuple[list[str], tuple[int, int] | None]  # what a widget shows; row and column of the cursor
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """The text as one line that may be shown."""
+    return printable(clip(text, limit))
+
+
+def padded(text: str, width: int) -> str:
+    """The text in exactly width columns."""
+    gap = width - cells(text)
+    if gap < 0:
+        text = fit_cells(text, width)
+        gap = width - cells(text)
+    return text + " " * gap
+
+
+def both_ends(left: str, right: str, width: int) -> str:
+    """One text at the left end of a line, one at the right end if there is room for it."""
+    room = width - cells(right) - 1
+    return f"{padded(left, room)} {right}" if room >= min(8, cells(left)) else fit_cells(left, width)
+
+
+def in_columns(texts: Sequence[str], widths: Sequence[int]) -> str:
+    """The texts in columns; one of width 0 is left out."""
+    return "  ".join(padded(text, width) for text, width in zip(texts, widths, strict=False) if width)
+
+
+def as_many(words: Iterable[str], width: int) -> str:
+    """The first of the words, as many as there is room for."""
+    rows = list(itertools.accumulate(filter(None, words), "{} · {}".format))
+    return next((row for row in reversed(rows) if cells(row) <= width), "")
+
+
+# ---- a line of text ----
+
+
+def before(text: str, at: int) -> int:
+    """Where the character before the cursor begins, with the marks that stand on it."""
+    at = max(at - 1, 0)
+    while at and not cell_width(text[at]):
+        at -= 1
+    return at
+
+
+def after(text: str, at: int) -> int:
+    """Where the character under the cursor ends."""
+    at = min(at + 1, len(text))
+    while at < len(text) and not cell_width(text[at]):
+        at += 1
+    return at
+
+
+def word_before(text: str, at: int) -> int:
+    """Where the word before the cursor begins."""
+    return text[:at].rstrip().rfind(" ") + 1
+
+
+def word_after(text: str, at: int) -> int:
+    """Where the word behind the cursor ends."""
+    rest = text[at:].lstrip()
+    return len(text) - len(rest.partition(" ")[2]) - (" " in rest)
+
+
+LINE_KEYS = {  # place -> keys that go there; keys that cut what is between
+    before: ("left ctrl-b", "backspace"),
+    after: ("right ctrl-f", "delete ctrl-d"),
+    word_before: ("ctrl-left alt-left alt-b", "ctrl-w alt-backspace"),
+    word_after: ("ctrl-right alt-right alt-f", "alt-d"),
+    lambda text, at: 0: ("home ctrl-a", "ctrl-u"),
+    lambda text, at: len(text): ("end ctrl-e", "ctrl-k"),
+}
+LINE_MOVES = {key: place for place, (moves, _) in LINE_KEYS.items() for key in moves.split()}
+LINE_CUTS = {key: place for place, (_, cuts) in LINE_KEYS.items() for key in cuts.split()}
+
+
+class Line:
+    """A line of text with a cursor, and what the usual keys do to it."""
+
+    LIMIT = 10_000  # characters
+
+    def __init__(self, text: str = ""):
+        self.text, self.at = "", 0
+        self._put(0, 0, text)
+
+    def press(self, key: KeyPress) -> bool:
+        """Whether the key means something to a line."""
+        if key.name in ("text", "paste"):
+            self._put(self.at, self.at, key.text)
+        elif place := LINE_MOVES.get(key.name):
+            self.at = place(self.text, self.at)
+        elif place := LINE_CUTS.get(key.name):
+            self._put(*sorted((self.at, place(self.text, self.at))))
+        else:
+            return False
+        return True
+
+    def _put(self, start: int, end: int, text: str = "") -> None:
+        """The first line of the text in place of what stood there."""
+        first = next(iter(text.strip("\r\n").splitlines()), "")
+        new = printable(first.replace("\t", " "))[: self.LIMIT - len(self.text) + end - start]
+        self.text, self.at = self.text[:start] + new + self.text[end:], start + len(new)
+
+    def view(self, width: int, masked: bool = False) -> tuple[str, int]:
+        """What fits of it around the cursor, and the column of the cursor."""
+        text = "•" * len(self.text) if masked else self.text
+        start, used = self.at, 1  # the cursor takes a column too
+        while start and (used := used + cell_width(text[start - 1])) <= width:
+            start -= 1
+        return fit_cells(text[start : self.at + width * 4], width), cells(text[start : self.at])
+
+
+# ---- a list to pick from ----
+
+PICKER_KEYS = {"pageup": (0, -1), "pagedown": (0, 1), "home": (-sys.maxsize, 0), "end": (sys.maxsize, 0)}  # rows, pages
+PICKER_KEYS |= dict.fromkeys(("up", "ctrl-p"), (-1, 0)) | dict.fromkeys(("down", "ctrl-n"), (1, 0))
+PICKER_LETTERS = {"j": "down", "k": "up", "s": "search", "/": "search"}  # while they do not go into the search
+
+
+def folded(text: str) -> str:
+    """The text as the search compares it: without case, with Hangul and the like composed."""
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def shared(wanted: Sequence[int], room: int) -> list[int]:
+    """Widths of the columns; the first gives way, down to 24 or two fifths; then the last are left out."""
+    first, *others = wanted or [0]
+    others = [min(width, max(room // 3, room - first - 2)) for width in others]
+    while others and room - taken(others) < min(first, max(room * 2 // 5, 24)):
+        others.pop()
+    return [max(min(first, room - taken(others)), 1), *others]
+
+
+def taken(widths: Sequence[int]) -> int:
+    """Columns of the terminal that these take, with the space before each."""
+    return sum(width + 2 for width in widths if width)
+
+
+class Picker:
+    """A list to pick from, with a search; typing: letters go into the search from the start."""
+
+    def __init__(
+        self,
+        title: str,
+        choices: Iterable[Choice],
+        *,
+        heads: tuple[str, ...] = (),
+        typing: bool = False,
+        actions: Mapping[str, str] = {},
+        help: str = "",
+        note: str = "",
+        start: Any = None,
+    ):
+        self.title, self.heads, self.help = one_line(title), [*map(one_line, heads)], one_line(help)
+        self.typing, self.actions = typing, actions
+        self.search, self.searching = Line(), typing
+        self.choices, self.found = [], range(0)  # found: indexes of the choices that the search leaves
+        self.at = self.top = self._kept = 0  # positions in found, and an index to come back to
+        self._sought, self._page = "", 10
+        self._wished = None if start is None else Choice(start, ())  # what to select as soon as it is there
+        self.replace(choices, note)
+
+    @property
+    def selected(self) -> Choice | None:
+        """The choice that Enter would pick."""
+        return self._choice(self.at) if self.found else None
+
+    def replace(self, choices: Iterable[Choice], note: str = "") -> None:
+        """Other choices; the search stays, and the selection if its value is still there."""
+        at, self._wished = self.at, self.selected or self._wished
+        self.choices, self.note = list(choices), note
+        self._texts = [folded(choice.words or " ".join(choice.columns)) for choice in self.choices]
+        self._detailed = any(choice.detail for choice in self.choices)
+        self._edge = 4 if any(choice.mark for choice in self.choices) else 2  # columns before the text: pointer, mark
+        self._widths = []
+        self.found, self._sought, self.at, self._kept = range(len(self.choices)), "", 0, 0
+        self._narrow()
+        self.at = max(min(at, len(self.found) - 1), 0)
+        if self._wished:
+            self._select(self._wished.value, self._wished.group)
+
+    def press(self, key: KeyPress) -> Chosen | None:
+        """What the key brings about; None: the list goes on."""
+        name = PICKER_LETTERS.get(key.text, "text") if key.name == "text" and not self.searching else key.name
+        if name in ("ctrl-c", "ctrl-d"):
+            return CANCELLED
+        if name == "escape":
+            return self._escape()
+        if name == "enter":
+            return Chosen("picked", self.selected.value) if self.selected else None
+        if name in PICKER_KEYS:
+            self._step(*PICKER_KEYS[name])
+        elif self.searching and self.search.press(key):
+            self._narrow()
+        elif name == "search":
+            self.searching = True
+        elif name == "text" and key.text in self.actions:
+            return Chosen(self.actions[key.text], self.selected and self.selected.value)
+        return None
+
+    def _escape(self) -> Chosen | None:
+        if not self.searching or (self.typing and not self.search.text):
+            return CANCELLED
+        self.search, self.searching = Line(), self.typing
+        self._narrow()
+        return None
+
+    def _step(self, rows: int, pages: int) -> None:
+        self.at = max(min(self.at + rows + pages * self._page, len(self.found) - 1), 0)
+
+    def _select(self, value: Any, group: str = "") -> None:
+        """Go to the choice of that value; in the same group, if it is in several."""
+        same = [position for position, index in enumerate(self.found) if self.choices[index].value == value]
+        self.at = next((position for position in same if self._group(position) == group), (same or [self.at])[0])
+
+    def _narrow(self) -> None:
+        """Find what all words of the search occur in; a search that grew looks only at what it had found."""
+        text = folded(self.search.text)
+        if text == self._sought:
+            return
+        if self.found:
+            self._kept = self.found[self.at]
+        found = self.found if self._sought in text else range(len(self.choices))
+        for word in text.split():
+            found = [index for index in found if word in self._texts[index]]
+        self.found, self._sought = found, text
+        self.at = 0 if text.split() else self._kept
+
+    def _choice(self, position: int) -> Choice:
+        return self.choices[self.found[position]]
+
+    def _group(self, position: int) -> str:
+        return self._choice(position).group
+
+    # ---- what is shown; what matters less goes first when rows are few ----
+
+    def lines(self, columns: int, rows: int, style: Style) -> Lines:
+        """The rows to show, and where the cursor stands if it does."""
+        above, cursor = self._above(columns, rows, style)
+        below = self._below(columns, rows, style)
+        height = rows - len(above) - len(below)
+        pane = columns // 3 if self._detailed and columns >= 100 else 0
+        body = self._body(columns - pane, height, style)
+        body += [""] * (height - len(body))
+        if pane:
+            detail = self._detail(pane - 3)
+            body = [
+                f"{padded(line, columns - pane)} {style('│', 'dim')} {text}"
+                for line, text in itertools.zip_longest(body, detail[:height], fillvalue="")
+            ]
+        return [fit_cells(line, columns) for line in (*above, *body, *below)], cursor
+
+    def _above(self, columns: int, rows: int, style: Style) -> Lines:
+        lines, cursor = [], None
+        if rows >= (4 if self.searching else 2):
+            position = f"{self.at + 1:,}/{len(self.found):,}" if self.found else ""
+            lines.append(both_ends(style(self.title, "bold"), style(position, "dim"), columns))
+        if self.searching and rows >= 2:
+            prompt = "/ " if columns > 8 else ""
+            text, at = self.search.view(columns - len(prompt))
+            cursor = len(lines), len(prompt) + at
+            lines.append(prompt + (text or style("type to search", "dim")))
+        elif rows >= 4:
+            lines.append(style("/ or s to search", "dim"))
+        return lines + [""] * (rows >= 14), cursor
+
+    def _below(self, columns: int, rows: int, style: Style) -> list[str]:
+        lines = []
+        if self._detailed and rows >= 20 and columns < 100:
+            detail = self._detail(columns - 2)[:3]
+            lines = ["", *(style(f"  {line}", "dim") for line in detail), *[""] * (3 - len(detail))]
+        lines += [""] * (rows >= 14)
+        if self.note and rows >= 5:
+            lines.append(style(one_line(self.note), "dim"))
+        if rows >= 6:
+            lines.append(style(as_many(self._helps(), columns), "dim"))
+        return lines
+
+    def _helps(self) -> list[str]:
+        """What the keys do now, the most needed first."""
+        found = ["Enter choose"] * bool(self.found)
+        if not self.searching:
+            actions = (f"{letter} {kind}" for letter, kind in self.actions.items())
+            return [*found, "Esc leave", "↑↓ j/k move", "s search", *actions, self.help]
+        escape = "leave search" if not self.typing else "clear" if self.search.text else "cancel"
+        return [*found, f"Esc {escape}", "↑↓ move", self.help]
+
+    def _detail(self, width: int) -> list[str]:
+        detail = self.selected.detail if self.selected else ()
+        return [row for text in detail for row in wrap_cells(one_line(text, 2_000), width)]
+
+    def _body(self, columns: int, height: int, style: Style) -> list[str]:
+        """Column heads, headings of groups, and the choices in view."""
+        if not self.found:
+            why = f"nothing found for “{self.search.text}”" if self.choices else "nothing to choose from"
+            return [style(f"  {why}", "dim")]
+        heads = bool(self.heads) and height >= 6
+        window = self._window(height - heads)
+        shown = {row: [*map(one_line, self._choice(row).columns)] for row in window if isinstance(row, int)}
+        self._page = max(len(shown) - 1, 1)
+        widths = self._fit([self.heads, *shown.values()], max(columns - self._edge, 1))
+        lines = [style(" " * self._edge + in_columns(self.heads, widths), "dim")] * heads
+        for row in window:
+            if row not in shown:
+                lines.append(style(one_line(row), "dim"))
+                continue
+            text, mark = in_columns(shown[row], widths), padded(one_line(self._choice(row).mark), self._edge - 2)
+            selected = style(padded(f"› {mark}{text}", columns), "mark")
+            lines.append(selected if row == self.at else f"  {style(mark, 'good')}{text}")
+        return lines
+
+    def _fit(self, table: Iterable[Sequence[str]], room: int) -> list[int]:
+        """Widths of the columns; they never shrink while one scrolls, lest the list tremble."""
+        wanted = [max(map(cells, column)) for column in itertools.zip_longest(*table, fillvalue="")]
+        self._widths = [max(pair) for pair in itertools.zip_longest(self._widths, wanted, fillvalue=0)]
+        return shared(self._widths, room)
+
+    def _window(self, height: int) -> list[int | str]:
+        """Positions of the choices in view, with the heading of a group before its first; moved as little as can be."""
+        low, high = self._first(self.at, height), self._first(len(self.found) - 1, height)
+        self.top = max(low, min(self.top, self.at, high))
+        rows, group = [], ""
+        for position in range(self.top, len(self.found)):
+            heading = [self._group(position)] if height >= 3 and self._group(position) != group else []
+            if len(rows) + len(heading) >= height:
+                break
+            rows += [*heading, position]
+            group = self._group(position)
+        return rows
+
+    def _first(self, last: int, height: int) -> int:
+        """The first choice that can be in view together with the last."""
+        if height < 3:  # no room for headings
+            return max(last - height + 1, 0)
+        first, used = last, 1
+        while first:
+            above, group = self._group(first - 1), self._group(first)
+            used += 1 + (above != group)
+            if used + bool(above) > height:
+                break
+            first -= 1
+        return first
+
+
+# ---- a question with a line for the answer ----
+
+
+class Field:
+    """Asks for a line of text; check says what is wrong with it, "" if nothing."""
+
+    def __init__(
+        self,
+        title: str,
+        explanation: Sequence[str] = (),
+        *,
+        masked: bool = False,
+        value: str = "",
+        check: Callable[[str], str] = lambda text: "",
+    ):
+        self.title, self.explanation, self.masked, self.check = title, explanation, masked, check
+        self.line, self.problem = Line(value), ""
+
+    def press(self, key: KeyPress) -> Chosen | None:
+        """What the key brings about; None: the question stands."""
+        if key.name in ("escape", "ctrl-c") or (key.name == "ctrl-d" and not self.line.text):
+            return CANCELLED
+        if key.name == "enter":
+            self.problem = self.check(self.line.text)
+            return None if self.problem else Chosen("picked", self.line.text)
+        if key.name == "paste" and len(key.text.strip("\r\n").splitlines()) > 1:
+            self.problem = "What was pasted has several lines; one is needed."
+        elif key.name == "paste" and len(key.text) > Line.LIMIT:
+            self.problem = "What was pasted is too long."
+        elif self.line.press(key):
+            self.problem = ""
+        return None
+
+    def lines(self, columns: int, rows: int, style: Style) -> Lines:
+        """The rows to show, and where the cursor stands; when rows are few, the line and what is wrong with it stay."""
+        problem = wrap_cells(one_line(self.problem), columns) if self.problem else []
+        below = [style(line, "bad") for line in problem][: rows - 1]
+        if rows - len(below) >= 4:
+            below += ["", style(as_many(["Enter go on", "Esc cancel"], columns), "dim")]
+        above = [style(one_line(self.title), "bold")]
+        above += [line for text in self.explanation for line in wrap_cells(one_line(text, 2_000), columns)]
+        above = [*above, *[""] * (rows >= 14)][: rows - len(below) - 1]
+        prompt = "› " if columns > 8 else ""
+        text, at = self.line.view(columns - len(prompt), self.masked)
+        return [fit_cells(line, columns) for line in (*above, prompt + text, *below)], (len(above), len(prompt) + at)
+
+
+# ---- the input: a list of lines and a place in it; each change goes through one door, and can be undone ----
+
+TEXT_LIMIT = 4 << 20  # characters in the input
+HISTORY_KEPT, UNDO_KEPT = 1_000, 500
+PART = 1_024  # a longer line wraps in parts of so many characters: what is painted costs what is seen
+CLUSTER = 64  # characters that count as one at most
+TAB = "    "
+JOINER, FLAG_HALVES = "\u200d", "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
+class Spot(NamedTuple):
+    """A place in the text, before the character at that column."""
+
+    row: int
+    col: int
+
+
+class Edit(NamedTuple):
+    """What undoes a change: the stretch that is new, what stood there, where the cursor was."""
+
+    start: Spot
+    end: Spot
+    removed: str
+    cursor: Spot
+
+
+class Row(NamedTuple):
+    """A row of the screen and the piece of a line that it shows."""
+
+    line: int
+    start: int
+    text: str
+
+
+class Menu(NamedTuple):
+    """Words on offer for the place where a word starts."""
+
+    start: Spot
+    words: Sequence[str]
+    chosen: int = -1
+
+
+class Search(NamedTuple):
+    """A word looked for in the history; place 1 is the newest entry, 0 says that there is none."""
+
+    word: str = ""
+    place: int = 1
+
+
+Move = Callable[[Sequence[str], Spot], Spot]  # the lines and the cursor -> where it goes
+
+
+def joins(line: str, col: int) -> bool:
+    """Whether the character belongs to the one before: a mark, a Jamo vowel, half of a flag, an emoji joined on."""
+    char = line[col]
+    if char in FLAG_HALVES:
+        before = line[max(0, col - CLUSTER) : col]
+        return (len(before) - len(before.rstrip(FLAG_HALVES))) % 2 == 1
+    skin_tone = "\U0001f3fb" <= char <= "\U0001f3ff"
+    return line[col - 1] == JOINER or skin_tone or not cell_width(char) or unicodedata.category(char) == "Mc"
+
+
+def snapped(line: str, col: int) -> int:
+    """The column, or the start of the character that it lies in."""
+    for at in range(col, max(0, col - CLUSTER), -1):
+        if at == len(line) or not joins(line, at):
+            return at
+    return max(0, col - CLUSTER)
+
+
+def left(lines: Sequence[str], at: Spot) -> Spot:
+    """One character back, as a person counts them."""
+    if at.col:
+        return Spot(at.row, snapped(lines[at.row], at.col - 1))
+    return Spot(at.row - 1, len(lines[at.row - 1])) if at.row else at
+
+
+def right(lines: Sequence[str], at: Spot) -> Spot:
+    """One character on."""
+    line = lines[at.row]
+    if at.col == len(line):
+        return Spot(at.row + 1, 0) if at.row + 1 < len(lines) else at
+    ends = range(at.col + 1, min(len(line), at.col + CLUSTER))
+    return Spot(at.row, next((col for col in ends if not joins(line, col)), ends.stop))
+
+
+def in_word(char: str) -> bool:
+    """Letters, digits, and the marks on them."""
+    return char.isalnum() or char == "_" or not cell_width(char)
+
+
+def word_left(lines: Sequence[str], at: Spot, inside: Callable[[str], bool] = in_word) -> Spot:
+    """The start of this word or the one before."""
+    line, col = lines[at.row], at.col
+    if not col:
+        return left(lines, at)
+    while col and not inside(line[col - 1]):
+        col -= 1
+    while col and inside(line[col - 1]):
+        col -= 1
+    return Spot(at.row, col)
+
+
+def argument_left(lines: Sequence[str], at: Spot) -> Spot:
+    """The start of this word or the one before, as a shell counts words."""
+    return word_left(lines, at, lambda char: not char.isspace())
+
+
+def word_right(lines: Sequence[str], at: Spot) -> Spot:
+    """The end of this word or the next."""
+    line, col = lines[at.row], at.col
+    if col == len(line):
+        return right(lines, at)
+    while col < len(line) and not in_word(line[col]):
+        col += 1
+    while col < len(line) and in_word(line[col]):
+        col += 1
+    return Spot(at.row, col)
+
+
+def line_start(lines: Sequence[str], at: Spot) -> Spot:
+    """Before the first character of the line."""
+    return Spot(at.row, 0)
+
+
+def line_end(lines: Sequence[str], at: Spot) -> Spot:
+    """Behind the last character of the line."""
+    return Spot(at.row, len(lines[at.row]))
+
+
+def to_line_start(lines: Sequence[str], at: Spot) -> Spot:
+    """The start of the line, or beyond it when already there."""
+    return line_start(lines, at) if at.col else left(lines, at)
+
+
+def to_line_end(lines: Sequence[str], at: Spot) -> Spot:
+    """The end of the line, or beyond it when already there."""
+    end = line_end(lines, at)
+    return right(lines, at) if at == end else end
+
+
+def text_end(lines: Sequence[str], at: Spot) -> Spot:
+    """Behind the last character of all."""
+    return Spot(len(lines) - 1, len(lines[-1]))
+
+
+def between(lines: Sequence[str], start: Spot, end: Spot) -> str:
+    """The text from one place to another behind it."""
+    if start.row == end.row:
+        return lines[start.row][start.col : end.col]
+    return "\n".join([lines[start.row][start.col :], *lines[start.row + 1 : end.row], lines[end.row][: end.col]])
+
+
+def wrapped(text: str, width: int) -> Iterator[tuple[int, str]]:
+    """Where each row of the text starts, and how it looks; words are cut, so that the cursor moves evenly."""
+    if text.isascii() and "\t" not in text:
+        yield from ((start, text[start : start + width]) for start in range(0, len(text) or 1, width))
+        return
+    start = used = 0
+    for at, char in enumerate(text):
+        wide = len(TAB) if char == "\t" else cell_width(char)
+        if used and used + wide > width:
+            yield start, text[start:at].replace("\t", TAB)
+            start, used = at, 0
+        used += wide
+    yield start, text[start:].replace("\t", TAB)
+
+
+def parts(line: str) -> range:
+    """The numbers of the parts that the line wraps in."""
+    return range(max(1, -(-len(line) // PART)))
+
+
+def part_rows(lines: Sequence[str], line: int, part: int, width: int) -> list[Row]:
+    """The rows of one part of a line."""
+    begin = part * PART
+    return [Row(line, begin + at, text) for at, text in wrapped(lines[line][begin : begin + PART], width)]
+
+
+def rows_around(lines: Sequence[str], at: Spot, width: int, height: int) -> tuple[list[Row], int]:
+    """The row of the cursor with enough above and below it to fill the height, and its place among them."""
+    part = min(at.col // PART, parts(lines[at.row])[-1])
+    rows = part_rows(lines, at.row, part, width)
+    here = max(n for n, row in enumerate(rows) if row.start <= at.col)
+    above = ((line, n) for line in range(at.row, -1, -1) for n in reversed(parts(lines[line])))
+    for line, n in itertools.dropwhile(lambda where: where >= (at.row, part), above):
+        if here >= height:
+            break
+        hidden = part_rows(lines, line, n, width)
+        rows[:0], here = hidden, here + len(hidden)
+    below = ((line, n) for line in range(at.row, len(lines)) for n in parts(lines[line]))
+    for line, n in itertools.dropwhile(lambda where: where <= (at.row, part), below):
+        if len(rows) - here > height:
+            break
+        rows += part_rows(lines, line, n, width)
+    return rows, here
+
+
+def first_shown(rows: Sequence[Row], here: int, height: int, top: tuple[int, int]) -> int:
+    """Which row to paint first: as before, unless the cursor would not be seen, or the end leaves rows empty."""
+    margin = int(height >= 3)  # the outer rows may say how much is hidden
+    was = next((n for n, row in enumerate(rows) if row[:2] >= top), len(rows))
+    first = min(max(was, here - height + 1 + margin), here - margin)
+    return max(0, min(first, len(rows) - height))
+
+
+def more(count: int) -> str:
+    """What stands for the lines that are hidden."""
+    return f"… {plural(count, 'more line')}"
+
+
+def menu_row(menu: Menu, width: int, style: Style) -> str:
+    """The candidates in a row, from the first one or the chosen one on."""
+    words = [clip(printable(word), width + 1) for word in menu.words[: max(menu.chosen, 0) + width]]
+    fits = sum(cells(word) + 2 for word in words[: menu.chosen + 1]) <= width
+    first = 0 if fits else menu.chosen
+    marked = (
+        style(f"›{word} ", "mark") if n == menu.chosen else style(f" {word} ", "dim") for n, word in enumerate(words)
+    )
+    return fit_cells("".join(itertools.islice(marked, first, None)), width)
+
+
+class Editor:
+    """An input of several lines with history, search, completion, undo; asks nothing and paints nothing itself."""
+
+    def __init__(self, history: Sequence[str] = (), complete: Callable[[str], list[str]] = lambda text: []):
+        self.history, self._complete = list(history)[-HISTORY_KEPT:], complete
+        self._killed = self._draft = ""
+        self.text = ""
+
+    @property
+    def text(self) -> str:
+        """What was typed so far."""
+        return "\n".join(self._lines)
+
+    @text.setter
+    def text(self, text: str) -> None:
+        self._lines, self._at, self._size, self._notice = [""], Spot(0, 0), 0, ""
+        self._place, self._goal, self._top = 0, 0, (0, 0)  # entries back in the history; column for up and down
+        self._before = self._now = ""  # what the last key and this one do, where a second one in a row does more
+        self._menu: Menu | None = None
+        self._search: Search | None = None
+        self._edits: list[Edit] = []
+        self._insert(text)
+        self._edits.clear()
+
+    @property
+    def is_empty(self) -> bool:
+        return self._lines == [""]
+
+    def take(self) -> str:
+        """The text, which is then history."""
+        text = self.text
+        if text.strip():
+            self.history[:] = [*(entry for entry in self.history if entry != text), text][-HISTORY_KEPT:]
+        self.text = ""
+        return text
+
+    def press(self, key: KeyPress) -> str:
+        """What the owner should do: '' for nothing, or submit, interrupt, leave, clear-screen, suspend, ignored."""
+        in_search = SEARCH_KEYS.get(key.name) if self._search else None
+        act = in_search or EDITOR_KEYS.get(key.name)
+        if not act:
+            return "ignored"
+        method, *words = [*act, key.text] if key.name in ("text", "paste") else act
+        self._before, self._now, self._notice = self._now, "", ""
+        if self._search and not in_search:
+            self._take_found()
+        answer = method(self, *words)
+        if self._now != "menu":
+            self._menu = None
+        return answer or ""
+
+    def lines(self, columns: int, rows: int, style: Style) -> tuple[list[str], tuple[int, int]]:
+        """The rows to paint, and where the cursor stands in them."""
+        if self._search:
+            return self._search_row(columns, style)
+        indent = "  " if columns >= 8 else ""
+        width = max(1, columns - len(indent) - 1)  # the last column is the cursor's alone
+        below = self._hints(max(1, columns - 1), style)[: rows - 1]
+        height = rows - len(below)
+        around, here = rows_around(self._lines, self._at, width, height)
+        top = first_shown(around, here, height, self._top)
+        window, self._top = around[top : top + height], around[top][:2]
+        shown = [fit_cells(row.text, columns) for row in window]
+        if height >= 3 and top:
+            shown[0] = style(fit_cells(more(window[0].line + 1), width), "dim")
+        if height >= 3 and top + height < len(around):
+            shown[-1] = style(fit_cells(more(len(self._lines) - window[-1].line), width), "dim")
+        prompt = style("› ", "bold") if indent else ""
+        painted = [(indent if n else prompt) + text for n, text in enumerate(shown)] + below
+        behind = cells(self._lines[self._at.row][around[here].start : self._at.col].replace("\t", TAB))
+        return painted, (here - top, min(len(indent) + behind, columns - 1))
+
+    def _hints(self, width: int, style: Style) -> list[str]:
+        """The rows under the text."""
+        rows = [menu_row(self._menu, width, style)] if self._menu else []
+        return rows + ([style(fit_cells(self._notice, width), "bad")] if self._notice else [])
+
+    def _search_row(self, columns: int, style: Style) -> tuple[list[str], tuple[int, int]]:
+        """What is looked for, and the found entry from a little before that word on."""
+        word, place = self._search
+        head = f"(search) {word}"
+        found = printable(self.history[-place]) if 0 < place <= len(self.history) else "nothing found"
+        start = max(0, found.lower().find(word.lower()) - columns // 4)
+        row = f"{style(head, 'bold')}: {clip(found[start:], columns)}"
+        return [fit_cells(row, max(1, columns - 1))], (0, min(cells(head), columns - 1))
+
+    # ---- the one door of every change ----
+
+    def _change(self, start: Spot, end: Spot, text: str) -> None:
+        """Put the text in place of what stands between; the cursor goes behind it."""
+        removed = between(self._lines, start, end)
+        text, room = printable(storable(text)), TEXT_LIMIT - self._size + len(removed)
+        if len(text) > room:
+            text, self._notice = text[:room], f"cut: the input holds {TEXT_LIMIT:,} characters"
+        head, tail = self._lines[start.row][: start.col], self._lines[end.row][end.col :]
+        lines = (head + text + tail).split("\n")
+        self._lines[start.row : end.row + 1] = lines
+        after = Spot(start.row + len(lines) - 1, len(lines[-1]) - len(tail))
+        self._edits.append(Edit(start, after, removed, self._at))
+        del self._edits[:-UNDO_KEPT]
+        self._size += len(text) - len(removed)
+        self._at = after
+
+    def _go(self, where: Move) -> None:
+        self._at = where(self._lines, self._at)
+
+    def _say(self, answer: str) -> str:
+        return answer
+
+    def _insert(self, text: str) -> None:
+        if text:
+            self._change(self._at, self._at, text)
+
+    def _undo(self) -> None:
+        if self._edits:
+            edit = self._edits.pop()
+            self._change(edit.start, edit.end, edit.removed)
+            self._edits.pop()
+            self._at = edit.cursor
+
+    def _type(self, text: str) -> None:
+        """Characters typed in a row are undone by the word."""
+        self._insert(text)
+        self._now = "type"
+        if self._before == "type" and text and not text.isspace():
+            last, typed = self._edits[-2:]
+            self._edits[-2:] = [last._replace(end=typed.end)]
+
+    def _enter(self) -> str:
+        line, (row, col) = self._lines[self._at.row], self._at
+        if col == len(line) and line.endswith("\\"):
+            return self._change(Spot(row, col - 1), self._at, "\n") or ""
+        return "submit" if any(map(str.strip, self._lines)) else ""
+
+    def _erase(self, where: Move) -> None:
+        start, end = sorted((self._at, where(self._lines, self._at)))
+        if start < end:
+            self._change(start, end, "")
+
+    def _kill(self, where: Move) -> None:
+        """Erase, for ctrl-y to bring back; one after another they add up."""
+        to = where(self._lines, self._at)
+        gone = between(self._lines, *sorted((self._at, to)))
+        kept, ahead = self._killed if self._before == "kill" else "", to > self._at
+        if gone:
+            self._killed, self._now = kept + gone if ahead else gone + kept, "kill"
+            self._erase(where)
+
+    def _yank(self) -> None:
+        self._insert(self._killed)
+
+    def _swap(self) -> None:
+        """The characters around the cursor change places; at the end of a line the two before it."""
+        lines, row = self._lines, self._at.row
+        end = right(lines, self._at) if self._at.col < len(lines[row]) else self._at
+        middle = left(lines, end)
+        start = left(lines, middle)
+        if start.row == middle.row == end.row and start < middle < end:
+            self._change(start, end, between(lines, middle, end) + between(lines, start, middle))
+
+    def _leave(self) -> str:
+        if self.is_empty:
+            return "leave"
+        self._erase(right)
+        return ""
+
+    def _escape(self) -> str:
+        return "" if self._menu else "ignored"
+
+    # ---- lines above and below, and the history beyond them ----
+
+    def _climb(self, by: int) -> None:
+        """A line up or down in the column where this began; beyond the text, an entry of the history."""
+        row = self._at.row + by
+        if not 0 <= row < len(self._lines):
+            return self._recall(self._place - by)
+        self._goal = self._goal if self._before == "climb" else self._at.col
+        self._at = Spot(row, snapped(self._lines[row], min(self._goal, len(self._lines[row]))))
+        self._now = "climb"
+
+    def _recall(self, place: int) -> None:
+        if 0 <= place <= len(self.history):
+            self._draft = self._draft if self._place else self.text
+            self._place = place
+            text = self.history[-place] if place else self._draft
+            self._change(Spot(0, 0), text_end(self._lines, self._at), text)
+
+    def _look(self, word: str, place: int) -> None:
+        """Search from that place of the history on, backwards in time."""
+        places, low = range(max(1, place), len(self.history) + 1), word.lower()
+        found = next((at for at in places if low in self.history[-at].lower()), 0)
+        self._search = Search(word, found)
+
+    def _look_on(self, text: str) -> None:
+        line = printable(storable(text)).partition("\n")[0].replace("\t", " ")
+        self._look((self._search.word + line)[:200], self._search.place)
+
+    def _look_back(self) -> None:
+        self._look(self._search.word[:-1], 1)
+
+    def _look_further(self) -> None:
+        was = self._search
+        self._look(was.word, was.place + 1)
+        self._search = self._search if self._search.place else was
+
+    def _take_found(self) -> None:
+        place, self._search = self._search.place, None
+        if place:
+            self._recall(place)
+
+    def _drop_search(self) -> None:
+        self._search = None
+
+    # ---- completion ----
+
+    def _offer(self, by: int) -> None:
+        """The first time what all candidates share; then one after another."""
+        self._now = "menu"
+        if self._menu:
+            chosen = (max(self._menu.chosen, -1 if by > 0 else 0) + by) % len(self._menu.words)
+            self._menu = self._menu._replace(chosen=chosen)
+            return self._change(self._menu.start, self._at, self._menu.words[chosen])
+        typed = re.split(r"\s", self._lines[self._at.row][: self._at.col])[-1]
+        start = Spot(self._at.row, self._at.col - len(typed))
+        words = self._complete(between(self._lines, Spot(0, 0), self._at))
+        alike = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*words, strict=False))
+        shared = "".join(chars[0] for chars in alike)
+        if len(words) == 1:
+            self._change(start, self._at, f"{words[0]} ")
+        elif len(shared) > len(typed):
+            self._change(start, self._at, shared)
+        self._menu = Menu(start, words) if len(words) > 1 else None
+
+
+Action = tuple[Callable[..., str | None], *tuple[Any, ...]]  # a method and what to call it with
+EDITOR_KEYS: dict[str, Action] = {
+    "text": (Editor._type,),
+    "paste": (Editor._insert,),
+    "enter": (Editor._enter,),
+    **dict.fromkeys(("alt-enter", "shift-enter", "ctrl-j"), (Editor._insert, "\n")),
+    **dict.fromkeys(("left", "ctrl-b"), (Editor._go, left)),
+    **dict.fromkeys(("right", "ctrl-f"), (Editor._go, right)),
+    **dict.fromkeys(("ctrl-left", "alt-left", "alt-b"), (Editor._go, word_left)),
+    **dict.fromkeys(("ctrl-right", "alt-right", "alt-f"), (Editor._go, word_right)),
+    **dict.fromkeys(("home", "ctrl-a"), (Editor._go, line_start)),
+    **dict.fromkeys(("end", "ctrl-e"), (Editor._go, line_end)),
+    **dict.fromkeys(("up", "ctrl-p"), (Editor._climb, -1)),
+    **dict.fromkeys(("down", "ctrl-n"), (Editor._climb, 1)),
+    "backspace": (Editor._erase, left),
+    "delete": (Editor._erase, right),
+    "ctrl-d": (Editor._leave,),
+    "ctrl-w": (Editor._kill, argument_left),
+    "alt-backspace": (Editor._kill, word_left),
+    "alt-d": (Editor._kill, word_right),
+    "ctrl-u": (Editor._kill, to_line_start),
+    "ctrl-k": (Editor._kill, to_line_end),
+    "ctrl-y": (Editor._yank,),
+    "ctrl-t": (Editor._swap,),
+    **dict.fromkeys(("ctrl-_", "ctrl-/"), (Editor._undo,)),
+    "tab": (Editor._offer, 1),
+    "backtab": (Editor._offer, -1),
+    "escape": (Editor._escape,),
+    "ctrl-r": (Editor._look, "", 1),
+    "ctrl-c": (Editor._say, "interrupt"),
+    "ctrl-l": (Editor._say, "clear-screen"),
+    "ctrl-z": (Editor._say, "suspend"),
+}
+SEARCH_KEYS: dict[str, Action] = {
+    **dict.fromkeys(("text", "paste"), (Editor._look_on,)),
+    "backspace": (Editor._look_back,),
+    "ctrl-r": (Editor._look_further,),
+    **dict.fromkeys(("enter", "left", "right", "up", "down"), (Editor._take_found,)),
+    **dict.fromkeys(("escape", "ctrl-g", "ctrl-c"), (Editor._drop_search,)),
+}
+
+
+# ---- the look of an answer: styles for the lines of Markdown, which may come from any model in any state ----
+
+FENCE = re.compile(r"\s*(`{3,}|~{3,})([^`]*)\Z")
+QUOTE = re.compile(r"\s{0,3}(?:> ?)+")
+HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
+BULLET = re.compile(r"(\s*)[-*] ")
+RULE = "─" * 20
+MARK = re.compile(
+    r"\\[*_\[\]\\]|https?://[^\s*<>]+"  # not ours: an escaped mark, an address with marks in it
+    r"|\[(?P<text>[^\[\]]+)\](?P<url>\((?:[^()\s]|\([^()\s]*\))+\))"
+    r"|(?P<run>\*+|_+)"
+)
+EMPHASIS = {"*": ("italic",), "_": ("italic",), "**": ("bold",), "***": ("bold", "italic")}  # __init__ is no mark
+
+
+class Token(NamedTuple):
+    """A stretch of a line; a mark may open or close what it stands for."""
+
+    text: str
+    look: tuple[str, ...] = ()
+    opens: bool = False
+    closes: bool = False
+
+
+class Markdown:
+    """Styles an answer line by line; of the lines before it remembers only whether a fence is open."""
+
+    def __init__(self, style: Style):
+        self.style, self.fence = style, ""
+
+    def line(self, text: str) -> str:
+        """A whole line, without its end."""
+        shown, self.fence = self._styled(text)
+        return shown
+
+    def partial(self, text: str) -> str:
+        """A line whose end has not come; it will come again."""
+        return self._styled(text)[0]
+
+    def _styled(self, text: str) -> tuple[str, str]:
+        """The line as it should look, and the fence that is open behind it."""
+        fence = FENCE.match(text)
+        if not self.fence:
+            return (self.style(text, "dim"), fence[1]) if fence else (block(text, self.style), "")
+        if fence and fence[1].startswith(self.fence) and not fence[2].strip():
+            return self.style(text, "dim"), ""
+        return self.style(text, "code"), self.fence
+
+
+def block(text: str, style: Style) -> str:
+    """A line outside of fences: what it is, by its first characters, and the marks inside it."""
+    if not style.colours:
+        return text
+    quote = match[0] if (match := QUOTE.match(text)) else ""
+    text, head = text[len(quote) :], style(quote.replace(">", "│"), "dim")
+    bare = "".join(text.split())
+    if len(bare) >= 3 and bare[0] in "-*_" and len(set(bare)) == 1:
+        return head + style(RULE, "dim")
+    if heading := HEADING.match(text):
+        return head + inline(text[heading.end() :], style, "head")
+    if bullet := BULLET.match(text):
+        return head + bullet[1] + "• " + inline(text[bullet.end() :], style)
+    return head + inline(text, style)
+
+
+def inline(text: str, style: Style, *names: str) -> str:
+    """The line with its marks as looks; a mark without its partner stays."""
+    tokens = list(tokens_in(text))
+    turns, depth, on, looks = pairs(tokens), dict.fromkeys(EMPHASIS, 0), names, []
+    for n, token in enumerate(tokens):
+        if n in turns:
+            depth[token.text] += turns[n]
+            inside = {name for mark in EMPHASIS if depth[mark] for name in EMPHASIS[mark]}
+            on = (*names, *sorted(inside))
+        else:
+            looks.append((token.text, (*on, *token.look)))
+    runs = itertools.groupby(looks, key=lambda look: look[1])
+    return "".join(style("".join(text for text, _ in run), *look) for look, run in runs)
+
+
+def tokens_in(text: str) -> Iterator[Token]:
+    """Code first: nothing inside it is a mark. A run of backquotes ends at the next one of its length."""
+    runs, later, at = list(re.finditer("`+", text)), {}, 0
+    for run in reversed(runs):
+        later.setdefault(len(run[0]), []).append(run)
+    for run in runs:
+        same = later[len(run[0])]
+        while same and same[-1].start() <= run.start():
+            same.pop()
+        if same and run.start() >= at and text[run.start() - 1 : run.start()] != "\\":
+            yield from marks_in(text, at, run.start())
+            yield Token(text[run.end() : same[-1].start()], ("code",))
+            at = same[-1].end()
+    yield from marks_in(text, at, len(text))
+
+
+def marks_in(text: str, at: int, end: int) -> Iterator[Token]:
+    """The links and runs of marks between two places, and the text between those."""
+    for match in MARK.finditer(text, at, end):
+        yield Token(text[at : match.start()])
+        at = match.end()
+        if match["url"]:
+            yield Token(f"{match['text']} ")
+            yield Token(match["url"], ("dim",))
+        elif match["run"] in EMPHASIS:
+            before, after, mark = text[match.start() - 1 : match.start()], text[at : at + 1], match["run"]
+            opens = bool(after.strip()) and not touches(before, mark)
+            yield Token(mark, (), opens, bool(before.strip()) and not touches(after, mark))
+        else:
+            yield Token(match[0])
+    yield Token(text[at:end])
+
+
+def touches(outside: str, mark: str) -> bool:
+    """Whether the character outside makes the mark a part of a name, product or path; a Korean particle does not."""
+    return (outside.isalnum() and (mark == "_" or outside.isascii())) or outside in {"_", "/", "\\"}
+
+
+def pairs(tokens: Sequence[Token]) -> dict[int, int]:
+    """The marks that have a partner: 1 where something opens, -1 where it closes."""
+    turns, stack, waiting = {}, [], dict.fromkeys(EMPHASIS, 0)
+    for n, (text, _, opens, closes) in enumerate(tokens):
+        if closes and waiting[text]:
+            partner = -1
+            while partner < 0 or tokens[partner].text != text:  # what opened in between has no partner
+                partner = stack.pop()
+                waiting[tokens[partner].text] -= 1
+            turns[partner], turns[n] = 1, -1
+        elif opens:
+            stack.append(n)
+            waiting[text] += 1
+    return turns
+
+
+# ===== 17. Console ============================================================
+#
+# What a person sees while a turn runs: a line of progress, the answer as it
+# comes, a question before a risky call. Nothing a model or a tool says reaches
+# the terminal with its control characters.
+
+HALF_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
 
 
 class Console:
@@ -4778,6 +7067,91 @@ def forget_typed(handle: int) -> None:
         termios.tcflush(handle, termios.TCIFLUSH)
 
 
+def keyboard() -> int | None:
+    """The descriptor on which a person can answer: stdin, or if that is a pipe the terminal; None without one."""
+    if sys.stdin.isatty():
+        return sys.stdin.fileno()
+    with contextlib.suppress(OSError):
+        return os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC)
+    return None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does: children are stopped, the transcript is closed, exit code 130."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    numbers = [signal.SIGTERM, signal.SIGHUP] if os.name == "posix" else []
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    stopped = []
+
+    def stop(number: int) -> None:
+        for one in asyncio.all_tasks(loop) if stopped else [task]:  # the second one waits for nothing
+            one.cancel()
+        stopped.append(number)
+
+    for number in numbers:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if stopped:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout, readable."""
+    print(json_safe(json.dumps(value, ensure_ascii=False, indent=2)))
+
+
+def json_safe(text: str) -> str:
+    """JSON whose strings cannot steer a terminal: what `printable` would take away stands there as \\uXXXX."""
+    text = text.encode("utf-8", "replace").decode()
+    return re.sub(r"[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def drop(stream: Any) -> None:
+    """What a stream would not take leads nowhere, or the last flush would complain again, with exit code 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def complain(text: str, code: int, as_json: bool = False) -> int:
+    """Say on one line of stderr what is wrong, and for a script in one JSON object on stdout; the exit code."""
+    line = printable(" ".join(text.split()))
+    try:
+        print(f"openpista: {line}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk, a closed pipe: the exit code still tells
+        drop(sys.stderr)
+    if as_json:
+        try:
+            print_json({"error": line, "exit_code": code})
+            sys.stdout.flush()
+        except OSError:
+            drop(sys.stdout)
+    return code
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows in columns, widths counted in cells."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip())
+
+
+def print_models(found: Catalogue, whole: bool = False) -> None:
+    """The models as a table, those that are of use for a chat or all."""
+    models = [info for info in found.models if whole or is_offered(info)]
+    print_table([MODEL_HEADS, *map(model_row, models)])
+    sys.stdout.flush()  # before what stderr says of it
+    if left := len(found.models) - len(models):
+        print(f"{plural(left, 'model')} left out; `openpista models list --all` lists all", file=sys.stderr)
+
+
 async def read_line(handle: int) -> str:
     """A line from a file descriptor, without a thread that could not be stopped; '' at its end."""
     loop, found = asyncio.get_running_loop(), bytearray()
@@ -4796,7 +7170,7 @@ async def read_line(handle: int) -> str:
     return found.decode("utf-8", "replace")
 
 
-# ===== 15. App ================================================================
+# ===== 18. App ================================================================
 #
 # The one place where the objects meet.
 
@@ -4819,6 +7193,11 @@ class Context(NamedTuple):
     def workspace(self) -> Path:
         """The folder that holds skills/."""
         return user_path(self.config.skills.workspace) if self.config.skills.workspace else self.home / "workspace"
+
+    @property
+    def model_lists(self) -> Path:
+        """The folder in which the providers' lists of models are kept."""
+        return self.home / "cache" / "models"
 
     @property
     def database(self) -> Path:
@@ -4880,6 +7259,22 @@ def chosen_endpoints(ctx: Context, chosen: str = "") -> list[Endpoint]:
     return endpoints
 
 
+def listed_endpoint(ctx: Context, provider: str = "") -> tuple[Endpoint, str]:
+    """Whose models to list, whether or not there is a key; and what to say about the choice."""
+    logins = ctx.credentials.logins()
+    ctx.redact.add(*(login.api_key for login in logins.values()))
+    agent, said = ctx.config.agent, ""
+    if provider:
+        agent = turned_to(agent, provider, ctx.environ)
+    try:
+        agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
+    except CredentialError:
+        agent, said = agent._replace(provider="opencode"), "no provider is configured: these are OpenCode Zen's models"
+    endpoint = endpoint_of(agent.provider, agent, logins, ctx.environ)
+    ctx.redact.add(endpoint.key.value)
+    return endpoint, said
+
+
 def make_home(folder: Path) -> None:
     """The home folder, private: one that is ours gets mode 0700, one that holds other things is left as it is."""
     try:
@@ -4903,7 +7298,1412 @@ def is_own_home(folder: Path) -> bool:
     return ours or folder.name == ".openpista" or not any(folder.iterdir())
 
 
-# ===== 16. Commands ===========================================================
+# ===== 19. Login ==============================================================
+#
+# Pickers on the whole screen that need more than a widget: signing in to a
+# provider, and browsing its models. A key is tried before it is stored.
+
+
+async def beside(tty: Tty, widget: Any, work: asyncio.Task) -> Chosen:
+    """Show a widget until the person has decided, or the work is done: then the outcome is 'done'."""
+    person = asyncio.create_task(converse(tty, widget, tty.style))
+    try:
+        await asyncio.wait({person, work}, return_when=asyncio.FIRST_COMPLETED)
+        return Chosen("done") if work.done() else person.result()
+    finally:
+        person.cancel()
+        await asyncio.wait([person])
+
+
+async def end_task(work: asyncio.Task) -> None:
+    """Stop what is no longer waited for."""
+    work.cancel()
+    await asyncio.wait([work])
+
+
+async def choose(tty: Tty, title: str, choices: Sequence[tuple[str, str]], note: str = "") -> str:
+    """The word that belongs to the line that the person picks; '' if none."""
+    picker = Picker(title, [Choice(word, (line,)) for word, line in choices], typing=True, note=note)
+    outcome = await converse(tty, picker, tty.style)
+    return outcome.value if outcome.kind == "picked" else ""
+
+
+async def sign_in(tty: Tty, ctx: Context, given: str = "") -> str:
+    """Pick a provider, give it a key, try that, and store it; the provider, or '' if the person left."""
+    while provider := given or await pick_provider(tty, ctx):
+        login = await ask_login(tty, ctx, provider)
+        if login and await is_good(tty, login):
+            make_home(ctx.home)
+            ctx.redact.add(login.api_key)
+            ctx.credentials.save(login)
+            return provider
+        if given:
+            break
+    return ""
+
+
+async def pick_provider(tty: Tty, ctx: Context) -> str:
+    """The provider that the person picks; '' if none. What has a key is marked, and says where from."""
+    logins, agent = stored_logins(ctx), ctx.config.agent
+    choices = []
+    for provider, spec in PROVIDERS.items():
+        if provider == "offline":
+            continue
+        key = find_key(provider, agent, logins, ctx.environ)
+        known = f"{key.masked} from {key.source}" if key.value else "address stored" if provider in logins else ""
+        where = "on this machine or your own" if not spec.key_env else "in the cloud"
+        detail = (provider, spec.base_url, f"default model: {spec.model or 'none'}", *map("${}".format, spec.key_env))
+        choices.append(Choice(provider, (provider, known), where, "✓" if known else "", detail))
+    choices.sort(key=lambda choice: choice.group)
+    picker = Picker("Sign in: whose models?", choices, heads=("PROVIDER", "KEY"), typing=True)
+    outcome = await converse(tty, picker, tty.style)
+    return outcome.value if outcome.kind == "picked" else ""
+
+
+def stored_logins(ctx: Context) -> dict[str, Login]:
+    """The stored logins; none if the file is broken, which is said: the next login keeps it aside."""
+    try:
+        return ctx.credentials.logins()
+    except ConfigError as error:
+        log.warning("%s", error)
+        return {}
+
+
+async def ask_login(tty: Tty, ctx: Context, provider: str) -> Login | None:
+    """What the person says of a provider: a way to sign in, an address, a key; None if they left."""
+    spec, stored = provider_spec(provider), stored_logins(ctx).get(provider, Login(provider))
+    if provider == "openrouter":
+        ways = [("key", "paste a key"), ("browser", "sign in with the browser, which makes a key")]
+        way = await choose(tty, "Sign in to openrouter: how?", ways)
+        if way != "key":
+            key = await key_from_browser(tty) if way else ""
+            return Login(provider, key, stored.base_url) if key else None
+    address = stored.base_url
+    if not spec.key_env:
+        words = [f"The address of the server, such as {spec.base_url or 'https://llm.example.org/v1'}."]
+        address = await ask(
+            tty, f"Sign in to {provider}", words, address or spec.base_url, functools.partial(flaw_in_url, spec)
+        )
+        if not address:
+            return None
+        address = whole_url(address, spec)
+    words = [f"The key for {provider}. It is stored in {ctx.credentials.path}, for you alone."]
+    if not spec.key_env:
+        words.append("Leave it empty if the server needs none.")
+    key = await ask(
+        tty, f"Sign in to {provider}", words, "", functools.partial(flaw_in_key, needed=bool(spec.key_env)), masked=True
+    )
+    return None if key is None else Login(provider, key.strip(), address)
+
+
+async def ask(
+    tty: Tty, title: str, words: Sequence[str], value: str, check: Callable[[str], str], masked: bool = False
+) -> str | None:
+    """A line that the person types; None if they left."""
+    outcome = await converse(tty, Field(title, words, masked=masked, value=value, check=check), tty.style)
+    return outcome.value if outcome.kind == "picked" else None
+
+
+def flaw_in_key(key: str, needed: bool = True) -> str:
+    """What is wrong with a key; '' if nothing is."""
+    key = key.strip()
+    if not key:
+        return "the key is empty" if needed else ""
+    good = key.isascii() and key.isprintable() and " " not in key
+    return "" if good else "the key has a line break or characters that no key has"
+
+
+def flaw_in_url(spec: ProviderSpec, url: str) -> str:
+    """What is wrong with an address; '' if nothing is."""
+    try:
+        return "" if whole_url(url, spec) else "the address is empty"
+    except ConfigError as error:
+        return str(error)
+
+
+async def is_good(tty: Tty, login: Login) -> bool:
+    """Whether to store the login: it works, or the person wants it all the same."""
+    if login.provider == "custom" and not login.base_url:
+        return False
+    note = ""
+    while True:
+        work = asyncio.create_task(try_key(endpoint_of_login(login)))
+        skip = Picker(
+            f"Trying {login.provider} …", [Choice("skip", ("store it without a try",))], typing=True, note=note
+        )
+        outcome = await beside(tty, skip, work)
+        if outcome.kind != "done":
+            await end_task(work)
+            return outcome.kind == "picked"
+        try:
+            work.result()
+            return True
+        except PistaError as error:
+            refused, said = isinstance(error, CredentialError), error.args[0]
+        choices = [
+            ("store", "store it all the same"),
+            ("again", "try once more"),
+            ("leave", "leave, and store nothing"),
+        ]
+        title = f"{login.provider} refuses this key" if refused else f"{login.provider} could not be asked"
+        choice = await choose(tty, title, choices[::-1] if refused else choices, printable(said))
+        if choice != "again":
+            return choice == "store"
+
+
+def endpoint_of_login(login: Login) -> Endpoint:
+    """Where a login leads."""
+    spec = provider_spec(login.provider)
+    key = Key(login.api_key, "what was typed")
+    return Endpoint(login.provider, spec, login.base_url or spec.base_url, spec.model, key, spec.format)
+
+
+async def key_from_browser(tty: Tty) -> str:
+    """A key that OpenRouter makes when the person agrees in a browser; '' if they left."""
+    async with BrowserLogin() as login:
+        if login.open_browser():
+            words = ["A browser opens. If it does not, open this address in it:", login.url, ""]
+        else:
+            words = ["Open this address in a browser on this machine:", login.url, ""]
+            words += ["Or this one on another machine, and paste the code that it shows here:", login.url_elsewhere]
+        work = asyncio.create_task(login.key())
+        try:
+            field = Field("Sign in to openrouter", words, check=functools.partial(flaw_in_paste, login))
+            outcome = await beside(tty, field, work)
+            if outcome.kind == "picked":
+                outcome = await beside(tty, Picker("Sign in to openrouter", (), note="asking for the key …"), work)
+            return work.result() if outcome.kind == "done" else ""
+        finally:
+            await end_task(work)
+
+
+def flaw_in_paste(login: BrowserLogin, text: str) -> str:
+    """What is wrong with an address that was pasted; '' if nothing is: then the login goes on with it."""
+    try:
+        login.paste(text)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+async def browse_models(tty: Tty, provider: str, fetch: Callable[..., Awaitable[Catalogue]], current: str) -> str:
+    """The id of the model that the person picks; '' if none. The list is shown at once and filled when it comes."""
+    picker = Picker(
+        f"Models of {provider}", (), heads=MODEL_HEADS, actions={"r": "refresh"}, note="fetching …", start=current
+    )
+    work = asyncio.create_task(fetch(False))
+    try:
+        while True:
+            outcome = await beside(tty, picker, work) if work else await converse(tty, picker, tty.style)
+            if outcome.kind == "done":
+                show_catalogue(picker, work, current)
+                work = None
+            elif outcome.kind == "refresh":
+                picker.note = "fetching …"
+                work = work or asyncio.create_task(fetch(True))
+            else:
+                return outcome.value if outcome.kind == "picked" else ""
+    finally:
+        if work:
+            await end_task(work)
+
+
+def show_catalogue(picker: Picker, work: asyncio.Task, current: str) -> None:
+    """Put what was fetched into the picker, or why it was not."""
+    try:
+        catalogue = work.result()
+    except PistaError as error:
+        picker.note = printable(str(error))
+        return
+    picker.replace([model_choice(info, catalogue, current) for info in catalogue.models if info.chats], catalogue.note)
+
+
+def model_choice(info: ModelInfo, catalogue: Catalogue, current: str) -> Choice:
+    """A model as a line of a picker."""
+    group, mark = "recommended" if info.recommended else "all", "•" if info.id == current else ""
+    return Choice(info.id, model_row(info), group, mark, detail(info, catalogue.provider), info.id)
+
+
+# ---- a key through the browser ----
+#
+# RFC 7636 with S256, as OpenRouter speaks it: it sends the browser back with a
+# code, and the code with our verifier buys a key. It passes no state on, so the
+# state is the last part of the callback's path: who does not know it is not heard.
+
+
+class BrowserLogin:
+    """One try to get a key through the browser. Nobody learns the verifier; it never leaves but in the exchange."""
+
+    MOST_VISITS = 32  # connections at a time
+    LONGEST_VISIT = 10.0  # seconds from a connection to its answer
+    LONGEST_EXCHANGE = 30.0  # seconds for the code to become a key
+    OTHER_WAY = "try again, or give a key with --api-key"
+
+    def __init__(
+        self,
+        auth_url: str = "https://openrouter.ai/auth",
+        api_url: str = "https://openrouter.ai/api/v1",
+        port: int = 0,  # any that is free: OpenRouter takes every port of localhost
+        timeout: float = 300.0,
+    ):
+        import secrets
+
+        self.auth_url, self.api_url, self.port, self.timeout = auth_url, api_url, port, timeout
+        self._verifier, self._path = Secret(secrets.token_urlsafe(32)), f"/callback/{secrets.token_urlsafe(32)}"
+        self._used: set[str] = set()
+        self._visits: dict[asyncio.Task[None], None] = {}  # in the order they came
+        self._brought: asyncio.Queue[str | PistaError] = asyncio.Queue(1)  # the code, or why there is none
+
+    async def __aenter__(self) -> BrowserLogin:
+        """Listen. All that can be wrong on our side is found here, before the person goes to the browser."""
+        self._client = open_http(self.api_url, self.LONGEST_EXCHANGE)
+        try:
+            # The address itself, since localhost may be ::1 or anything (RFC 8252, 7.3 and 8.3).
+            self._server = await asyncio.start_server(self._visit, "127.0.0.1", self.port, limit=LONGEST_REQUEST)
+        except (OSError, OverflowError) as error:
+            await self._client.aclose()
+            where = f"port {self.port} of 127.0.0.1" if self.port else "127.0.0.1"
+            why = os.strerror(error.errno) if getattr(error, "errno", 0) else error  # asyncio's words are twice as long
+            raise PistaError(f"cannot wait for the browser on {where}: {why}", self.OTHER_WAY) from None
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._server.close()
+        visits = [*self._visits]
+        for visit in visits:
+            visit.cancel()
+        await asyncio.gather(*visits, return_exceptions=True)
+        await self._client.aclose()
+
+    @property
+    def url(self) -> str:
+        """What the person opens in a browser on this machine."""
+        return self._auth_url(callback_url=f"http://127.0.0.1:{self.port}{self._path}")
+
+    @property
+    def url_elsewhere(self) -> str:
+        """What the person opens on another machine: it shows the code to paste and redirects nowhere."""
+        return self._auth_url()
+
+    def _auth_url(self, **fields: str) -> str:
+        from urllib.parse import urlencode
+
+        digest = hashlib.sha256(self._verifier.encode()).digest()
+        fields["code_challenge"] = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+        return f"{self.auth_url}?{urlencode(fields | {'code_challenge_method': 'S256', 'key_label': 'openpista'})}"
+
+    def open_browser(self, environ: Mapping[str, str] = os.environ) -> bool:
+        """Start a browser on the url, if there is a screen for one; never one that draws on our terminal."""
+        if not (sys.platform == "darwin" or environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")):
+            return False
+        # In a session of its own there is no terminal to take, and without TERM `webbrowser` offers no browser for one.
+        # The shell leaves it behind at once: it may live long, and is nobody's zombie.
+        words = ["/bin/sh", "-c", '"$@" &', "sh", sys.executable, "-I", "-m", "webbrowser", self.url]
+        kept = {name: value for name, value in environ.items() if name != "TERM"}
+        nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        try:
+            return subprocess.run(words, env=kept, start_new_session=True, timeout=2, **nowhere).returncode == 0
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            return False
+
+    def paste(self, text: str) -> None:
+        """Take the address where the browser ended up, or the code alone. UsageError if it is neither: try again."""
+        text = text.strip()
+        if text.startswith("sk-"):
+            raise UsageError("that is a key, not a code", "store it with --api-key")
+        if not re.search(r"://|[?&]|/callback/", text):
+            return self._bring(self._fresh([text]))
+        try:
+            self._bring(self._code_in(text if "://" in text else f"//{text}"))
+        except CredentialError as refusal:
+            self._bring(refusal)
+
+    async def key(self) -> Secret:
+        """The key, when the browser came back or a code was pasted. Can be asked again after an error."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                brought = await self._brought.get()
+        except TimeoutError:
+            raise CredentialError(f"no answer from the browser within {self.timeout:g} s", self.OTHER_WAY) from None
+        if isinstance(brought, PistaError):
+            raise brought
+        return await self._exchange(brought)
+
+    # ---- the callback ----
+
+    async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection: its request is answered, and then what it brings is passed on."""
+        if len(self._visits) >= self.MOST_VISITS:  # the oldest goes, or 32 silent ones would keep the browser out
+            oldest = next(iter(self._visits))
+            del self._visits[oldest]
+            oldest.cancel()
+        visit, brought = asyncio.current_task(), None
+        self._visits[visit] = None
+        try:
+            async with asyncio.timeout(self.LONGEST_VISIT):
+                if request := await read_request(reader):
+                    status, words, brought = self._answer(*request)
+                    writer.write(page(status, words))
+                    await writer.drain()
+        except OSError:  # TimeoutError is one
+            pass
+        finally:
+            self._visits.pop(visit, None)
+            writer.close()
+            if brought:
+                self._bring(brought)
+
+    def _answer(self, method: str, target: str) -> tuple[int, str, str | PistaError | None]:
+        """(status, words for the person, what it brings) for a request."""
+        if not target.startswith("/callback/"):
+            return 404, "There is nothing here.", None
+        if method != "GET":
+            return 405, "Only GET works here.", None
+        try:
+            return 200, "openpista has its answer. You can close this window.", self._code_in(target)
+        except UsageError as error:
+            return 400, f"This does not work: {error}.", None
+        except CredentialError as refusal:
+            return 200, f"This did not work: {refusal.args[0]}. You can close this window.", refusal
+
+    def _code_in(self, address: str) -> str:
+        """The code in an address that the browser was sent to; CredentialError if it holds a refusal instead."""
+        import secrets
+        from urllib.parse import parse_qs, urlsplit
+
+        try:
+            parts = urlsplit(address)
+            fields = parse_qs(parts.query, max_num_fields=20)
+        except ValueError:
+            raise UsageError("this is no address", "copy it again") from None
+        if not secrets.compare_digest(parts.path.encode("utf-8", "replace"), self._path.encode()):
+            raise UsageError("this address is not of this login", "open the one that openpista shows now")
+        if "error" in fields:
+            said = clip(printable((fields.get("error_description") or fields["error"])[0]), 200)
+            raise CredentialError(f"the login was refused in the browser: {said}", self.OTHER_WAY)
+        return self._fresh(fields.get("code", []))
+
+    def _fresh(self, codes: list[str]) -> str:
+        """The one code, if it looks like one and was not used."""
+        if len(codes) != 1 or not re.fullmatch(r"[\w.~+=/-]{6,1024}", codes[0], re.ASCII):
+            raise UsageError("there is no code in this", "give the whole address that the browser ended up at")
+        if codes[0] in self._used:
+            raise UsageError("this code was used already", "open the address that openpista shows again")
+        return codes[0]
+
+    def _bring(self, brought: str | PistaError) -> None:
+        with contextlib.suppress(asyncio.QueueFull):  # what came first counts
+            self._brought.put_nowait(brought)
+            if isinstance(brought, str):
+                self._used.add(brought)
+
+    # ---- the exchange ----
+
+    async def _exchange(self, code: str) -> Secret:
+        """The key for the code. Asked once: a code works once."""
+        body = {"code": code, "code_verifier": self._verifier, "code_challenge_method": "S256"}
+        host = shown_url(self.api_url)
+        try:
+            with our_errors(self.api_url, self.LONGEST_EXCHANGE):
+                async with (
+                    asyncio.timeout(self.LONGEST_EXCHANGE),
+                    self._client.stream("POST", f"{self.api_url}/auth/keys", json=body) as response,
+                ):
+                    status, raw = response.status_code, await read_some(response, 64 << 10)
+        except TimeoutError:
+            raise Unavailable(f"{host} gave no key within {self.LONGEST_EXCHANGE:g} s") from None
+        if not 200 <= status < 300:
+            raise self._refusal(status, Redactor((code, self._verifier))(raw.decode("utf-8", "replace")))
+        answer = json_or_none(raw)
+        key = answer.get("key") if isinstance(answer, dict) else None
+        if not isinstance(key, str) or not re.fullmatch(r"[!-~]{8,1024}", key):
+            raise ProviderError(f"{host} answered {status} without a key that can be used", self.OTHER_WAY)
+        return Secret(key)
+
+    def _refusal(self, status: int, text: str) -> PistaError:
+        payload = json_or_none(text)
+        words = vendor_message(re.sub(r"<[^<>]*>", " ", text) if payload is None else payload)[0]
+        said = (
+            f"{shown_url(self.api_url)} gave no key for the code ({status}{': ' + printable(words) if words else ''})"
+        )
+        if status in (408, 425, 429) or status >= 500:
+            return Unavailable(said)
+        if 400 <= status < 500:
+            return CredentialError(said, f"a code works once, for 10 minutes: {self.OTHER_WAY}")
+        return ProviderError(said, self.OTHER_WAY)
+
+
+LONGEST_REQUEST = 16 << 10  # bytes of a request's head
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, str] | None:
+    """(method, target) of the first request; None if it is none."""
+    import h11
+
+    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=LONGEST_REQUEST)
+    try:
+        while (event := parser.next_event()) is h11.NEED_DATA:
+            parser.receive_data(await reader.read(4096))
+    except h11.RemoteProtocolError:
+        return None
+    return (event.method.decode(), event.target.decode()) if isinstance(event, h11.Request) else None
+
+
+def page(status: int, words: str) -> bytes:
+    """A whole HTTP answer with a page that says it; nothing in it runs, is kept, or tells where it came from."""
+    from http import HTTPStatus
+
+    body = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>openpista</title><p>{escaped(words)}</p></html>'
+    )
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        "content-type: text/html; charset=utf-8",
+        f"content-length: {len(body.encode())}",
+        "content-security-policy: default-src 'none'; frame-ancestors 'none'",
+        "referrer-policy: no-referrer",
+        "cache-control: no-store",
+        "connection: close",
+    )
+    return "\r\n".join([*head, "", body]).encode()
+
+
+def json_or_none(text: str | bytes) -> Any:
+    """What the JSON means; None if it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
+
+
+# ===== 20. Chat ===============================================================
+#
+# The conversation at a terminal. Chat knows the session and the commands; a
+# ScreenChat shows it on a terminal, a LineChat in plain lines. What answers is a
+# Local, the agent in this process. Text is printed once, above the lines that
+# are painted again and again: the answer's unfinished line, the status, the input.
+
+
+class Local:
+    """What a chat talks to: the agent in this process."""
+
+    def __init__(self, ctx: Context, app: App):
+        self.ctx, self.app, self.chosen = ctx, app, ""
+        self._always: dict[str, set[str]] = {}  # session -> calls that need no more asking
+
+    @property
+    def model(self) -> str:
+        """Who answers next, as provider/model."""
+        return self.app.models.name
+
+    @property
+    def provider(self) -> str:
+        """Whose models are offered; OpenCode Zen's, whose list is public, while there is none."""
+        return self.model.partition("/")[0] if self.app.models.providers else "opencode"
+
+    async def use(self, chosen: str) -> None:
+        """Ask this provider/model from now on; '' is the configured one. An error leaves the old one."""
+        endpoints = chosen_endpoints(self.ctx, chosen)
+        await self.app.models.use(open_providers(self.ctx, endpoints))
+        self.chosen = chosen
+
+    async def resume(self, name: str) -> None:
+        """Ask the model that the session was given. StoreError if there is no such session."""
+        await self.use(self.app.store.find_session(name).model)
+
+    async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
+        """The answer to a person's words."""
+        if not self.app.models.providers:
+            await self.use(self.chosen)  # or says what is missing
+        session = self.app.store.session(name)
+        if session.model != self.chosen:
+            self.app.store.set_model(session, self.chosen)
+        mode = "never" if self.ctx.args.yes else self.ctx.config.tools.approval
+        gate = Gate(mode, approve, self._always.setdefault(name, set()))
+        return await self.app.agent.turn(session, text, gate, tell)
+
+    def sessions(self) -> list[SessionInfo]:
+        """The sessions, the last used first."""
+        return self.app.store.sessions(200)
+
+    def recent(self, name: str) -> list[Message]:
+        """The last messages of a session; nothing of one that is new."""
+        return [entry.message for entry in self.app.store.tail(self.app.store.find_session(name), 4_000)]
+
+    def usage(self, name: str) -> Usage:
+        """What a session has used; nothing, if it is new."""
+        known = any(session.name == name for session in self.app.store.sessions())
+        return self.app.store.usage(self.app.store.session(name)) if known else Usage()
+
+    async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
+        """The models of a provider."""
+        return await load_catalogue(listed_endpoint(self.ctx, provider)[0], self.ctx.model_lists, refresh=refresh)
+
+    def known_models(self) -> list[str]:
+        """The ids of the models of the provider that answers, as far as they are known without asking."""
+        return [model.id for model in known_models(listed_endpoint(self.ctx, self.provider)[0], self.ctx.model_lists)]
+
+    def tools(self) -> list[tuple[str, str]]:
+        """The name of each tool, and what it does."""
+        return [(spec.name, spec.description.partition(". ")[0]) for spec in self.app.agent.toolbox.specs]
+
+    def skills(self) -> list[tuple[str, str]]:
+        """The name of each skill, and what it is for."""
+        return [(skill.name, skill.description) for skill in load_skills(self.ctx.workspace)[0]]
+
+
+class Answer:
+    """An answer as it comes: whole lines, to be printed for good, and the beginning of the next one."""
+
+    LONGEST = 8_000  # characters of a line that is not yet printed; a longer one is cut at a space
+
+    def __init__(self, redact: Redactor, style: Style, width: Callable[[], int]):
+        self.redact, self.markdown, self.width = redact, Markdown(style), width
+        self.said = ""  # all of it, as it came
+        self._rest = ""
+
+    def feed(self, text: str) -> list[str]:
+        """The lines that are whole now."""
+        self.said += text
+        *lines, self._rest = (self._rest + text).split("\n")
+        if len(self._rest) > self.LONGEST and (cut := self._rest.rfind(" ", 0, -len(self._half()) or None)) > 0:
+            lines.append(self._rest[:cut])
+            self._rest = self._rest[cut + 1 :]
+        return [row for line in lines for row in self._rows(line)]
+
+    @property
+    def partial(self) -> str:
+        """What is known of the next line, without what may be half a secret or half an escape sequence."""
+        return self.markdown.partial(self._shown(self._rest.removesuffix(self._half())))
+
+    def finish(self, text: str) -> list[str]:
+        """What is not yet printed of the whole answer."""
+        said = self.redact(self.said)
+        if not text.startswith(said):  # what was streamed is not what counts
+            return self.end() + self.feed(text) + self.end()
+        return self.feed(text[len(said) :]) + self.end()
+
+    def end(self) -> list[str]:
+        """The last line, as far as it came."""
+        rest, self._rest, self.said = self._rest, "", ""
+        return self._rows(rest) if rest else []
+
+    def _rows(self, line: str) -> list[str]:
+        """A whole line as it is printed: prose is broken at words; code is left to the terminal, for copying."""
+        is_code, shown = bool(self.markdown.fence), self.markdown.line(self._shown(line))
+        return [shown] if is_code else wrap_cells(shown, self.width())
+
+    def _half(self) -> str:
+        half = HALF_ESCAPE.search(self._rest)
+        return half[0] if half else self.redact.half(self._rest)
+
+    def _shown(self, text: str) -> str:
+        return self.redact(printable(text))
+
+
+HISTORY_LINES, HISTORY_LONGEST = 1_000, 4_000  # entries, and characters of one: a long paste is not worth it
+
+
+def load_history(path: Path) -> list[str]:
+    """What was typed before, oldest first; the file is shortened when it has grown to twice its size."""
+    try:
+        lines = path.read_text("utf-8", "replace").splitlines()
+        if len(lines) > 2 * HISTORY_LINES:
+            lines = lines[-HISTORY_LINES:]
+            write_private(path, "".join(f"{line}\n" for line in lines))
+    except OSError:
+        return []
+    found = []
+    for line in lines[-HISTORY_LINES:]:
+        with contextlib.suppress(ValueError):  # a line that a full disk cut short
+            found.append(str(json.loads(line)))
+    return found
+
+
+def add_history(path: Path, text: str) -> None:
+    """Remember what was typed; a failure is not worth a word."""
+    if len(text) <= HISTORY_LONGEST:
+        with (
+            contextlib.suppress(OSError),
+            open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file,
+        ):
+            file.write(json.dumps(text) + "\n")  # ASCII: whatever was typed fits
+
+
+class Chat:
+    """A conversation with commands. How things look is the business of those who inherit: say, pick, run."""
+
+    def __init__(self, desk: Local, session: str, redact: Redactor):
+        self.desk, self.redact = desk, redact
+        self.session = session or new_session_name(utc_now(), "chat")
+        self.left = False
+        self.code = 0
+
+    def say(self, text: str, *styles: str) -> None:
+        """Show lines that stay."""
+        raise NotImplementedError
+
+    async def pick(self, picker: Picker) -> Any:
+        """What the person picks; None if nothing."""
+        raise NotImplementedError
+
+    async def log_in(self) -> str:
+        """The provider that the person signed in to; '' if none."""
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        """End the turn that runs."""
+        raise NotImplementedError
+
+    async def open(self, given: bool) -> None:
+        """Take up the session: its model, and if it was named what was said last."""
+        try:
+            await (self.desk.resume(self.session) if given else self.desk.use(""))
+            known = given
+        except StoreError:
+            known = False
+            with contextlib.suppress(CredentialError, ConfigError):
+                await self.desk.use("")
+        except (CredentialError, ConfigError) as error:
+            known = given
+            self.complain(error)
+        self.greet("" if known else "new ")
+        if known:
+            self.show_past()
+
+    def greet(self, new: str) -> None:
+        """Say who answers."""
+        self.say(f"openpista {__version__} · {self.desk.model} · {new}session {self.session}", "dim")
+
+    def show_past(self) -> None:
+        """What was said last in the session."""
+        for message in self.desk.recent(self.session):
+            if message.role is Role.USER:
+                self.say(f"› {head_and_tail(self.redact(printable(message.text)), 2_000)}", "bold")
+            elif message.role is Role.ASSISTANT:
+                for call in message.tool_calls:
+                    self.say(f"· {self.redact(title(call))}", "dim")
+                if message.text.strip():
+                    self.say(head_and_tail(self.redact(printable(message.text)), 4_000))
+
+    def complain(self, error: Exception) -> None:
+        """Show what went wrong."""
+        self.code = getattr(error, "exit_code", 1)
+        self.say(f"✗ {self.redact(printable(str(error)))}", "bad")
+
+    async def obey(self, line: str) -> None:
+        """Do what a line that begins with / says."""
+        name, _, rest = line.strip()[1:].partition(" ")
+        name = name.lower()
+        if name not in CHAT_COMMANDS:
+            self.say(f"there is no /{name}{near(name, CHAT_COMMANDS)}; /help lists the commands", "bad")
+            return
+        try:
+            await CHAT_COMMANDS[name].run(self, rest.strip())
+        except PistaError as error:
+            self.complain(error)
+
+    def complete(self, text: str) -> list[str]:
+        """What a line that begins with / could become."""
+        name, space, word = text.partition(" ")
+        if not name.startswith("/"):
+            return []
+        if not space:
+            return [f"/{known}" for known in CHAT_COMMANDS if known.startswith(name[1:])]
+        known = []
+        if name == "/resume":
+            known = [session.name for session in self.desk.sessions()]
+        elif name == "/model":
+            known = ["reset", *self.desk.known_models()]
+        return [f"{name} {entry}" for entry in known if entry.startswith(word)]
+
+    # ---- the commands ----
+
+    async def _help(self, rest: str) -> None:
+        width = max(len(name) + len(entry.takes) for name, entry in CHAT_COMMANDS.items()) + 3
+        for name, entry in CHAT_COMMANDS.items():
+            self.say(f"  {f'/{name} {entry.takes}':<{width}}{entry.help}")
+        self.say(self.KEYS, "dim")
+
+    KEYS = ""
+
+    async def _login(self, rest: str) -> None:
+        provider = await self.log_in()
+        if provider:
+            await self._use_provider(provider)
+
+    async def _use_provider(self, provider: str) -> None:
+        """Ask a provider from now on: its default model, or where it has none the one that is picked."""
+        if not PROVIDERS[provider].model and provider != self.desk.provider:
+            model = await self._browse(provider)
+            if not model:
+                self.say(f"stored; /model {provider}/NAME uses it", "dim")
+                return
+            provider = f"{provider}/{model}"
+        await self.desk.use(provider)
+        self.say(f"now asking {self.desk.model}", "good")
+
+    async def _models(self, rest: str) -> None:
+        if model := await self._browse(self.desk.provider):
+            await self._use_model(f"{self.desk.provider}/{model}")
+
+    async def _browse(self, provider: str) -> str:
+        return await self.browse(
+            provider, functools.partial(self.desk.catalogue, provider), self.desk.model.partition("/")[2]
+        )
+
+    async def _model(self, rest: str) -> None:
+        if not rest:
+            source = "chosen for this session" if self.desk.chosen else "as configured"
+            self.say(f"{self.desk.model} ({source}); /models shows others, /model reset goes back")
+        elif rest == "reset":
+            await self._use_model("")
+        else:
+            await self._use_model(self._whole_name(rest))
+
+    def _whole_name(self, name: str) -> str:
+        """provider/model for what was typed: a model of this provider, or with a provider in front."""
+        ids = self.desk.known_models()
+        first, slash, model = name.partition("/")
+        if name not in ids and slash and model and first in PROVIDERS:
+            return name
+        if ids and name not in ids:
+            self.say(f"{name} is not in the list of {self.desk.provider}'s models{near(name, ids)}; trying it", "dim")
+        return f"{self.desk.provider}/{name}"
+
+    async def _use_model(self, name: str) -> None:
+        await self.desk.use(name)
+        self.say(
+            f"{self.desk.model} answers this session from now on; /new goes back" if name else self.desk.model, "good"
+        )
+
+    async def _new(self, rest: str) -> None:
+        self.session = new_session_name(utc_now(), "chat")
+        with contextlib.suppress(CredentialError):
+            await self.desk.use("")
+        self.greet("new ")
+
+    async def _resume(self, rest: str) -> None:
+        name = rest or await self._pick_session()
+        if name:
+            await self.desk.resume(name)
+            self.session = name
+            self.greet("")
+            self.show_past()
+
+    async def _pick_session(self) -> str:
+        sessions = [session for session in self.desk.sessions() if session.messages]
+        if not sessions:
+            self.say("no sessions yet")
+            return ""
+        choices = [
+            Choice(s.name, (s.name, f"{s.messages:,}", s.updated_at[:16].replace("T", " "), clip(s.first, 200)))
+            for s in sessions
+        ]
+        heads = ("SESSION", "MESSAGES", "LAST USED (UTC)", "BEGINS WITH")
+        return (
+            await self.pick(Picker("Go on with a session", choices, heads=heads, typing=True, start=self.session)) or ""
+        )
+
+    async def _clear(self, rest: str) -> None:
+        self.wipe()
+
+    def wipe(self) -> None:
+        """An empty screen, where there is one."""
+
+    async def _stop(self, rest: str) -> None:
+        await self.stop()
+
+    async def _usage(self, rest: str) -> None:
+        usage = self.desk.usage(self.session)
+        cached = f", {usage.cached:,} of them cached" if usage.cached else ""
+        cost = "unknown" if usage.cost is None else f"${usage.cost:.4f}"
+        self.say(f"this session: {usage.input:,} tokens in{cached}, {usage.output:,} out; cost {cost}")
+
+    async def _tools(self, rest: str) -> None:
+        for name, what in self.desk.tools():
+            self.say(f"  {name:<12} {what}")
+        self.say(f"approval: {self.desk.ctx.config.tools.approval}", "dim")
+
+    async def _skills(self, rest: str) -> None:
+        skills = self.desk.skills()
+        for name, what in skills:
+            self.say(printable(f"  {name:<20} {clip(what, 200)}"))
+        if not skills:
+            self.say(f"no skills in {self.desk.ctx.workspace / 'skills'}")
+
+    async def _quit(self, rest: str) -> None:
+        self.left = True
+
+
+class ChatCommand(NamedTuple):
+    """A command of the chat."""
+
+    run: Callable[[Chat, str], Awaitable[None]]
+    help: str
+    takes: str = ""
+    at_once: bool = False  # during a turn too; the others wait for its end
+
+
+CHAT_COMMANDS = {
+    "help": ChatCommand(Chat._help, "these commands, and the keys", at_once=True),
+    "login": ChatCommand(Chat._login, "pick a provider and give it a key"),
+    "connection": ChatCommand(Chat._login, "the same as /login"),
+    "models": ChatCommand(Chat._models, "browse the provider's models and pick one for this session"),
+    "model": ChatCommand(
+        Chat._model, "show who answers, or choose it; `reset` goes back to the configured one", "NAME"
+    ),
+    "new": ChatCommand(Chat._new, "begin a new session; the old one stays"),
+    "sessions": ChatCommand(Chat._resume, "pick a session and go on with it"),
+    "resume": ChatCommand(Chat._resume, "go on with a session", "NAME"),
+    "clear": ChatCommand(Chat._clear, "clear the screen; the session goes on", at_once=True),
+    "stop": ChatCommand(Chat._stop, "stop the turn that runs", at_once=True),
+    "usage": ChatCommand(Chat._usage, "tokens and cost of this session", at_once=True),
+    "tools": ChatCommand(Chat._tools, "what the model may do", at_once=True),
+    "skills": ChatCommand(Chat._skills, "what the model can read up on", at_once=True),
+    "quit": ChatCommand(Chat._quit, "leave", at_once=True),
+    "exit": ChatCommand(Chat._quit, "the same as /quit", at_once=True),
+}
+
+
+def is_command(text: str) -> bool:
+    """Whether a text is for the chat and not for the model; /etc/hosts is none."""
+    return re.fullmatch(r"\s*/[\w-]*(?: [^\n]*)?\s*", text) is not None
+
+
+class LineChat(Chat):
+    """A chat in plain lines, without an escape code: for pipes, files, and terminals that can do no more."""
+
+    KEYS = r"A line is sent with Enter; a \ at its end goes on in the next one."
+
+    def __init__(self, desk: Local, session: str, redact: Redactor, environ: Mapping[str, str]):
+        super().__init__(desk, session, redact)
+        self.asks = sys.stdin.isatty()
+        self.keys = keyboard()
+        self.console = Console(sys.stdout, sys.stderr, {**environ, "TERM": "dumb"}, redact, self.keys)
+        self._lines = LineReader(sys.stdin.fileno())
+        self._turn: asyncio.Task | None = None
+
+    async def run(self, given: bool) -> int:
+        """Answer line after line until the end; the exit code of the last failure."""
+        with interruptible(), self._stoppable():
+            await self.open(given)
+            while not self.left and (text := await self._read()) is not None:
+                if is_command(text):
+                    await self.obey(text)
+                elif text.strip():
+                    await self._answer(text)
+        return self.code
+
+    async def _read(self) -> str | None:
+        text = ""
+        while True:
+            if self.asks:
+                print("… " if text else "› ", end="", flush=True)
+            line = await self._lines.next()
+            if line is None:
+                return text or None
+            text += line
+            if not line.endswith("\\"):
+                return text
+            text = text[:-1] + "\n"
+
+    async def _answer(self, text: str) -> None:
+        approve = self.console.ask if self.console.shows and self.keys is not None else None
+        started = time.monotonic()
+        self._turn = asyncio.create_task(self.desk.turn(self.session, text, approve, self.console.tell))
+        try:
+            reply = await self._turn
+            self.console.finish(reply, time.monotonic() - started)
+        except PistaError as error:
+            self.console.abandon()
+            self.complain(error)
+        except asyncio.CancelledError:
+            self.console.abandon()
+            if asyncio.current_task().cancelling():
+                self._turn.cancel()
+                await asyncio.wait([self._turn])
+                raise
+            self.say("stopped")
+        finally:
+            self._turn = None
+
+    @contextlib.contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """At a terminal Ctrl-C stops the turn, and where none runs openpista."""
+        if not self.asks or os.name != "posix":
+            yield
+            return
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop.add_signal_handler(signal.SIGINT, lambda: (self._turn or task).cancel())
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    def say(self, text: str, *styles: str) -> None:
+        """On stdout what was asked for; on stderr what went wrong, and who answers."""
+        if "bad" in styles:
+            complain(text.removeprefix("✗ "), 1)
+        elif "dim" not in styles or self.asks:
+            print(text, flush=True)
+
+    async def pick(self, picker: Picker) -> Any:
+        """Show what there is; a line names it."""
+        print_table([picker.heads, *(choice.columns for choice in picker.choices)])
+        self.say("/resume NAME goes on with one")
+
+    async def browse(self, provider: str, fetch: Callable[..., Awaitable[Catalogue]], current: str) -> str:
+        """Show the models; a line names one."""
+        found = await fetch()
+        print_models(found)
+        if found.note:
+            complain(found.note, 0)
+        self.say("/model NAME picks one")
+        return ""
+
+    async def log_in(self) -> str:
+        """A key is not typed where it could be seen."""
+        raise UsageError("a key cannot be asked for here", "run `openpista auth login`")
+
+    async def stop(self) -> None:
+        """While a turn runs no line is read."""
+        self.say("nothing runs")
+
+
+class LineReader:
+    """LineReader of a file descriptor as they come, without a thread that could not be stopped."""
+
+    LONGEST = 4 << 20  # bytes; what is longer is cut there
+
+    def __init__(self, handle: int):
+        self.handle, self._held, self._ended = handle, bytearray(), False
+
+    async def next(self) -> str | None:
+        """The next line without its end; None behind the last one."""
+        while b"\n" not in self._held and not self._ended and len(self._held) < self.LONGEST:
+            data = await self._read()
+            self._ended = not data
+            self._held += data
+        if not self._held:
+            return None
+        line, _, rest = self._held.partition(b"\n")
+        self._held = rest
+        return storable(bytes(line).decode("utf-8", "replace")).removesuffix("\r")
+
+    async def _read(self) -> bytes:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            loop.add_reader(self.handle, ready.set)
+        except PermissionError:  # a file, which is always ready
+            return os.read(self.handle, 64 << 10)
+        try:
+            await ready.wait()
+            return os.read(self.handle, 64 << 10)
+        finally:
+            loop.remove_reader(self.handle)
+
+
+ANSWERS = {  # a key -> what it says to a risky call; the Korean letters lie on the same keys
+    "y": Decision.ONCE,
+    "ㅛ": Decision.ONCE,
+    "a": Decision.ALWAYS,
+    "ㅁ": Decision.ALWAYS,
+    "n": Decision.DENY,
+    "ㅜ": Decision.DENY,
+}
+SAID = {
+    Decision.ONCE: "yes, once",
+    Decision.ALWAYS: "yes, and always this command in this session",
+    Decision.DENY: "no, and nothing risky in this turn",
+}
+CHOICES = "Run it?  [y]es, once   [a]lways in this session   [n]o"
+
+
+class Question(NamedTuple):
+    """A risky call that waits for a person's yes."""
+
+    answer: asyncio.Future
+    since: float
+
+
+class ScreenChat(Chat):
+    """A chat on a terminal: what was said scrolls up and stays; the input and the status are painted below it."""
+
+    KEYS = (
+        r"  Enter sends; Alt-Enter or a \ at the end breaks the line; Tab completes; Ctrl-R searches what was typed."
+        "\n  Ctrl-C stops the turn, twice it leaves, as Ctrl-D does; Ctrl-O shows the last output whole; Ctrl-L clears."
+    )
+    SETTLE = 0.5  # seconds without a key before one counts as an answer: who types has not seen the question
+    FRAME, TICK = 0.02, 0.12  # seconds between two paints, and between two of the clock
+    FOLD, QUEUED = 4, 3  # lines of output, and of waiting texts, that are shown
+
+    def __init__(
+        self, desk: Local, session: str, redact: Redactor, tty: Tty, clock: Callable[[], float] = time.monotonic
+    ):
+        super().__init__(desk, session, redact)
+        self.tty, self.clock = tty, clock
+        self.style = tty.style
+        self.painter = Painter(tty.write, inline=True)
+        self._past = desk.ctx.home / "history"
+        self.editor = Editor(load_history(self._past), self.complete)
+        self.queue: collections.deque[str] = collections.deque()  # what was typed during the turn
+        self.turn: asyncio.Task | None = None
+        self.question: Question | None = None
+        self._answer = Answer(redact, self.style, lambda: tty.size[0] - 1)
+        self._running: dict[str, tuple[str, float]] = {}  # calls that run: id -> what, and since when
+        self._doing, self._since, self._spent = "", 0.0, Usage()  # what the turn does, since when, for how much
+        self._done = 0  # calls of this turn that have ended
+        self._output = ""  # of the last call, whole
+        self._stopping = False
+        self._hint, self._typed, self._interrupted = "", -1.0, -9.0
+        self._paint_due: asyncio.TimerHandle | None = None
+        self._painted = 0.0
+        self._covered: list[str] | None = None  # what is said while a picker has the screen
+
+    # ---- the loop ----
+
+    async def run(self, given: bool) -> int:
+        """Keys in, answers out, until the person leaves."""
+        with interruptible(), self.tty, self._notes():
+            ticking = asyncio.create_task(self._tick())
+            try:
+                await self.open(given)
+                while not self.left:
+                    await self._settle_turn()
+                    self._soon()
+                    if self.left or await self._press(await self.tty.key()):
+                        break
+            finally:
+                ticking.cancel()
+                await self._end()
+        return 0
+
+    async def _settle_turn(self) -> None:
+        """Take note of a turn that has ended, and begin with what waits."""
+        if self.turn and self.turn.done():
+            turn, self.turn = self.turn, None
+            turn.result()  # what is no error of ours must not be hidden
+        while self.queue and not self.turn and not self.left:
+            text = self.queue.popleft()
+            await (self.obey(text) if is_command(text) else self._begin(text))
+
+    async def _press(self, key: KeyPress) -> bool:
+        """Do what a key says; True if the terminal is gone."""
+        if key.name in ("resize", "resume"):
+            self._repaint(key.name)
+        elif self.question and key.name != "ctrl-c" and self._settled(key):
+            self._decide(key)
+        elif key.name not in ("wake", "gone"):
+            self._typed, self._hint = self.clock(), ""
+            await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
+        return key.name == "gone"
+
+    async def _end(self) -> None:
+        if self.turn:
+            self.turn.cancel()
+            await asyncio.wait([self.turn])
+        if self._paint_due:
+            self._paint_due.cancel()
+        self.painter.clear()
+
+    async def _tick(self) -> None:
+        """Keep the seconds true while something runs."""
+        while True:
+            await asyncio.sleep(self.TICK)
+            if self.turn and self._covered is None:
+                self._soon()
+
+    @contextlib.contextmanager
+    def _notes(self) -> Iterator[None]:
+        """What is logged meanwhile stands above the input, and not in it."""
+        handlers = [one for one in logging.getLogger().handlers if isinstance(one, logging.StreamHandler)]
+        streams = [handler.setStream(self) for handler in handlers]
+        try:
+            yield
+        finally:
+            for handler, stream in zip(handlers, streams, strict=True):
+                handler.setStream(stream)
+
+    def write(self, text: str) -> None:
+        """Of a stream: for the log."""
+        if text.strip():
+            self.say(text.rstrip("\n"), "dim")
+
+    def flush(self) -> None:
+        """Of a stream: for the log."""
+
+    # ---- what the person does ----
+
+    async def obey(self, line: str) -> None:
+        """Do what a line that begins with / says, below the line itself."""
+        self.say(f"› {line.strip()}", "dim")
+        await super().obey(line)
+
+    async def _nothing(self, key: KeyPress) -> None:
+        if key.name == "ctrl-o":
+            self.say(indented(self._output) if self._output else "no output yet", "dim")
+
+    async def _submit(self, key: KeyPress) -> None:
+        text = self.editor.take()
+        add_history(self._past, text)
+        if is_command(text) and (entry := CHAT_COMMANDS.get(text.split()[0][1:].lower())) and entry.at_once:
+            await self.obey(text)
+        else:
+            self.queue.append(text)
+
+    async def _interrupt(self, key: KeyPress) -> None:
+        """Stop the turn, or empty the input, or at the second time leave."""
+        again, self._interrupted = self.clock() - self._interrupted < 2, self.clock()
+        if self.turn and not self._stopping:
+            await self.stop()
+        elif not self.editor.is_empty:
+            self.editor.text = ""
+        elif again:
+            self.left = True
+        else:
+            self._hint = "Ctrl-C once more leaves"
+
+    async def _leave(self, key: KeyPress) -> None:
+        self.left = True
+
+    async def _wipe(self, key: KeyPress) -> None:
+        self.wipe()
+
+    def wipe(self) -> None:
+        """An empty screen."""
+        self.painter.clear()
+        self.tty.write("\x1b[H\x1b[2J")
+        self.painter.forget()
+
+    async def _suspend(self, key: KeyPress) -> None:
+        self.painter.clear()
+        self.tty.suspend()
+
+    async def stop(self) -> None:
+        """End the turn; what waited goes back into the input, since it was meant for its end."""
+        if not self.turn:
+            self.say("nothing runs", "dim")
+            return
+        self._stopping = True
+        self.turn.cancel()
+        if self.queue:
+            self.editor.text = "\n".join([*self.queue, *filter(None, [self.editor.text])])
+            self.queue.clear()
+
+    # ---- the turn ----
+
+    async def _begin(self, text: str) -> None:
+        lines = self.redact(printable(text)).split("\n")
+        more = [f"… {plural(len(lines) - 12, 'more line')}"] if len(lines) > 13 else lines[12:]
+        self.say("\n  ".join(["", *lines[:12], *more]).replace("\n  ", "\n› ", 1), "bold")
+        self._answer, self._stopping, self._done, self._spent = (
+            Answer(self.redact, self.style, lambda: self.tty.size[0] - 1),
+            False,
+            0,
+            Usage(),
+        )
+        self._set("thinking")
+        self.turn = asyncio.create_task(self._work(text))
+        self.turn.add_done_callback(lambda turn: self.tty.press(KeyPress("wake")))
+
+    async def _work(self, text: str) -> None:
+        started = self.clock()
+        try:
+            reply = await self.desk.turn(self.session, text, self._ask, self._tell)
+            self._print(self._answer.finish(reply.text))
+            self.say(took(reply, self.clock() - started), "dim")
+            if reply.problem:
+                self.say(f"✗ {self.redact(reply.problem)}", "bad")
+        except asyncio.CancelledError:
+            self._print(self._answer.end())
+            ran = f" (ran {plural(self._done, 'command')})" if self._done else ""
+            self.say(f"stopped{ran}", "bad")
+        except PistaError as error:
+            self._print(self._answer.end())
+            self.complain(error)
+        finally:
+            self._doing, self.question = "", None
+            self._running.clear()
+
+    async def _ask(self, call: ToolCall, danger: str) -> Decision:
+        """Ask about a risky call with one key."""
+        self._print(self._answer.end())
+        self.say(f"\n{self.redact(asked_for(call, danger))}", "ask")
+        self.question = Question(asyncio.get_running_loop().create_future(), self.clock())
+        self._soon()
+        self.tty.write("\a")
+        try:
+            decision = await self.question.answer
+        finally:
+            self.question = None
+        self.say(f"  {SAID[decision]}", "dim")
+        return decision
+
+    def _settled(self, key: KeyPress) -> bool:
+        """Whether a key is meant as an answer, and not the next letter of a sentence."""
+        since = max(self.question.since, self._typed)
+        return key.name in ("text", "escape") and self.clock() - since >= self.SETTLE
+
+    def _decide(self, key: KeyPress) -> None:
+        decision = Decision.DENY if key.name == "escape" else ANSWERS.get(key.text.lower())
+        if decision and not self.question.answer.done():
+            self.question.answer.set_result(decision)
+
+    def _tell(self, progress: Progress) -> None:
+        TOLD[progress.kind](self, progress)
+        self._soon()
+
+    def _thinking(self, progress: Progress) -> None:
+        self._spent = progress.usage or self._spent
+        self._set("thinking")
+
+    def _delta(self, progress: Progress) -> None:
+        self._set("answering")
+        self._print(self._answer.feed(progress.text))
+
+    def _notice(self, progress: Progress) -> None:
+        self._print(self._answer.end())
+        self.say(self.redact(printable(progress.text)), "dim")
+
+    def _tool_started(self, progress: Progress) -> None:
+        self._print(self._answer.end())
+        self._running[progress.call.id] = self.redact(title(progress.call)), self.clock()
+
+    def _tool_finished(self, progress: Progress) -> None:
+        what, since = self._running.pop(progress.call.id, (self.redact(title(progress.call)), self.clock()))
+        self._print(self._answer.end())
+        failed, self._done = progress.result.is_error, self._done + 1
+        self._output = self.redact(printable(progress.result.output)).strip("\n")
+        mark = self.style("✗", "bad") if failed else self.style("✓", "good")
+        lines, width = self._output.split("\n"), self.tty.size[0] - 5
+        folded = [f"  │ {fit_cells(line.expandtabs(4), width)}" for line in lines[: self.FOLD]]
+        if len(lines) > self.FOLD:
+            folded.append(f"  … {plural(len(lines) - self.FOLD, 'more line')} (Ctrl-O shows all)")
+        self._print([f"{mark} {what}  {self.clock() - since:.1f} s", *(self.style(line, "dim") for line in folded)])
+        self._set("thinking")
+
+    # ---- what is shown ----
+
+    def say(self, text: str, *styles: str) -> None:
+        """LineReader that stay, above the input."""
+        self._print([self.style(line, *styles) if line else "" for line in text.split("\n")])
+
+    def _print(self, lines: Sequence[str]) -> None:
+        if self._covered is not None:
+            self._covered += lines
+        elif lines:
+            self.painter.print("\n".join(lines), self.tty.size)
+
+    def _set(self, doing: str) -> None:
+        if doing != self._doing:
+            self._doing, self._since = doing, self.clock()
+
+    def _soon(self) -> None:
+        """Paint, at once if the last time was long enough ago, and once for all that happens meanwhile."""
+        if self._paint_due is None and self._covered is None:
+            loop = asyncio.get_running_loop()
+            wait = max(0.0, self._painted + self.FRAME - loop.time())
+            self._paint_due = loop.call_later(wait, self._paint)
+
+    def _paint(self) -> None:
+        self._paint_due, self._painted = None, asyncio.get_running_loop().time()
+        if self._covered is None:
+            lines, cursor = self._lines(*self.tty.size)
+            self.painter.paint(lines, self.tty.size, cursor)
+
+    def _repaint(self, why: str) -> None:
+        if why == "resume":
+            self.painter.forget()
+        else:
+            self.painter.resized(self.tty.size[0])
+
+    def _lines(self, columns: int, rows: int) -> tuple[list[str], tuple[int, int]]:
+        """What is painted: the answer's unfinished line, what runs, what waits, the input, a hint."""
+        input_lines, (row, column) = self.editor.lines(columns, max(1, rows // 2), self.style)
+        above = [*self._live(columns, rows), *map(functools.partial(fit_cells, width=columns - 1), self._state())]
+        above = above[-max(0, rows - len(input_lines) - 2) :] if rows > len(input_lines) + 2 else []
+        hint = self._hint or f"{self.desk.model} · {self.session}"
+        below = [self.style(fit_cells(hint, columns - 1), "dim")] if rows > 4 else []
+        return [*above, *input_lines, *below], (len(above) + row, column)
+
+    def _live(self, columns: int, rows: int) -> list[str]:
+        partial = self._answer.partial if self.turn else ""
+        return wrap_cells(partial, columns - 1)[-rows:] if partial else []
+
+    def _state(self) -> list[str]:
+        """The lines between the answer and the input."""
+        lines = []
+        if self.question:
+            lines.append(self.style(CHOICES, "ask"))
+        elif self.turn:
+            lines.append(self.style(self._status(), "dim"))
+        waiting = [f"queued: {clip(self.redact(printable(text)), 200)}" for text in self.queue]
+        if len(waiting) > self.QUEUED:
+            waiting[self.QUEUED - 1 :] = [f"… {plural(len(waiting) - self.QUEUED + 1, 'more text')} queued"]
+        return lines + [self.style(line, "dim") for line in waiting]
+
+    def _status(self) -> str:
+        """What goes on, for how long, for how many tokens."""
+        what, since = next(iter(self._running.values()), (self._doing, self._since))
+        more = f" (+{len(self._running) - 1})" if len(self._running) > 1 else ""
+        now = self.clock()
+        spinner = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(now / self.TICK) % 10]
+        mark = "▶ " if self._running else ""
+        spent = f" · {tokens(self._spent)}" if self._spent.input else ""
+        return f"{spinner} {'stopping' if self._stopping else mark + what}{more}  {now - since:.0f} s{spent}"
+
+    # ---- pickers ----
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The screen for somebody else; what is said meanwhile is printed afterwards."""
+        size, self._covered = self.tty.size, []
+        try:
+            yield
+        finally:
+            lines, self._covered = self._covered, None
+            if self.tty.size != size:
+                self.painter.resized(self.tty.size[0])
+            self._print(lines)
+
+    async def pick(self, picker: Picker) -> Any:
+        """What the person picks on the whole screen."""
+        with self._aside():
+            outcome = await converse(self.tty, picker, self.style)
+        return outcome.value if outcome.kind == "picked" else None
+
+    async def browse(self, provider: str, fetch: Callable[..., Awaitable[Catalogue]], current: str) -> str:
+        """The model that the person picks from the catalogue."""
+        with self._aside():
+            return await browse_models(self.tty, provider, fetch, current)
+
+    async def log_in(self) -> str:
+        """Sign in on the whole screen."""
+        with self._aside():
+            return await sign_in(self.tty, self.desk.ctx)
+
+
+KEYS_OF_CHAT = {  # what the editor makes of a key -> what the chat does
+    "submit": ScreenChat._submit,
+    "interrupt": ScreenChat._interrupt,
+    "leave": ScreenChat._leave,
+    "clear-screen": ScreenChat._wipe,
+    "suspend": ScreenChat._suspend,
+}
+TOLD = {
+    "thinking": ScreenChat._thinking,
+    "delta": ScreenChat._delta,
+    "again": ScreenChat._notice,
+    "notice": ScreenChat._notice,
+    "tool_started": ScreenChat._tool_started,
+    "tool_finished": ScreenChat._tool_finished,
+}
+
+
+# ===== 21. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -4936,6 +8736,48 @@ def command(name: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Call
     return register
 
 
+# ---- the chat ----
+
+WHICH_MODEL = (
+    arg("--model", metavar="NAME", help="another model of the provider"),
+    arg("--provider", metavar="NAME", help="another provider; `offline` needs no key and no network"),
+    arg("--yes", action="store_true", help="run risky commands without asking"),
+)
+
+
+def with_choice(ctx: Context) -> Context:
+    """The context with the provider and model of the command line in the place of the configured ones."""
+    args, agent = ctx.args, ctx.config.agent
+    if args.provider:
+        agent = turned_to(agent, args.provider, ctx.environ)
+    if args.model:
+        agent = agent._replace(model=args.model)
+    if args.session is not None and not (0 < len(args.session) <= 200 and args.session.isprintable()):
+        raise UsageError("--session must be 1 to 200 printable characters")
+    return ctx._replace(config=ctx.config._replace(agent=agent))
+
+
+@command(
+    "tui",
+    arg("-s", "--session", metavar="NAME", help="go on with this session, or begin one of this name"),
+    *WHICH_MODEL,
+)
+def cmd_tui(ctx: Context) -> int:
+    """Chat at the terminal; the same as openpista without a command."""
+    return asyncio.run(chat(with_choice(ctx)))
+
+
+async def chat(ctx: Context) -> int:
+    """A chat on the terminal if that can do it, else in plain lines; its exit code."""
+    given = ctx.args.session is not None
+    async with open_app(ctx, ()) as app:
+        desk = Local(ctx, app)
+        if usable(0, sys.stdout, ctx.environ):
+            tty = Tty(0, sys.stdout, ctx.environ)
+            return await ScreenChat(desk, ctx.args.session or "", ctx.redact, tty).run(given)
+        return await LineChat(desk, ctx.args.session or "", ctx.redact, ctx.environ).run(given)
+
+
 # ---- run ----
 
 STDIN_LIMIT = 200_000  # bytes of piped input that are kept; about 50,000 tokens
@@ -4945,10 +8787,8 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
 @command(
     "run",
     arg("-e", "--execute", metavar="TEXT", default="", help="the request; piped standard input is added to it"),
-    arg("--model", metavar="NAME", help="another model of the provider"),
-    arg("--provider", metavar="NAME", help="another provider; `offline` needs no key and no network"),
     arg("--session", metavar="NAME", help="go on with this session; without it each run is its own"),
-    arg("--yes", action="store_true", help="run risky commands without asking"),
+    *WHICH_MODEL,
     arg("--timeout", type=float, metavar="S", help="give up after so many seconds"),
     arg("--json", action="store_true", help="print one JSON object: answer, tool calls, usage, session"),
 )
@@ -4957,15 +8797,7 @@ def cmd_run(ctx: Context) -> int:
     args = ctx.args
     if args.timeout is not None and not 0 < args.timeout <= 86_400:
         raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {args.timeout:g}")
-    if args.session is not None and not (0 < len(args.session) <= 200 and args.session.isprintable()):
-        raise UsageError("--session must be 1 to 200 printable characters")
-    agent = ctx.config.agent
-    if args.provider and args.provider != agent.provider:  # then what [agent] says of another provider does not hold
-        agent = agent._replace(provider=args.provider, model="", api_key=Secret(), base_url="", format="")
-        agent = agent._replace(base_url=variable("BASE_URL", ctx.environ)[0], model=variable("MODEL", ctx.environ)[0])
-    if args.model:
-        agent = agent._replace(model=args.model)
-    ctx = ctx._replace(config=ctx.config._replace(agent=agent))
+    ctx = with_choice(ctx)
     endpoints = chosen_endpoints(ctx)  # a missing key is said before anything is read or written
     text = "\n\n".join(filter(None, (clean(args.execute).strip(), piped_input(args.timeout))))
     if not text:
@@ -5022,7 +8854,7 @@ async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) ->
     started = time.monotonic()
     with interruptible():
         async with open_app(ctx, endpoints) as app:
-            session = app.store.session(args.session or new_session_name(utc_now()))
+            session = app.store.session(args.session or new_session_name(utc_now(), "run"))
             ticking = asyncio.create_task(console.ticking())
             try:
                 async with asyncio.timeout(args.timeout) as limit:
@@ -5041,41 +8873,6 @@ async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) ->
     else:
         console.finish(reply, time.monotonic() - started)
     return complain(ctx.redact(reply.problem), StoreError.exit_code) if reply.problem else 0
-
-
-def keyboard() -> int | None:
-    """The descriptor on which a person can answer: stdin, or if that is a pipe the terminal; None without one."""
-    if sys.stdin.isatty():
-        return sys.stdin.fileno()
-    with contextlib.suppress(OSError):
-        return os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC)
-    return None
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does: children are stopped, the transcript is closed, exit code 130."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    numbers = [signal.SIGTERM, signal.SIGHUP] if os.name == "posix" else []
-    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-    stopped = []
-
-    def stop(number: int) -> None:
-        for one in asyncio.all_tasks(loop) if stopped else [task]:  # the second one waits for nothing
-            one.cancel()
-        stopped.append(number)
-
-    for number in numbers:
-        loop.add_signal_handler(number, stop, number)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if stopped:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
 
 
 def reply_dict(reply: Reply) -> dict[str, Any]:
@@ -5100,17 +8897,6 @@ def reply_dict(reply: Reply) -> dict[str, Any]:
     } | ({"error": reply.problem, "exit_code": StoreError.exit_code} if reply.problem else {})
 
 
-def print_json(value: Any) -> None:
-    """One JSON value on stdout, readable."""
-    print(json_safe(json.dumps(value, ensure_ascii=False, indent=2)))
-
-
-def json_safe(text: str) -> str:
-    """JSON whose strings cannot steer a terminal: what `printable` would take away stands there as \\uXXXX."""
-    text = text.encode("utf-8", "replace").decode()
-    return re.sub(r"[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
 # ---- auth ----
 
 
@@ -5124,6 +8910,8 @@ def json_safe(text: str) -> str:
 def cmd_auth_login(ctx: Context) -> int:
     """Store a provider's key in credentials.toml."""
     args = ctx.args
+    if not args.non_interactive and args.api_key is None and not args.endpoint and usable(0, sys.stdout, ctx.environ):
+        return asyncio.run(log_in(ctx))
     if not args.provider:
         raise UsageError("auth login needs --provider NAME", "known: " + ", ".join(PROVIDERS))
     spec = provider_spec(args.provider)
@@ -5136,11 +8924,29 @@ def cmd_auth_login(ctx: Context) -> int:
         raise UsageError(f"nothing to store for {args.provider}: it needs no key", "--endpoint URL, if it is elsewhere")
     endpoint = whole_url(args.endpoint, spec) if args.endpoint else ""
     make_home(ctx.home)
-    ctx.credentials.save(Login(args.provider, key, endpoint))
-    print(
-        f"stored {'the key ' + Key(key).masked if key else 'the address'} for {args.provider} in {ctx.credentials.path}"
-    )
+    login = Login(args.provider, key, endpoint)
+    ctx.credentials.save(login)
+    print_stored(ctx, login)
     return 0
+
+
+async def log_in(ctx: Context) -> int:
+    """Sign in with pickers; 0 if something was stored."""
+    if ctx.args.provider:
+        provider_spec(ctx.args.provider)
+    with interruptible(), Tty(0, sys.stdout, ctx.environ) as tty:
+        provider = await sign_in(tty, ctx, ctx.args.provider or "")
+    if not provider:
+        return complain("nothing was stored", 130)
+    login = ctx.credentials.logins()[provider]
+    print_stored(ctx, login)
+    return 0
+
+
+def print_stored(ctx: Context, login: Login) -> None:
+    """Say what was stored, and where."""
+    what = f"the key {Key(login.api_key).masked}" if login.api_key else "the address"
+    print(f"stored {what} for {login.provider} in {ctx.credentials.path}")
 
 
 def read_key(args: argparse.Namespace, needed: bool) -> str:
@@ -5158,10 +8964,8 @@ def read_key(args: argparse.Namespace, needed: bool) -> str:
         except EOFError:
             key = ""
     key = (key or "").strip()
-    if needed and not key:
-        raise UsageError("the key is empty")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UsageError("the key has a line break or characters that no key has", "copy it again")
+    if flaw := flaw_in_key(key, needed):
+        raise UsageError(flaw, "copy it again" if key else "")
     return key
 
 
@@ -5204,6 +9008,40 @@ def cmd_auth_logout(ctx: Context) -> int:
         raise PistaError(f"nothing is stored for {ctx.args.provider}", "see `openpista auth status`")
     print(f"forgot the key for {ctx.args.provider}")
     return 0
+
+
+# ---- models ----
+
+
+@command(
+    "models list",
+    arg("--provider", metavar="NAME", help="another provider's"),
+    arg("--refresh", action="store_true", help="ask the provider, whatever the cache holds"),
+    arg("--all", action="store_true", help="also those that do not chat, and deprecated ones"),
+    arg("--json", action="store_true", help="for scripts"),
+)
+def cmd_models_list(ctx: Context) -> int:
+    """List a provider's models, the recommended ones first."""
+    endpoint, said = listed_endpoint(ctx, ctx.args.provider or "")
+    if goes_in_the_open(endpoint):
+        log.warning("the key for %s goes to %s without encryption", endpoint.provider, shown_url(endpoint.base_url))
+    found = asyncio.run(load_catalogue(endpoint, ctx.model_lists, refresh=ctx.args.refresh))
+    note = "; ".join(filter(None, (said, found.note)))
+    if not found.models:
+        raise ProviderError(note)
+    if ctx.args.json:
+        models = [model_dict(info) for info in found.models if ctx.args.all or is_offered(info)]
+        print_json(found._asdict() | {"note": note, "models": models})
+    else:
+        print_models(found, ctx.args.all)
+        if note:
+            print(ctx.redact(printable(note)), file=sys.stderr)
+    return 0
+
+
+def model_dict(info: ModelInfo) -> dict[str, Any]:
+    """A model for scripts; null where something is not known."""
+    return info._asdict() | {"context": info.context or None}
 
 
 # ---- sessions ----
@@ -5303,15 +9141,6 @@ def cmd_skills_validate(ctx: Context) -> int:
 # ---- the parser, and main ----
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows in columns, widths counted in cells."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = "  ".join(cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True))
-        print(line.rstrip())
-
-
 class Parser(argparse.ArgumentParser):
     """argparse that guesses no options, and whose errors are ours: one line, exit code 2."""
 
@@ -5348,24 +9177,23 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     top = global_options(
         Parser(
             prog="openpista",
-            usage="openpista [options] COMMAND …",
+            usage="openpista [options] [COMMAND …]",
             description="Let a language model run your machines.",
             epilog=overview(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
     top.add_argument("--version", action="version", version=f"openpista {__version__}")
+    top.add_argument("-s", "--session", metavar="NAME", default=argparse.SUPPRESS, help="the chat's session")
     top.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     defaults = argparse.Namespace(config=None, log_level="warning", debug=False)
     args = top.parse_args(argv, defaults)
-    if not args.words:
-        top.print_help()
-        raise SystemExit(0)
-    name = next((name for name in (" ".join(args.words[:2]), args.words[0]) if name in COMMANDS), "")
+    words = args.words or ["tui"]
+    name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), "")
     if not name:
-        first = args.words[0]
+        first = words[0]
         if seconds := [entry.split()[1] for entry in COMMANDS if entry.startswith(f"{first} ")]:
-            if {"-h", "--help"} & set(args.words):
+            if {"-h", "--help"} & set(words):
                 print("\n".join(line for line in overview().splitlines() if line.startswith(f"  {first} ")))
                 raise SystemExit(0)
             top.error(f"{first} what? {', '.join(seconds)}")
@@ -5374,7 +9202,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     parser = global_options(Parser(prog=f"openpista {name}", description=summary(entry)))
     for names, settings in entry.options:
         parser.add_argument(*names, **settings)
-    return entry, parser.parse_args(args.words[len(name.split()) :], args)
+    return entry, parser.parse_args(words[len(name.split()) :], args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5418,27 +9246,6 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-
-
-def drop(stream: Any) -> None:
-    """What a stream would not take leads nowhere, or the last flush would complain again, with exit code 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def complain(text: str, code: int, as_json: bool = False) -> int:
-    """Say on one line of stderr what is wrong, and for a script in one JSON object on stdout; the exit code."""
-    line = printable(" ".join(text.split()))
-    try:
-        print(f"openpista: {line}", file=sys.stderr, flush=True)
-    except OSError:  # a full disk, a closed pipe: the exit code still tells
-        drop(sys.stderr)
-    if as_json:
-        try:
-            print_json({"error": line, "exit_code": code})
-            sys.stdout.flush()
-        except OSError:
-            drop(sys.stdout)
-    return code
 
 
 if __name__ == "__main__":

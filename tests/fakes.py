@@ -1488,6 +1488,7 @@ class Messages:
 # sound: a request answered with 4xx by a check leaves the script as it was.
 
 DONE = {"text": "done"}
+GETS = ("/models", "/key", "/usage")  # of OpenRouter and OpenCode Go the last two: what they answer is scripted
 MODELS = {
     OpenAI: ["gpt-4o-mini", "gpt-5", "gpt-5-codex", "o4-mini", "m1", "m2"],
     Messages: ["claude-opus-4-5", "claude-sonnet-4-5", "claude-haiku-4-5"],
@@ -1540,7 +1541,7 @@ class Script:
     def fitting(self, path: str, model) -> dict | None:
         def fits(step):
             # the list of models has steps of its own, so that looking at it disturbs no script
-            there = path.endswith(step["path"]) if "path" in step else not path.endswith("/models")
+            there = path.endswith(step["path"]) if "path" in step else not path.endswith(GETS)
             return step["times"] and there and step.get("model") in (None, model)
 
         return next((step for step in [*self._queue, *self._defaults] if fits(step)), None)
@@ -1565,6 +1566,7 @@ class Script:
 # where vendors put the same API; a test that wants one of these bases just uses it
 PREFIXES = ("/v1", "/api/v1", "/openai/v1", "/v1beta/openai", "/zen/v1", "/zen/go/v1", "/compatibility/v1")
 PREFIXES += ("/inference", "/api/paas/v4", "/anthropic/v1")
+PUBLIC_LISTS = ("/zen/v1/models", "/api/v1/models")  # these want no key, and look at none
 REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -1707,14 +1709,15 @@ class Exchange:
         style = "x-api-key" in request.headers or "anthropic-version" in request.headers
         fallback = self.server.formats["/messages" if style else "/chat/completions"]
         self.format = self.server.formats.get(ending, fallback)
-        method = "GET" if ending == "/models" else "POST"
-        if ending != "/models" and ending not in self.server.formats:
+        method = "GET" if ending in GETS else "POST"
+        if ending not in GETS and ending not in self.server.formats:
             return self.refuse(Wrong(f"Invalid URL ({request.method} {request.path})", status=404))
         if request.method != method:
             return self.refuse(Wrong(f"Not allowed to {request.method} on {request.path}.", status=405))
         try:
-            self.format.authorise(request.headers, request.path)
-            self.list_models() if ending == "/models" else self.complete()
+            if request.path not in PUBLIC_LISTS:
+                self.format.authorise(request.headers, request.path)
+            self.list_models() if ending in GETS else self.complete()
         except Wrong as wrong:
             self.refuse(wrong)
 

@@ -492,7 +492,7 @@ def test_every_command_has_help(openpista):
 
 
 def test_help_and_version(openpista, home):
-    for words in ([], ["--help"], ["-h"]):
+    for words in (["--help"], ["-h"]):
         done = openpista(*words)
         assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: openpista")
         assert all(f"  {name} " in done.stdout for name in COMMANDS)
