@@ -8392,11 +8392,11 @@ class ScreenChat(Chat):
 
     async def _press(self, key: KeyPress) -> bool:
         """Do what a key says; True if the terminal is gone."""
-        if key.name in ("resize", "resume"):
-            self._repaint(key.name)
+        if key.name == "resume":
+            self.painter.forget()
         elif self.question and key.name != "ctrl-c" and self._settled(key):
             self._decide(key)
-        elif key.name not in ("wake", "gone"):
+        elif key.name not in ("resize", "wake", "gone"):
             self._typed, self._hint = self.clock(), ""
             await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
         return key.name == "gone"
@@ -8614,12 +8614,6 @@ class ScreenChat(Chat):
             lines, cursor = self._lines(*self.tty.size)
             self.painter.paint(lines, self.tty.size, cursor)
 
-    def _repaint(self, why: str) -> None:
-        if why == "resume":
-            self.painter.forget()
-        else:
-            self.painter.resized(self.tty.size[0])
-
     def _lines(self, columns: int, rows: int) -> tuple[list[str], tuple[int, int]]:
         """What is painted: the answer's unfinished line, what runs, what waits, the input, a hint."""
         input_lines, (row, column) = self.editor.lines(columns, max(1, rows // 2), self.style)
@@ -8660,13 +8654,11 @@ class ScreenChat(Chat):
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """The screen for somebody else; what is said meanwhile is printed afterwards."""
-        size, self._covered = self.tty.size, []
+        self._covered = []
         try:
             yield
         finally:
             lines, self._covered = self._covered, None
-            if self.tty.size != size:
-                self.painter.resized(self.tty.size[0])
             self._print(lines)
 
     async def pick(self, picker: Picker) -> Any:
