@@ -7832,8 +7832,9 @@ class Local:
 
     def usage(self, name: str) -> Usage:
         """What a session has used; nothing, if it is new."""
-        known = any(session.name == name for session in self.app.store.sessions())
-        return self.app.store.usage(self.app.store.session(name)) if known else Usage()
+        with contextlib.suppress(StoreError):
+            return self.app.store.usage(self.app.store.find_session(name))
+        return Usage()
 
     async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
         """The models of a provider."""
@@ -7974,6 +7975,8 @@ class Chat:
     def greet(self, new: str) -> None:
         """Say who answers."""
         self.say(f"openpista {__version__} · {self.desk.model} · {new}session {self.session}", "dim")
+        if not self.desk.app.models.providers:
+            self.say("/login signs in to a provider", "ask")
 
     def show_past(self) -> None:
         """What was said last in the session."""
@@ -8266,7 +8269,7 @@ class LineChat(Chat):
 
     async def log_in(self) -> str:
         """A key is not typed where it could be seen."""
-        raise UsageError("a key cannot be asked for here", "run `openpista auth login`")
+        raise UsageError("a key cannot be asked for here", "run `openpista auth login` at a terminal")
 
     async def stop(self) -> None:
         """While a turn runs no line is read."""
@@ -8617,7 +8620,10 @@ class ScreenChat(Chat):
     def _lines(self, columns: int, rows: int) -> tuple[list[str], tuple[int, int]]:
         """What is painted: the answer's unfinished line, what runs, what waits, the input, a hint."""
         input_lines, (row, column) = self.editor.lines(columns, max(1, rows // 2), self.style)
-        above = [*self._live(columns, rows), *map(functools.partial(fit_cells, width=columns - 1), self._state())]
+        above = [
+            *self._live(columns, rows),
+            *map(functools.partial(fit_cells, width=columns - 1), self._state(columns)),
+        ]
         above = above[-max(0, rows - len(input_lines) - 2) :] if rows > len(input_lines) + 2 else []
         hint = self._hint or f"{self.desk.model} · {self.session}"
         below = [self.style(fit_cells(hint, columns - 1), "dim")] if rows > 4 else []
@@ -8627,11 +8633,11 @@ class ScreenChat(Chat):
         partial = self._answer.partial if self.turn else ""
         return wrap_cells(partial, columns - 1)[-rows:] if partial else []
 
-    def _state(self) -> list[str]:
+    def _state(self, columns: int) -> list[str]:
         """The lines between the answer and the input."""
         lines = []
         if self.question:
-            lines.append(self.style(CHOICES, "ask"))
+            lines += [self.style(row, "ask") for row in wrap_cells(CHOICES, columns - 1)]
         elif self.turn:
             lines.append(self.style(self._status(), "dim"))
         waiting = [f"queued: {clip(self.redact(printable(text)), 200)}" for text in self.queue]
