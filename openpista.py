@@ -1900,7 +1900,8 @@ FORMATS = {
 #
 # A vendor is a row in PROVIDERS. `resolve` makes an Endpoint of a row, the
 # settings, the environment and the stored logins; an HttpProvider asks it, and
-# Models asks the next one when it fails. Foreign errors become ours in `our_errors`.
+# Models asks the next one when it fails. Foreign errors become ours in `our_errors`
+# and `refusal`.
 
 
 class ProviderSpec(NamedTuple):
@@ -2201,7 +2202,7 @@ async def time_limit(name: str, seconds: float) -> AsyncIterator[None]:
         raise Unavailable(f"{name} gave no whole answer within {seconds:g} s") from None
 
 
-async def fetch(method: str, url: str, timeout: float, most: int, **parts: Any) -> tuple[httpx.Response, bytes]:
+async def fetch_url(method: str, url: str, timeout: float, most: int, **parts: Any) -> tuple[httpx.Response, bytes]:
     """One request with a client of its own: the answer, and of its body about as many bytes as are wanted at most."""
     log.debug("%s %s", method, shown_url(url))
     async with open_http(url, timeout) as client, time_limit(shown_url(url), timeout):
@@ -2777,7 +2778,7 @@ PUBLIC_LISTS = {"opencode", "openrouter"}  # these answer without a key, or with
 
 async def fetch_models(endpoint: Endpoint, timeout: float = 10.0) -> list[ModelInfo]:
     """The models that a provider lists now. Errors: CredentialError, Unavailable, ProviderError."""
-    response, raw = await fetch("GET", list_url(endpoint), timeout, LONGEST_LIST + 1, headers=key_headers(endpoint))
+    response, raw = await fetch_url("GET", list_url(endpoint), timeout, LONGEST_LIST + 1, headers=key_headers(endpoint))
     if response.status_code != 200:
         raise refusal(endpoint, shown_url(endpoint.base_url), response, raw)
     return parse_models(endpoint.provider, raw)
@@ -2796,7 +2797,7 @@ async def try_key(endpoint: Endpoint, timeout: float = 10.0) -> str:
     if endpoint.provider == "offline":
         return ""
     url = key_url(endpoint)
-    response, raw = await fetch("GET", url, timeout, LONGEST_LIST + 1, headers=key_headers(endpoint))
+    response, raw = await fetch_url("GET", url, timeout, LONGEST_LIST + 1, headers=key_headers(endpoint))
     status = response.status_code
     if status == 403 and b"EntitlementError" in raw:  # Zen knows the key: it has no Go subscription
         return ""
@@ -7377,6 +7378,7 @@ class BrowserLogin:
 
     MOST_VISITS = 32  # connections at a time
     LONGEST_VISIT = 10.0  # seconds from a connection to its answer
+    LONGEST_REQUEST = 16 << 10  # bytes of its head
     LONGEST_EXCHANGE = 30.0  # seconds for the code to become a key
     OTHER_WAY = "try again, or give a key with --api-key"
 
@@ -7384,43 +7386,35 @@ class BrowserLogin:
         self,
         auth_url: str = "https://openrouter.ai/auth",
         api_url: str = "https://openrouter.ai/api/v1",
-        port: int = 0,  # any that is free: OpenRouter takes every port of localhost
         timeout: float = 300.0,
     ):
         import secrets
 
-        self.auth_url, self.api_url, self.port, self.timeout = auth_url, api_url, port, timeout
+        self.auth_url, self.api_url, self.timeout = auth_url, api_url, timeout
         self._verifier, self._path = Secret(secrets.token_urlsafe(32)), f"/callback/{secrets.token_urlsafe(32)}"
-        self._used: set[str] = set()
-        self._visits: dict[asyncio.Task[None], None] = {}  # in the order they came
-        self._brought: asyncio.Queue[str | PistaError] = asyncio.Queue(1)  # the code, or why there is none
+        self._visits: list[asyncio.Task[None]] = []  # in the order they came
 
     async def __aenter__(self) -> BrowserLogin:
-        """Listen. All that can be wrong on our side is found here, before the person goes to the browser."""
-        self._client = open_http(self.api_url, self.LONGEST_EXCHANGE)
+        """Listen, at any free port: OpenRouter takes every one."""
+        self._brought: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
         try:
             # The address itself, since localhost may be ::1 or anything (RFC 8252, 7.3 and 8.3).
-            self._server = await asyncio.start_server(self._visit, "127.0.0.1", self.port, limit=LONGEST_REQUEST)
-        except (OSError, OverflowError) as error:
-            await self._client.aclose()
-            where = f"port {self.port} of 127.0.0.1" if self.port else "127.0.0.1"
-            why = os.strerror(error.errno) if getattr(error, "errno", 0) else error  # asyncio's words are twice as long
-            raise PistaError(f"cannot wait for the browser on {where}: {why}", self.OTHER_WAY) from None
-        self.port = self._server.sockets[0].getsockname()[1]
+            self._server = await asyncio.start_server(self._visit, "127.0.0.1", 0, limit=self.LONGEST_REQUEST)
+        except OSError as error:
+            raise PistaError(f"cannot wait for the browser on 127.0.0.1: {error}", self.OTHER_WAY) from None
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
-        visits = [*self._visits]
-        for visit in visits:
+        for visit in self._visits:
             visit.cancel()
-        await asyncio.gather(*visits, return_exceptions=True)
-        await self._client.aclose()
+        await asyncio.gather(*self._visits, return_exceptions=True)
 
     @property
     def url(self) -> str:
         """What the person opens in a browser on this machine."""
-        return self._auth_url(callback_url=f"http://127.0.0.1:{self.port}{self._path}")
+        port = self._server.sockets[0].getsockname()[1]
+        return self._auth_url(callback_url=f"http://127.0.0.1:{port}{self._path}")
 
     @property
     def url_elsewhere(self) -> str:
@@ -7445,176 +7439,85 @@ class BrowserLogin:
         nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
             return subprocess.run(words, env=kept, start_new_session=True, timeout=2, **nowhere).returncode == 0
-        except (OSError, ValueError, subprocess.TimeoutExpired):
+        except (OSError, subprocess.TimeoutExpired):
             return False
 
     def paste(self, text: str) -> None:
         """Take the address where the browser ended up, or the code alone. UsageError if it is neither: try again."""
-        text = text.strip()
-        if text.startswith("sk-"):
-            raise UsageError("that is a key, not a code", "store it with --api-key")
-        if not re.search(r"://|[?&]|/callback/", text):
-            return self._bring(self._fresh([text]))
-        try:
-            self._bring(self._code_in(text if "://" in text else f"//{text}"))
-        except CredentialError as refusal:
-            self._bring(refusal)
+        from urllib.parse import quote
 
-    async def key(self) -> Secret:
-        """The key, when the browser came back or a code was pasted. Can be asked again after an error."""
-        try:
-            async with asyncio.timeout(self.timeout):
-                brought = await self._brought.get()
-        except TimeoutError:
-            raise CredentialError(f"no answer from the browser within {self.timeout:g} s", self.OTHER_WAY) from None
-        if isinstance(brought, PistaError):
-            raise brought
-        return await self._exchange(brought)
+        _, mark, rest = text.strip().partition("/callback/")
+        if not self._hear(mark + rest if mark else f"{self._path}?code={quote(text.strip(), errors='replace')}"):
+            raise UsageError("this is no code, and no address of this login", "copy the whole address again")
 
-    # ---- the callback ----
+    def _hear(self, target: str) -> bool:
+        """Take what a callback brings, a code or a refusal; False if it is not ours. What came first counts."""
+        import secrets
+        from urllib.parse import parse_qsl, urlsplit
+
+        parts = urlsplit(target)
+        if not secrets.compare_digest(parts.path.encode("utf-8", "replace"), self._path.encode()):
+            return False
+        fields = dict(parse_qsl(parts.query))
+        if "error" not in fields and not re.fullmatch(r"[\w.~+=/-]{6,1024}", fields.get("code", ""), re.ASCII):
+            return False
+        if not self._brought.done():
+            self._brought.set_result(fields)
+        return True
 
     async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection: its request is answered, and then what it brings is passed on."""
-        if len(self._visits) >= self.MOST_VISITS:  # the oldest goes, or 32 silent ones would keep the browser out
-            oldest = next(iter(self._visits))
-            del self._visits[oldest]
-            oldest.cancel()
-        visit, brought = asyncio.current_task(), None
-        self._visits[visit] = None
+        """One connection: its request is heard and answered. Nothing of it is in the page."""
+        visit = asyncio.current_task()
+        if len(self._visits) >= self.MOST_VISITS:  # the oldest goes, or silent ones would keep the browser out
+            self._visits.pop(0).cancel()
+        self._visits.append(visit)
         try:
             async with asyncio.timeout(self.LONGEST_VISIT):
-                if request := await read_request(reader):
-                    status, words, brought = self._answer(*request)
-                    writer.write(page(status, words))
-                    await writer.drain()
-        except OSError:  # TimeoutError is one
+                method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split(" ", 2)
+                if method == "GET" and target.startswith("/callback/") and self._hear(target):
+                    status, words = "200 OK", "openpista has its answer. You can close this window."
+                else:
+                    status, words = "404 Not Found", "This is no address of this login. Open the one openpista shows."
+                head = f"HTTP/1.1 {status}\r\ncontent-type: text/plain\r\ncontent-length: {len(words)}"
+                writer.write(f"{head}\r\ncache-control: no-store\r\nconnection: close\r\n\r\n{words}".encode())
+                await writer.drain()
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):  # no request, or none in time
             pass
         finally:
-            self._visits.pop(visit, None)
             writer.close()
-            if brought:
-                self._bring(brought)
+            with contextlib.suppress(ValueError):  # it went as the oldest
+                self._visits.remove(visit)
 
-    def _answer(self, method: str, target: str) -> tuple[int, str, str | PistaError | None]:
-        """(status, words for the person, what it brings) for a request."""
-        if not target.startswith("/callback/"):
-            return 404, "There is nothing here.", None
-        if method != "GET":
-            return 405, "Only GET works here.", None
+    async def key(self) -> Secret:
+        """The key, when the browser came back or a code was pasted. A code works once, and is tried once."""
         try:
-            return 200, "openpista has its answer. You can close this window.", self._code_in(target)
-        except UsageError as error:
-            return 400, f"This does not work: {error}.", None
-        except CredentialError as refusal:
-            return 200, f"This did not work: {refusal.args[0]}. You can close this window.", refusal
-
-    def _code_in(self, address: str) -> str:
-        """The code in an address that the browser was sent to; CredentialError if it holds a refusal instead."""
-        import secrets
-        from urllib.parse import parse_qs, urlsplit
-
-        try:
-            parts = urlsplit(address)
-            fields = parse_qs(parts.query, max_num_fields=20)
-        except ValueError:
-            raise UsageError("this is no address", "copy it again") from None
-        if not secrets.compare_digest(parts.path.encode("utf-8", "replace"), self._path.encode()):
-            raise UsageError("this address is not of this login", "open the one that openpista shows now")
+            async with asyncio.timeout(self.timeout):
+                fields = await self._brought
+        except TimeoutError:
+            raise CredentialError(f"no answer from the browser within {self.timeout:g} s", self.OTHER_WAY) from None
         if "error" in fields:
-            said = clip(printable((fields.get("error_description") or fields["error"])[0]), 200)
+            said = clip(printable(fields.get("error_description") or fields["error"]), 200)
             raise CredentialError(f"the login was refused in the browser: {said}", self.OTHER_WAY)
-        return self._fresh(fields.get("code", []))
-
-    def _fresh(self, codes: list[str]) -> str:
-        """The one code, if it looks like one and was not used."""
-        if len(codes) != 1 or not re.fullmatch(r"[\w.~+=/-]{6,1024}", codes[0], re.ASCII):
-            raise UsageError("there is no code in this", "give the whole address that the browser ended up at")
-        if codes[0] in self._used:
-            raise UsageError("this code was used already", "open the address that openpista shows again")
-        return codes[0]
-
-    def _bring(self, brought: str | PistaError) -> None:
-        with contextlib.suppress(asyncio.QueueFull):  # what came first counts
-            self._brought.put_nowait(brought)
-            if isinstance(brought, str):
-                self._used.add(brought)
-
-    # ---- the exchange ----
+        return await self._exchange(fields["code"])
 
     async def _exchange(self, code: str) -> Secret:
-        """The key for the code. Asked once: a code works once."""
+        """The key for the code."""
         body = {"code": code, "code_verifier": self._verifier, "code_challenge_method": "S256"}
-        host = shown_url(self.api_url)
+        response, raw = await fetch_url("POST", f"{self.api_url}/auth/keys", self.LONGEST_EXCHANGE, 64 << 10, json=body)
+        status, host = response.status_code, shown_url(self.api_url)
+        if status != 200:
+            words, _ = words_of(raw, code, self._verifier)
+            said = f"{host} gave no key for the code ({status}{': ' + words if words else ''})"
+            if status in PASSING_STATUSES:
+                raise Unavailable(said)
+            raise CredentialError(said, f"a code works once, for 10 minutes: {self.OTHER_WAY}")
         try:
-            with our_errors(self.api_url, self.LONGEST_EXCHANGE):
-                async with (
-                    asyncio.timeout(self.LONGEST_EXCHANGE),
-                    self._client.stream("POST", f"{self.api_url}/auth/keys", json=body) as response,
-                ):
-                    status, raw = response.status_code, await read_some(response, 64 << 10)
-        except TimeoutError:
-            raise Unavailable(f"{host} gave no key within {self.LONGEST_EXCHANGE:g} s") from None
-        if not 200 <= status < 300:
-            raise self._refusal(status, Redactor((code, self._verifier))(raw.decode("utf-8", "replace")))
-        answer = json_or_none(raw)
-        key = answer.get("key") if isinstance(answer, dict) else None
-        if not isinstance(key, str) or not re.fullmatch(r"[!-~]{8,1024}", key):
+            key = json.loads(raw)["key"]
+        except (ValueError, RecursionError, LookupError, TypeError):
+            key = None
+        if not isinstance(key, str) or flaw_in_key(key):
             raise ProviderError(f"{host} answered {status} without a key that can be used", self.OTHER_WAY)
         return Secret(key)
-
-    def _refusal(self, status: int, text: str) -> PistaError:
-        payload = json_or_none(text)
-        words = vendor_message(re.sub(r"<[^<>]*>", " ", text) if payload is None else payload)[0]
-        said = (
-            f"{shown_url(self.api_url)} gave no key for the code ({status}{': ' + printable(words) if words else ''})"
-        )
-        if status in (408, 425, 429) or status >= 500:
-            return Unavailable(said)
-        if 400 <= status < 500:
-            return CredentialError(said, f"a code works once, for 10 minutes: {self.OTHER_WAY}")
-        return ProviderError(said, self.OTHER_WAY)
-
-
-LONGEST_REQUEST = 16 << 10  # bytes of a request's head
-
-
-async def read_request(reader: asyncio.StreamReader) -> tuple[str, str] | None:
-    """(method, target) of the first request; None if it is none."""
-    import h11
-
-    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=LONGEST_REQUEST)
-    try:
-        while (event := parser.next_event()) is h11.NEED_DATA:
-            parser.receive_data(await reader.read(4096))
-    except h11.RemoteProtocolError:
-        return None
-    return (event.method.decode(), event.target.decode()) if isinstance(event, h11.Request) else None
-
-
-def page(status: int, words: str) -> bytes:
-    """A whole HTTP answer with a page that says it; nothing in it runs, is kept, or tells where it came from."""
-    from http import HTTPStatus
-
-    body = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>openpista</title><p>{escaped(words)}</p></html>'
-    )
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "content-type: text/html; charset=utf-8",
-        f"content-length: {len(body.encode())}",
-        "content-security-policy: default-src 'none'; frame-ancestors 'none'",
-        "referrer-policy: no-referrer",
-        "cache-control: no-store",
-        "connection: close",
-    )
-    return "\r\n".join([*head, "", body]).encode()
-
-
-def json_or_none(text: str | bytes) -> Any:
-    """What the JSON means; None if it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return None
 
 
 # ===== 20. Chat ===============================================================
