@@ -1900,7 +1900,8 @@ FORMATS = {
 #
 # A vendor is a row in PROVIDERS. `resolve` makes an Endpoint of a row, the
 # settings, the environment and the stored logins; an HttpProvider asks it, and
-# Models asks the next one when it fails. Foreign errors become ours in `our_errors`.
+# Models asks the next one when it fails. Foreign errors become ours in `our_errors`
+# and `refusal`.
 
 
 class ProviderSpec(NamedTuple):
@@ -2045,11 +2046,7 @@ def resolve(wanted: str, agent: AgentConfig, logins: Mapping[str, Login], enviro
     if not endpoint.model:
         raise ConfigError(f"{provider} needs a model", "--model NAME, or [agent] model")
     if not endpoint.key.value and endpoint.spec.key_env:
-        raise CredentialError(
-            f"no key for {provider}",
-            f"set {endpoint.spec.key_env[0]}, or run `openpista auth login --provider {provider}`, "
-            "or try `--provider offline`",
-        )
+        raise CredentialError(f"no key for {provider}", f"{way_to_a_key(endpoint)}, or try `--provider offline`")
     return endpoint
 
 
@@ -2165,6 +2162,7 @@ def trusted_context() -> Any:
 
 def key_headers(endpoint: Endpoint) -> dict[str, str]:
     """How an endpoint wants to be shown its key."""
+    check_key(endpoint.key)
     headers = FORMATS[endpoint.format].headers(endpoint.key.value)
     return headers | (bearer(endpoint.key.value) if endpoint.provider == "opencode" else {})  # Zen: on /messages too
 
@@ -2192,27 +2190,88 @@ def our_errors(base_url: str, idle_timeout: float) -> Iterator[None]:
         raise ProviderError(f"{host}: {error}") from None
 
 
-def words_of(endpoint: Endpoint, raw: bytes) -> tuple[str, str]:
-    """(words, code) of a body that explains an error, without the key."""
-    text = raw.decode("utf-8", "replace")
-    if key := endpoint.key.value:
-        text = text.replace(key, endpoint.key.masked)  # some repeat it; clipped, it would not be found again
+@contextlib.asynccontextmanager
+async def time_limit(name: str, seconds: float) -> AsyncIterator[None]:
+    """What takes longer inside becomes Unavailable."""
     try:
-        return vendor_message(json.loads(text))
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise Unavailable(f"{name} gave no whole answer within {seconds:g} s") from None
+
+
+async def fetch_url(method: str, url: str, timeout: float, most: int, **parts: Any) -> tuple[httpx.Response, bytes]:
+    """One request with a client of its own: the answer, and of its body about as many bytes as are wanted at most."""
+    log.debug("%s %s", method, shown_url(url))
+    async with open_http(url, timeout) as client, time_limit(shown_url(url), timeout):
+        with our_errors(url, timeout):
+            async with client.stream(method, url, **parts) as response:
+                return response, await read_some(response, most)
+
+
+PASSING_STATUSES = {408, 409, 425, 429, *range(500, 600)}
+BAD_KEY = re.compile(r"api.key (not valid|expired)|(incorrect|invalid).api.key", re.IGNORECASE)
+
+
+class Refused(ProviderError):
+    """A 400: perhaps one of the MENDS helps."""
+
+    def __init__(self, message: str, words: str):
+        super().__init__(message)
+        self.words = words  # with the code
+
+
+def refusal(endpoint: Endpoint, name: str, response: httpx.Response, raw: bytes) -> PistaError:
+    """The error that a status other than 200 and its body stand for, in the name of who was asked."""
+    status, headers = response.status_code, response.headers
+    words, code = words_of(raw, endpoint.key.value)
+    both, said = f"{code} {words}", f"{name} answered {status}{': ' + words if words else ''}"
+    if status in (401, 403) or (status == 400 and BAD_KEY.search(both)):  # 400: Gemini, xAI
+        return refused_key(endpoint, status, words)
+    if status == 413 or (status in (400, 422) and TOO_LONG.search(both)):
+        return ContextTooLong(said)
+    if code == "insufficient_quota":  # not Gemini's "exceeded your current quota", its limit per minute
+        return ProviderError(said)
+    # Groq's tool_use_failed: its model wrote a call that cannot be read; the same again often works.
+    if status in PASSING_STATUSES or code == "tool_use_failed":
+        return Unavailable(said, retry_after(headers))
+    not_there = status in (404, 405) and "model" not in both.lower()
+    if not_there or (status in (400, 404, 405) and WRONG_ENDPOINT.search(words)):
+        return WrongFormat(said, "is base_url right?")
+    if 300 <= status < 400:
+        where = clip(printable(shown_url(headers.get("location", "nowhere"))), 200)
+        return ProviderError(f"{said} (redirect to {where})", "set base_url to it")
+    return Refused(said, both) if status in (400, 422) else ProviderError(said)
+
+
+def words_of(raw: bytes, *secrets: str) -> tuple[str, str]:
+    """(words, code) of a body that explains an error, without these secrets: some repeat them."""
+    text = Redactor(secrets)(raw[: 64 << 10].decode("utf-8", "replace"))  # clipped, they would not be found again
+    try:
+        words, code = vendor_message(json.loads(text))
     except (ValueError, RecursionError):
-        return clip(re.sub(r"<[^<>]*>", " ", text), 200), ""
+        words, code = clip(re.sub(r"<[^<>]*>", " ", text), 200), ""
+    return printable(words), code
 
 
 def refused_key(endpoint: Endpoint, status: int, words: str) -> CredentialError:
     """The error for a key that is not good, or missing."""
-    key, env = endpoint.key, endpoint.spec.key_env
+    key = endpoint.key
     where = f" from {key.source}" if key.source else ""
     which = f"the key {key.masked}{where}" if key.value else "a request without a key"
     said = f"{endpoint.provider} refused {which} ({status}{': ' + words if words else ''})"
+    return CredentialError(said, way_to_a_key(endpoint))
+
+
+def way_to_a_key(endpoint: Endpoint) -> str:
+    """What to do where a key is missing or refused."""
+    source, env = endpoint.key.source, endpoint.spec.key_env
     login = f"run `openpista auth login --provider {endpoint.provider}`"
-    if key.source.startswith("$"):  # the environment wins over a login
-        return CredentialError(said, f"correct {key.source}, or unset it and {login}")
-    return CredentialError(said, f"set {env[0]}, or {login}" if env else login)
+    if source.startswith("$"):  # the environment wins over a login
+        return f"correct {source}, or unset it and {login}"
+    return f"set {env[0]}, or {login}" if env else login
 
 
 class HttpProvider:
@@ -2245,13 +2304,8 @@ class HttpProvider:
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The model's answer. Errors: Unavailable after TRIES, CredentialError, ContextTooLong, ProviderError."""
         request = request._replace(model=self.endpoint.model, id_pattern=self.endpoint.spec.id_pattern)
-        try:
-            async with asyncio.timeout(self.timeout) as limit:
-                return await self._try(request, tell)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise ProviderError(f"{self.name} gave no whole answer within {self.timeout:g} s") from None
+        async with time_limit(self.name, self.timeout):
+            return await self._try(request, tell)
 
     async def _try(self, request: Request, tell: Tell) -> Completion:
         for attempt in itertools.count(1):
@@ -2267,9 +2321,9 @@ class HttpProvider:
                 log.info("%s; attempt %d of %d, again in %.1f s", self._named(error), attempt, self.TRIES, wait)
                 tell(Progress("again", f"{clip(self._named(error), 120)}; trying again in {wait:.1f} s"))
                 await self.sleep(wait)
+            except ContextTooLong:
+                raise
             except ProviderError as error:
-                if type(error) is not ProviderError:
-                    raise
                 raise ProviderError(self._named(error.args[0]), error.hint) from None
         raise AssertionError("unreachable")
 
@@ -2286,7 +2340,7 @@ class HttpProvider:
                 return await self._mending(request, tell)
             except WrongFormat:
                 self.format = first
-                raise ProviderError(str(error), "is base_url right?") from None
+                raise error from None
             except ProviderError:
                 self.format = first
                 raise
@@ -2302,7 +2356,7 @@ class HttpProvider:
             except Refused as refused:
                 mend = next((m for m in MENDS if m.fits(refused.words, body) and m not in self._mends), None)
                 if mend is None:
-                    raise refused.error from None
+                    raise
                 self._mends.append(mend)
 
     async def _ask(self, request: Request, body: dict[str, Any], tell: Tell) -> Completion:
@@ -2320,7 +2374,7 @@ class HttpProvider:
         async with self._client.stream("POST", url, content=content, headers=headers) as response:
             log.debug("%s: status %d after %.2f s", self.name, response.status_code, time.monotonic() - started)
             if response.status_code != 200:
-                raise self._refusal(response.status_code, response.headers, await read_some(response, 64 << 10))
+                raise refusal(self.endpoint, self.name, response, await read_some(response, 64 << 10))
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             decoder = form.decoder()
             if kind == "application/json" and self.format == "chat":  # a server that does not stream
@@ -2347,36 +2401,6 @@ class HttpProvider:
                     tell(Progress("delta", words))
                 if decoder.ended:
                     return await drain(portions)
-
-    def _refusal(self, status: int, headers: Mapping[str, str], raw: bytes) -> Exception:
-        """The error that a status and its body stand for."""
-        words, code = words_of(self.endpoint, raw)
-        said = f"{self.name} answered {status}{': ' + words if words else ''}"
-        if status in (401, 403):
-            return refused_key(self.endpoint, status, words)
-        if status == 413 or (status in (400, 422) and TOO_LONG.search(f"{code} {words}")):
-            return ContextTooLong(said)
-        if code == "insufficient_quota":  # not Gemini's "exceeded your current quota", its limit per minute
-            return ProviderError(said)
-        # Groq's tool_use_failed: its model wrote a call that cannot be read; the same again often works.
-        if status in (408, 409, 425, 429) or status >= 500 or code == "tool_use_failed":
-            return Unavailable(said, retry_after(headers))
-        if status in (400, 404, 405) and WRONG_ENDPOINT.search(words):
-            return WrongFormat(said)
-        if status in (404, 405) and "model" not in f"{code} {words}".lower():
-            return WrongFormat(said)
-        if 300 <= status < 400:
-            return ProviderError(
-                f"{said or self.name} (redirect to {headers.get('location', 'nowhere')})", "set base_url to it"
-            )
-        return Refused(f"{code} {words}", ProviderError(said)) if status in (400, 422) else ProviderError(said)
-
-
-class Refused(Exception):
-    """A 400: perhaps one of the MENDS helps, else it is the error."""
-
-    def __init__(self, words: str, error: ProviderError):
-        self.words, self.error = words, error
 
 
 class Mend(NamedTuple):
@@ -2564,83 +2588,52 @@ BUILT_IN = {
         gpt-5.5 1050000 5 30 *, gpt-5-codex 400000 1.07 8.5 *, gpt-5.1-codex-max 400000 1.25 10 *,
         gpt-5.1-codex-mini 400000 0.25 2 *, claude-haiku-4-5 200000 1 5 *, kimi-k2.7-code 262144 0.95 4 *,
         glm-5.2 1000000 1.4 4.4 *, qwen3.6-plus 262144 0.5 3 *, minimax-m3 512000 0.3 1.2 *, big-pickle 200000 0 0,
-        claude-opus-4-1 200000 15 75, claude-opus-4-5 200000 5 25, claude-opus-4-6 1000000 5 25,
-        claude-opus-4-7 1000000 5 25, claude-sonnet-4-5 1000000 3 15, claude-sonnet-4-6 1000000 3 15,
-        claude-sonnet-4 1000000 3 15, deepseek-v4-flash-free 200000 0 0, deepseek-v4-flash 1000000 0.14 0.28,
-        deepseek-v4-pro 1000000 1.74 3.84, gemini-3-flash 1048576 0.5 3, gemini-3.1-pro 1048576 2 12,
-        gemini-3.5-flash 1048576 1.5 9, glm-5.1 204800 1.4 4.4, glm-5 204800 1 3.2, gpt-5-nano 400000 0.05 0.4,
-        gpt-5.1-codex 400000 1.07 8.5, gpt-5.1 400000 1.07 8.5, gpt-5.2-codex 400000 1.75 14, gpt-5.2 400000 1.75 14,
-        gpt-5.3-codex-spark 128000 1.75 14, gpt-5.4-mini 400000 0.75 4.5, gpt-5.4-nano 400000 0.2 1.25,
-        gpt-5.4-pro 1050000 30 180, gpt-5.4 1050000 2.5 15, gpt-5.5-pro 1050000 30 180, gpt-5 400000 1.07 8.5,
-        grok-build-0.1 256000 1 2, kimi-k2.5 262144 0.6 3, kimi-k2.6 262144 0.95 4, mimo-v2.5-free 200000 0 0,
-        minimax-m2.5 204800 0.3 1.2, minimax-m2.7 204800 0.3 1.2, nemotron-3-ultra-free 1000000 0 0,
-        north-mini-code-free 256000 0 0, qwen3.5-plus 262144 0.2 1.2
+        claude-sonnet-4-5 1000000 3 15, gpt-5.4-mini 400000 0.75 4.5, deepseek-v4-pro 1000000 1.74 3.84
     """,
     "openai": """
         gpt-5.5 1050000 5 30 *, gpt-5.3-codex 400000 1.75 14 *, gpt-5.4 1050000 2.5 15 *,
-        gpt-5.4-mini 400000 0.75 4.5 *, gpt-5.4-nano 400000 0.2 1.25, gpt-5-codex 400000 1.25 10, gpt-5 400000 1.25 10,
-        gpt-5-mini 400000 0.25 2, gpt-4.1 1047576 2 8, gpt-4.1-mini 1047576 0.4 1.6, gpt-4o 128000 2.5 10,
-        gpt-4o-mini 128000 0.15 0.6, o3 200000 2 8, o4-mini 200000 1.1 4.4
+        gpt-5.4-mini 400000 0.75 4.5 *, gpt-5 400000 1.25 10, gpt-4.1 1047576 2 8, gpt-4o 128000 2.5 10
     """,
     "anthropic": """
         claude-sonnet-5 1000000 2 10 *, claude-opus-4-8 1000000 5 25 *, claude-haiku-4-5 200000 1 5 *,
-        claude-sonnet-4-6 1000000 3 15, claude-sonnet-4-5 200000 3 15, claude-opus-4-6 1000000 5 25,
-        claude-opus-4-5 200000 5 25
+        claude-sonnet-4-5 200000 3 15, claude-opus-4-5 200000 5 25
     """,
     "openrouter": """
         anthropic/claude-sonnet-5 1000000 2 10 *, openai/gpt-5.5 1050000 5 30 *, openai/gpt-5.3-codex 400000 1.75 14 *,
-        moonshotai/kimi-k2.7-code 262144 0.74 3.5 *, z-ai/glm-5.2 1048576 0.93 3 *,
-        anthropic/claude-opus-4.8 1000000 5 25, anthropic/claude-haiku-4.5 200000 1 5,
-        openai/gpt-5.4-mini 400000 0.75 4.5, openai/gpt-4o 128000 2.5 10, google/gemini-3.5-flash 1048576 1.5 9,
-        deepseek/deepseek-v4-pro 1048576 0.435 0.87
+        moonshotai/kimi-k2.7-code 262144 0.74 3.5 *, z-ai/glm-5.2 1048576 0.93 3 *, openai/gpt-4o 128000 2.5 10,
+        google/gemini-3.5-flash 1048576 1.5 9, deepseek/deepseek-v4-pro 1048576 0.435 0.87
     """,
     "together": """
         moonshotai/Kimi-K2.7-Code 262144 0.95 4 *, zai-org/GLM-5.2 262144 1.4 4.4 *,
-        deepseek-ai/DeepSeek-V4-Pro 512000 1.74 3.48 *, MiniMaxAI/MiniMax-M3 524288 0.3 1.2,
-        Qwen/Qwen3.7-Max 1000000 1.25 3.75, openai/gpt-oss-120b 131072 0.15 0.6,
-        meta-llama/Llama-3.3-70B-Instruct-Turbo 131072 0.88 0.88
+        deepseek-ai/DeepSeek-V4-Pro 512000 1.74 3.48 *, meta-llama/Llama-3.3-70B-Instruct-Turbo 131072 0.88 0.88
     """,
-    "groq": """
-        openai/gpt-oss-120b 131072 0.15 0.6 *, openai/gpt-oss-20b 131072 0.075 0.3,
-        llama-3.3-70b-versatile 131072 0.59 0.79, llama-3.1-8b-instant 131072 0.05 0.08
-    """,
+    "groq": "openai/gpt-oss-120b 131072 0.15 0.6 *, llama-3.3-70b-versatile 131072 0.59 0.79",
     "gemini": """
-        gemini-3.5-flash 1048576 1.5 9 *, gemini-3.1-pro-preview 1048576 2 12 *,
-        gemini-3.1-flash-lite 1048576 0.25 1.5, gemini-2.5-pro 1048576 1.25 10, gemini-2.5-flash 1048576 0.3 2.5,
-        gemini-2.5-flash-lite 1048576 0.1 0.4
+        gemini-3.5-flash 1048576 1.5 9 *, gemini-3.1-pro-preview 1048576 2 12 *, gemini-2.5-pro 1048576 1.25 10,
+        gemini-2.5-flash 1048576 0.3 2.5
     """,
     "deepseek": """
-        deepseek-v4-pro 1000000 0.435 0.87 *, deepseek-v4-flash 1000000 0.14 0.28 *, deepseek-chat 1000000 0.14 0.28,
-        deepseek-reasoner 1000000 0.14 0.28
+        deepseek-v4-pro 1000000 0.435 0.87 *, deepseek-v4-flash 1000000 0.14 0.28 *, deepseek-chat 1000000 0.14 0.28
     """,
-    "mistral": """
-        mistral-medium-2604 262144 1.5 7.5 *, mistral-large-latest 262144 0.5 1.5 *,
-        mistral-medium-latest 262144 0.4 2, mistral-small-latest 256000 0.15 0.6, codestral-latest 256000 0.3 0.9
-    """,
-    "xai": """
-        grok-4.3 1000000 1.25 2.5 *, grok-build-0.1 256000 1 2 *, grok-4.20-0309-reasoning 1000000 1.25 2.5,
-        grok-4.20-0309-non-reasoning 1000000 1.25 2.5
-    """,
+    "mistral": "mistral-medium-2604 262144 1.5 7.5 *, mistral-large-latest 262144 0.5 1.5 *",
+    "xai": "grok-4.3 1000000 1.25 2.5 *, grok-build-0.1 256000 1 2 *",
     "offline": "shell 0 0 0",
 }
-
 STATUSES = {
     "free": "costs nothing, mostly with narrow limits",
     "preview": "may change or go without notice",
     "deprecated": "will be switched off; better not begin with it",
-    "inactive": "listed, but not served now",
 }
-FREE_TIER = "costs nothing, but OpenCode's free tier answers only inside OpenCode: expect a refusal here"
-FORMAT_NAMES = {"chat": "Chat Completions", "responses": "Responses", "messages": "Messages"}
+FREE_AT_ZEN = "costs nothing, but OpenCode's free tier answers only inside OpenCode: expect a refusal here"
 
 
 def built_in(provider: str) -> list[ModelInfo]:
     """The models that are known without asking; [] where only the machine at the other end can know."""
     found = []
     for entry in filter(str.strip, BUILT_IN.get(provider, "").split(",")):
-        name, context, in_price, out_price, *star = entry.split()
-        info = ModelInfo(name, int(context), float(in_price), float(out_price), status_by_name(provider, name))
-        found.append(info._replace(recommended=bool(star), chats=not other_kind(provider, name)))
+        name, context, bought, sold, *star = entry.split()
+        prices = float(bought), float(sold)
+        found.append(ModelInfo(name, int(context), *prices, status_of({}, name, prices), bool(star)))
     return found
 
 
@@ -2650,22 +2643,12 @@ LONGEST_LIST = 16 << 20  # bytes
 MOST_MODELS = 20_000
 CONTEXT_PATHS = (
     "context_length",  # OpenRouter, Together
-    "context_window",  # Groq, Vercel
-    "max_context_length",  # Mistral, LM Studio
+    "context_window",  # Groq
+    "max_context_length",  # Mistral
     "max_input_tokens",  # Anthropic
     "max_model_len",  # vLLM
-    "inputTokenLimit",  # Gemini's own API
-    "limit.context",  # models.dev
-    "limits.max_input_tokens",  # GitHub
-    "capabilities.limits.max_context_window_tokens",  # Copilot
     "meta.n_ctx_train",  # llama.cpp
 )
-PRICE_PATHS = (  # in, out, and whether they are for one token
-    ("pricing.prompt", "pricing.completion", True),  # OpenRouter
-    ("pricing.input", "pricing.output", False),  # Together; Vercel's are strings, and those are for one token
-    ("cost.input", "cost.output", False),  # models.dev
-)
-OUTPUT_PATHS = ("architecture.output_modalities", "supported_output_modalities", "modalities.output")
 OTHER_KINDS = re.compile(
     r"(?<![a-z])(embed|rerank|bge-|gte-|e5-|whisper|tts|transcri|speech|voice|audio|realtime|imag[ei]|dall-e|sora|veo"
     r"|video|lyria|orpheus|moderation|guard|ocr|aqa|davinci|babbage|turbo-instruct)",
@@ -2679,35 +2662,33 @@ def parse_models(provider: str, raw: bytes) -> list[ModelInfo]:
     if len(raw) > LONGEST_LIST:
         raise ProviderError(f"{provider} sent a list of models of more than {LONGEST_LIST >> 20} MiB")
     try:
-        payload = json.loads(raw)
+        rows = json.loads(raw)
     except (ValueError, RecursionError):
-        start = printable(clip(raw[:400].decode("utf-8", "replace"), 60))
-        raise ProviderError(f"{provider} sent no list of models ({start!r})", "is base_url right?") from None
-    rows = payload
-    if isinstance(payload, dict):  # a null stands for an empty list with Ollama
-        rows = next((payload[name] or [] for name in ("data", "models") if name in payload), None)
-    if not isinstance(rows, list):
-        raise ProviderError(f"{provider} sent no list of models ({printable(vendor_message(payload)[0])})")
-    if not rows:
+        rows = None
+    if isinstance(rows, dict) and "data" in rows:  # else it is Together's bare list
+        rows = rows["data"] or []  # Ollama without models: null
+    if rows == []:
         raise ProviderError(f"{provider} lists no models")
-    found = (model_of(provider, row) for row in rows[:MOST_MODELS])
+    found = (model_of(provider, row) for row in rows[:MOST_MODELS]) if isinstance(rows, list) else ()
     models = {info.id: info for info in found if info}
     if not models:
-        raise ProviderError(f"{provider} sent a list without a single usable model")
+        said = clip(words_of(raw)[0], 60)
+        raise ProviderError(f"{provider} sent no list of models ({said!r})", "is base_url right?")
     return list(models.values())
 
 
 def model_of(provider: str, row: Any) -> ModelInfo | None:
     """The model of one entry, None if it has no usable id."""
-    row = {"id": row} if isinstance(row, str) else row if isinstance(row, dict) else {}
-    name = row.get("id") or row.get("name")  # Gemini's and Cohere's own APIs have only names
-    name = name.removeprefix("models/") if isinstance(name, str) else ""
+    name = value_at(row, "id")
+    name = name.removeprefix("models/") if isinstance(name, str) else ""  # Gemini
     if not 0 < len(name) <= 200 or not name.isprintable() or " " in name:
         return None
-    context = next((int(size) for path in CONTEXT_PATHS if (size := sane_number(value_at(row, path)))), 0)
-    prices = prices_of(provider, row, name)
-    chats = says_it_chats(row) and not other_kind(provider, name)
-    return ModelInfo(name, context, *prices, status_of(provider, row, name, prices), False, "remote", chats)
+    context = next((int(size) for path in CONTEXT_PATHS if (size := number(value_at(row, path)))), 0)
+    prices = prices_of(row)
+    if provider == "together" and prices == (0, 0) and not name.lower().endswith("-free"):
+        prices = None, None  # it lists 0 for what it does not sell by the token
+    status, chats = status_of(row, name, prices), can_chat(provider, row, name)
+    return ModelInfo(name, context, *prices, status, source="remote", chats=chats)
 
 
 def value_at(row: Any, path: str) -> Any:
@@ -2717,83 +2698,58 @@ def value_at(row: Any, path: str) -> Any:
     return row
 
 
-def sane_number(value: Any) -> float | None:
-    """A sane number of 0 or more, which may stand in a string."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+def number(value: Any, unit: float = 1) -> float | None:
+    """A sane number of 0 or more, which may stand in a string, times the unit."""
     try:
         found = float(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return found if 0 <= found <= 1e9 else None  # not NaN either
+    return round(found * unit, 6) if 0 <= found <= 1e9 else None  # not NaN either
 
 
-def prices_of(provider: str, row: dict[str, Any], name: str) -> tuple[float | None, float | None]:
-    """Dollars for a million tokens in and out."""
-    for *paths, for_one in PRICE_PATHS:
-        said = [value_at(row, path) for path in paths]
-        if any(value is not None for value in said):
-            found = [per_million(value, for_one or isinstance(value, str)) for value in said]
-            # Together lists 0 for what it does not sell by the token.
-            unpriced = provider == "together" and not any(found) and not name.lower().endswith("-free")
-            return (None, None) if unpriced else (found[0], found[1])
+def prices_of(row: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Dollars for a million tokens in and out, as OpenRouter tells those for one token, and Together for a million."""
+    for bought, sold, unit in (("prompt", "completion", 1e6), ("input", "output", 1)):
+        prices = number(value_at(row, f"pricing.{bought}"), unit), number(value_at(row, f"pricing.{sold}"), unit)
+        if prices != (None, None):
+            return prices
     return None, None
 
 
-def per_million(value: Any, for_one: bool) -> float | None:
-    """Dollars for a million tokens, from those for one or for a million."""
-    found = sane_number(value)
-    return None if found is None else round(found * 1e6 if for_one else found, 6)
-
-
-def status_of(provider: str, row: dict[str, Any], name: str, prices: tuple[float | None, float | None]) -> str:
-    """The word for a model's state."""
-    said = next((value for key in ("status", "lifecycle_status") if isinstance(value := row.get(key), str)), "").lower()
-    # Mistral, others, OpenRouter: a date, a flag, the day on which it ends
-    if row.get("deprecation") or row.get("deprecated") is True or row.get("expiration_date") or said == "deprecated":
+def status_of(row: dict[str, Any], name: str, prices: tuple[float | None, float | None]) -> str:
+    """The word for a model's state, as its entry, price or name tells it."""
+    if (said := str(row.get("status"))) in STATUSES:  # our cache
+        return said
+    if row.get("deprecation") or row.get("expiration_date"):  # the day on which it ends: Mistral, OpenRouter
         return "deprecated"
-    if row.get("active") is False or said == "inactive":  # Groq
-        return "inactive"
-    if prices == (0, 0):
-        return "free"
-    return "preview" if UNFINISHED.fullmatch(said) else status_by_name(provider, name)
-
-
-def status_by_name(provider: str, name: str) -> str:
-    """The state that a model's name tells."""
-    if name.lower().endswith(("-free", ":free")) or (provider == "opencode" and name == "big-pickle"):
+    if prices == (0, 0) or name.lower().endswith(("-free", ":free")):
         return "free"
     return "preview" if UNFINISHED.search(name) else ""
 
 
-def says_it_chats(row: dict[str, Any]) -> bool:
-    """False where an entry says that its model does not chat."""
+def can_chat(provider: str, row: dict[str, Any], name: str) -> bool:
+    """False where an entry or a name tells that one cannot chat with the model from here."""
     if row.get("chats") is False or value_at(row, "capabilities.completion_chat") is False:  # our cache; Mistral
         return False
-    if any(isinstance(kinds := value_at(row, path), list) and "text" not in kinds for path in OUTPUT_PATHS):
+    kinds = value_at(row, "architecture.output_modalities")  # OpenRouter
+    if isinstance(kinds, list) and "text" not in kinds:
         return False
-    return not OTHER_KINDS.match(str(row.get("type") or ""))  # Together, LM Studio
-
-
-def other_kind(provider: str, name: str) -> bool:
-    """Whether a name tells that one cannot chat with the model from here."""
-    if provider == "opencode" and name.startswith("gemini-"):
-        return True  # Zen serves these in Google's format only
-    return OTHER_KINDS.search(name) is not None
+    if provider == "opencode" and name.startswith("gemini-"):  # Zen serves these in Google's format only
+        return False
+    return not OTHER_KINDS.search(f"{row.get('type')} {name}")  # the type: Together
 
 
 def arranged(provider: str, models: Iterable[ModelInfo]) -> tuple[ModelInfo, ...]:
     """The models, completed with what is known of them: recommended, usable, deprecated, of other kinds."""
     known = {info.id: info for info in built_in(provider)}
-    rank = {name: place for place, name in enumerate(known)}
-    whole = [completed(info, known.get(info.id) or known.get(undated(info.id))) for info in models]
+    ranks = list(known)
 
     def place(info: ModelInfo) -> tuple[Any, ...]:
+        rank = ranks.index(undated(info.id)) if info.recommended else 0
         pieces = [int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"([0-9]+)", info.id.lower()))]
-        best = rank.get(info.id, rank.get(undated(info.id), 0)) if info.recommended else 0
-        return not info.recommended, best, not info.chats, info.status in ("deprecated", "inactive"), pieces
+        return not info.recommended, rank, not info.chats, info.status == "deprecated", pieces
 
-    return tuple(sorted(whole, key=place))
+    return tuple(sorted((completed(info, known.get(undated(info.id))) for info in models), key=place))
 
 
 def undated(name: str) -> str:
@@ -2810,6 +2766,7 @@ def completed(info: ModelInfo, known: ModelInfo | None) -> ModelInfo:
         context=info.context or known.context,
         input_price=priced.input_price,
         output_price=priced.output_price,
+        status=info.status or known.status,
         recommended=known.recommended and info.chats and info.status in ("", "preview"),
     )
 
@@ -2817,89 +2774,19 @@ def completed(info: ModelInfo, known: ModelInfo | None) -> ModelInfo:
 # ---- asking ----
 
 PUBLIC_LISTS = {"opencode", "openrouter"}  # these answer without a key, or with a wrong one
-MOST_PAGES = 20
-BAD_KEY = re.compile(r"api.key (not valid|expired)|(incorrect|invalid) api.key|API_KEY_INVALID", re.IGNORECASE)
-
-
-class HttpAnswer(NamedTuple):
-    """What came back."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-@contextlib.asynccontextmanager
-async def time_limit(endpoint: Endpoint, seconds: float) -> AsyncIterator[None]:
-    """What takes longer inside becomes Unavailable."""
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise Unavailable(f"{shown_url(endpoint.base_url)} gave no whole answer within {seconds:g} s") from None
-
-
-async def get_url(endpoint: Endpoint, url: str, timeout: float) -> HttpAnswer:
-    """The answer to a GET with the endpoint's key; redirects are not followed."""
-    check_key(endpoint.key)
-    log.debug("%s: GET %s", endpoint.provider, shown_url(url))
-    async with open_http(url, timeout) as client:
-        with our_errors(endpoint.base_url, timeout):
-            async with client.stream("GET", url, headers=key_headers(endpoint)) as response:
-                return HttpAnswer(response.status_code, response.headers, await read_some(response, LONGEST_LIST + 1))
-
-
-def check_answer(endpoint: Endpoint, answer: HttpAnswer) -> None:
-    """Raise the error that a status other than 200 stands for."""
-    status = answer.status
-    if status == 200:
-        return
-    words, code = map(printable, words_of(endpoint, answer.body[: 64 << 10]))
-    if status in (401, 403) or (status == 400 and BAD_KEY.search(f"{code} {words}")):  # 400: Gemini, xAI
-        raise refused_key(endpoint, status, words)
-    said = f"{shown_url(endpoint.base_url)} answered {status}{': ' + words if words else ''}"
-    if 300 <= status < 400:
-        where = printable(shown_url(answer.headers.get("location", "nowhere")))
-        raise ProviderError(f"{said} (redirect to {clip(where, 200)})", "set base_url to it")
-    if status in (408, 425, 429) or status >= 500:
-        raise Unavailable(said, retry_after(answer.headers))
-    raise ProviderError(said, "is base_url right?" if status in (404, 405) else "")
 
 
 async def fetch_models(endpoint: Endpoint, timeout: float = 10.0) -> list[ModelInfo]:
     """The models that a provider lists now. Errors: CredentialError, Unavailable, ProviderError."""
-    models: dict[str, ModelInfo] = {}
-    url = list_url(endpoint)
-    async with time_limit(endpoint, timeout):
-        for _ in range(MOST_PAGES):
-            answer = await get_url(endpoint, url, timeout)
-            check_answer(endpoint, answer)
-            page = {info.id: info for info in parse_models(endpoint.provider, answer.body)}
-            is_old = page.keys() <= models.keys()  # a server that knows no pages gives the first one again
-            models |= page
-            url = next_page(endpoint, answer.body)
-            if not url or is_old or len(models) >= MOST_MODELS:
-                break
-    return list(models.values())[:MOST_MODELS]
+    response, raw = await fetch_url("GET", list_url(endpoint), timeout, LONGEST_LIST + 1, headers=key_headers(endpoint))
+    if response.status_code != 200:
+        raise refusal(endpoint, shown_url(endpoint.base_url), response, raw)
+    return parse_models(endpoint.provider, raw)
 
 
 def list_url(endpoint: Endpoint) -> str:
-    """Where the list is; Anthropic's has pages, of 20 unless told."""
+    """Where the list is; Anthropic gives 20 models unless told."""
     return f"{endpoint.base_url}/models{'?limit=1000' if endpoint.format == 'messages' else ''}"
-
-
-def next_page(endpoint: Endpoint, raw: bytes) -> str:
-    """Where the list goes on, '' at its end."""
-    if endpoint.format != "messages":
-        return ""
-    from urllib.parse import quote
-
-    payload = json.loads(raw)
-    last = value_at(payload, "last_id")
-    more = value_at(payload, "has_more") is True and isinstance(last, str) and 0 < len(last) <= 200
-    return f"{list_url(endpoint)}&after_id={quote(last, safe='', errors='replace')}" if more else ""
 
 
 async def try_key(endpoint: Endpoint, timeout: float = 10.0) -> str:
@@ -2909,21 +2796,22 @@ async def try_key(endpoint: Endpoint, timeout: float = 10.0) -> str:
     """
     if endpoint.provider == "offline":
         return ""
-    url, shows_models = key_probe(endpoint)
-    async with time_limit(endpoint, timeout):
-        answer = await get_url(endpoint, url, timeout)
-    words, code = map(printable, words_of(endpoint, answer.body[: 64 << 10])) if answer.status != 200 else ("", "")
-    if code == "EntitlementError":  # Zen: the key is known, and has no Go subscription, which nobody asked for
+    url = key_url(endpoint)
+    response, raw = await fetch_url("GET", url, timeout, LONGEST_LIST + 1, headers=key_headers(endpoint))
+    status = response.status_code
+    if status == 403 and b"EntitlementError" in raw:  # Zen knows the key: it has no Go subscription
         return ""
-    if answer.status in (404, 405) or (answer.status == 403 and re.search(r"\bscopes?\b", words)):
+    if status in (404, 405) or (status == 403 and re.search(rb"\bscopes?\b", raw)):
         # OpenAI's restricted keys may chat without the right to list the models.
-        raise ProviderError(f"the key cannot be tried: {shown_url(url)} answered {answer.status}: {words}")
-    check_answer(endpoint, answer)
-    return plural(len(parse_models(endpoint.provider, answer.body)), "model") if shows_models else ""
+        words, _ = words_of(raw, endpoint.key.value)
+        raise ProviderError(f"the key cannot be tried: {shown_url(url)} answered {status}: {words}")
+    if status != 200:
+        raise refusal(endpoint, shown_url(url), response, raw)
+    return plural(len(parse_models(endpoint.provider, raw)), "model") if url == list_url(endpoint) else ""
 
 
-def key_probe(endpoint: Endpoint) -> tuple[str, bool]:
-    """The cheapest address that wants a good key, and whether it gives the list of models.
+def key_url(endpoint: Endpoint) -> str:
+    """The cheapest address that wants a good key.
 
     OpenRouter and Zen list their models to anybody. OpenRouter tells about a key at /key. Zen has no such
     address of its own, but its keys are those of OpenCode Go, whose usage is a GET that looks the key up
@@ -2931,10 +2819,10 @@ def key_probe(endpoint: Endpoint) -> tuple[str, bool]:
     to a model would need a balance, cost something, and answer 401 to an empty balance too.
     """
     if endpoint.provider == "openrouter":
-        return f"{endpoint.base_url}/key", False
+        return f"{endpoint.base_url}/key"
     if endpoint.provider == "opencode":
-        return re.sub(r"(/go)?/v1$", "", endpoint.base_url) + "/go/v1/usage", False
-    return list_url(endpoint), True
+        return re.sub(r"(/go)?/v1$", "", endpoint.base_url) + "/go/v1/usage"
+    return list_url(endpoint)
 
 
 # ---- the cache ----
@@ -2949,128 +2837,77 @@ class Cached(NamedTuple):
     fetched_at: datetime
     models: list[ModelInfo]
 
-    def text(self) -> str:
-        """The file's text: entries in a shape that parse_models reads, so that it checks them on the way back."""
-        rows = [
-            {"id": m.id, "context_length": m.context, "cost": {"input": m.input_price, "output": m.output_price}}
-            | {"status": m.status, "chats": m.chats}
-            for m in self.models
-        ]
-        return to_json({"base_url": self.base_url, "fetched_at": iso(self.fetched_at), "data": rows})
-
 
 async def load_catalogue(
     endpoint: Endpoint, folder: Path, *, refresh: bool = False, now: Callable[[], datetime] = utc_now
 ) -> Catalogue:
     """The models of a provider: from the cache, else as it lists them, else what is known; never a failure."""
     if endpoint.provider == "offline":
-        return Catalogue("offline", tuple(built_in("offline")))
+        return catalogue_of(endpoint, None)
     path = folder / f"{endpoint.provider}.json"
-    cached, notes = read_cache(endpoint, path)
+    cached, *notes = read_cache(endpoint, path)
+    here = "built-in list" if built_in(endpoint.provider) else "no list"
+    if cached:
+        here = f"from the cache of {cached.fetched_at:%Y-%m-%d %H:%M} UTC"
     if cached and not refresh and timedelta() <= now() - cached.fetched_at < FRESH:
-        return catalogue_of(endpoint, cached, [*notes, f"from the cache, {shown_age(cached, now())}"])
+        return catalogue_of(endpoint, cached, *notes, here)
     try:
-        check_there_is_a_key(endpoint)
-        fetched = Cached(endpoint.base_url, now(), await fetch_models(endpoint))
+        if not endpoint.key.value and endpoint.spec.key_env and endpoint.provider not in PUBLIC_LISTS:
+            raise CredentialError(f"no key for {endpoint.provider}", way_to_a_key(endpoint))
+        cached = Cached(endpoint.base_url, now(), await fetch_models(endpoint))
     except PistaError as error:
-        instead = "built-in list" if built_in(endpoint.provider) else "no list"
-        instead = f"from the cache, {shown_age(cached, now())}" if cached else instead
-        return catalogue_of(endpoint, cached, [*notes, f"{instead}: {error}"])
-    return catalogue_of(endpoint, fetched, [*notes, *write_cache(path, fetched)])
+        return catalogue_of(endpoint, cached, *notes, f"{here}: {error}")
+    return catalogue_of(endpoint, cached, *notes, write_cache(path, cached))
 
 
-def catalogue_of(endpoint: Endpoint, cached: Cached | None, notes: Iterable[str]) -> Catalogue:
+def catalogue_of(endpoint: Endpoint, cached: Cached | None, *notes: str) -> Catalogue:
     """The catalogue of a list, or of the built-in one."""
     models = arranged(endpoint.provider, cached.models if cached else built_in(endpoint.provider))
-    note = printable("; ".join(notes)).replace("\n", " ")
+    note = " ".join(printable("; ".join(filter(None, notes))).split("\n"))
     return Catalogue(endpoint.provider, models, iso(cached.fetched_at) if cached else "", note)
 
 
 def known_models(endpoint: Endpoint, folder: Path) -> tuple[ModelInfo, ...]:
     """The models of a provider as far as they are known without asking."""
     cached, _ = read_cache(endpoint, folder / f"{endpoint.provider}.json")
-    return catalogue_of(endpoint, cached, ()).models
+    return catalogue_of(endpoint, cached).models
 
 
-def check_there_is_a_key(endpoint: Endpoint) -> None:
-    """Refuse to ask for a list that needs a key without one."""
-    if not endpoint.key.value and endpoint.spec.key_env and endpoint.provider not in PUBLIC_LISTS:
-        raise CredentialError(
-            f"no key for {endpoint.provider}",
-            f"set {endpoint.spec.key_env[0]}, or run `openpista auth login --provider {endpoint.provider}`",
-        )
-
-
-def read_cache(endpoint: Endpoint, path: Path) -> tuple[Cached | None, list[str]]:
+def read_cache(endpoint: Endpoint, path: Path) -> tuple[Cached | None, str]:
     """(what the cache holds of this endpoint, what is to be said about it)"""
     try:
-        if not path.is_file():
-            return None, []
-        with path.open("rb") as file:
-            raw = file.read(LONGEST_LIST + 1)
+        raw = path.read_bytes()
+        try:
+            models, table = parse_models(endpoint.provider, raw), json.loads(raw)
+            cached = Cached(table["base_url"], datetime.fromisoformat(table["fetched_at"]).astimezone(UTC), models)
+            return (cached if cached.base_url == endpoint.base_url else None), ""
+        except (ProviderError, ValueError, KeyError, TypeError, OverflowError):
+            return None, f"the cache was damaged; it was put aside as {put_aside(path)}"
+    except FileNotFoundError:
+        return None, ""
     except OSError as error:
-        return None, [f"cannot read the cache {path}: {error.strerror}"]
-    try:
-        models = parse_models(endpoint.provider, raw)
-        table = json.loads(raw)
-        fetched_at = datetime.fromisoformat(table["fetched_at"]).astimezone(UTC)
-        cached = Cached(table["base_url"], fetched_at, models)
-    except (ProviderError, ValueError, KeyError, TypeError, OverflowError):
-        return None, [damaged(path)]
-    return (cached if cached.base_url == endpoint.base_url else None), []
+        return None, f"cannot use the cache {path}: {error.strerror}"
 
 
-def damaged(path: Path) -> str:
-    """Move a damaged cache out of the way; what to say about it."""
-    try:
-        return f"the cache was damaged; it was put aside as {put_aside(path)}"
-    except OSError as error:
-        return f"the cache {path} is damaged, and cannot be put aside: {error.strerror}"
-
-
-def write_cache(path: Path, cached: Cached) -> list[str]:
-    """Keep a list for a day; what is to be said if that is not possible."""
+def write_cache(path: Path, cached: Cached) -> str:
+    """Keep a list for a day, in a shape that parse_models reads and checks; what to say if that is not possible."""
+    rows = [
+        {"id": info.id, "context_length": info.context, "status": info.status, "chats": info.chats}
+        | {"pricing": {"input": info.input_price, "output": info.output_price}}
+        for info in cached.models
+    ]
     try:
         for folder in reversed(path.parents[:3]):  # home, cache, models: mkdir -p would leave the outer ones open
             make_private(folder)
-        write_private(path, cached.text())
+        write_private(path, to_json({"base_url": cached.base_url, "fetched_at": iso(cached.fetched_at), "data": rows}))
     except OSError as error:
-        return [f"not cached: cannot write {path}: {error.strerror}"]
-    return []
-
-
-def shown_age(cached: Cached, now: datetime) -> str:
-    """'3 h old'"""
-    minutes = int((now - cached.fetched_at).total_seconds() // 60)
-    if minutes < 0:  # the clock went backwards
-        return f"of {iso(cached.fetched_at)[:10]}"
-    if minutes < 120:
-        return f"{minutes} min old"
-    return f"{minutes // 60} h old" if minutes < 48 * 60 else f"{minutes // 1440} days old"
+        return f"not cached: cannot write {path}: {error.strerror}"
+    return ""
 
 
 # ---- showing ----
 
-
-def shown_context(context: int) -> str:
-    """'200k', '1M'; rounded down, so that it does not promise too much."""
-    if context >= 1_000_000:
-        return f"{context // 100_000 / 10:g}M"
-    return f"{context // 1000}k" if context >= 1000 else str(context or "")
-
-
-def dollars(amount: float | None) -> str:
-    """'$1.25', '$0.435', '$10', '?'"""
-    if amount is None:
-        return "?"
-    return "$" + (f"{amount:.2f}".removesuffix(".00") if round(amount, 2) == amount else f"{amount:.4f}".rstrip("0."))
-
-
-def shown_price(info: ModelInfo) -> str:
-    """'$1.25 / $10', what a million tokens cost in and out; '' where unknown."""
-    if info.input_price is None and info.output_price is None:
-        return ""
-    return f"{dollars(info.input_price)} / {dollars(info.output_price)}"
+MODEL_HEADS = ("MODEL", "", "STATUS", "CONTEXT", "$ FOR 1M IN / OUT", "SOURCE")
 
 
 def model_row(info: ModelInfo) -> tuple[str, ...]:
@@ -3079,34 +2916,39 @@ def model_row(info: ModelInfo) -> tuple[str, ...]:
     return info.id, star, info.status, shown_context(info.context), shown_price(info), info.source
 
 
+def shown_context(context: int) -> str:
+    """'200k', '1M'; rounded down, so that it does not promise too much."""
+    if context >= 1_000_000:
+        return f"{context // 100_000 / 10:g}M"
+    return f"{context // 1000}k" if context else ""
+
+
+def shown_price(info: ModelInfo) -> str:
+    """'$1.25 / $10', what a million tokens cost in and out; '' where unknown."""
+    prices = info.input_price, info.output_price
+    return "" if prices == (None, None) else " / ".join("?" if price is None else f"${price:g}" for price in prices)
+
+
 def detail(info: ModelInfo, provider: str = "") -> tuple[str, ...]:
     """What is known of a model, in a few lines."""
-    known = shown_price(info)
-    lines = [
+    form = pick_format(provider, info.id, AgentConfig()) if provider else ""
+    form = form if info.chats else "none that openpista can chat in"
+    status = FREE_AT_ZEN if provider == "opencode" and info.status == "free" else STATUSES.get(info.status)
+    lines = (
         info.id,
         f"context: {info.context:,} tokens" if info.context else "context: unknown",
-        f"price for 1M tokens, in / out: {known or 'unknown'}",
-    ]
-    if provider == "opencode" and info.id.startswith("gemini-"):
-        lines.append("format: Google's own, which openpista does not speak")
-    elif not info.chats:
-        lines.append("no model to chat with")
-    elif provider and (form := FORMAT_NAMES.get(pick_format(provider, info.id, AgentConfig()))):
-        lines.append(f"format: {form}")
-    if info.status:
-        explained = FREE_TIER if provider == "opencode" and info.status == "free" else STATUSES[info.status]
-        lines.append(f"{info.status}: {explained}")
-    if info.recommended:
-        lines.append("recommended")
-    return (*lines, f"source: {info.source}")
-
-
-MODEL_HEADS = ("MODEL", "", "STATUS", "CONTEXT", "$ FOR 1M IN / OUT", "SOURCE")
+        f"price for 1M tokens, in / out: {shown_price(info) or 'unknown'}",
+        f"format: {form}" if form else "",
+        f"{info.status}: {status}" if status else "",
+        "recommended" if info.recommended else "",
+        f"source: {info.source}",
+    )
+    return tuple(filter(None, lines))
 
 
 def is_offered(info: ModelInfo) -> bool:
     """Whether the default view shows a model."""
-    return info.chats and info.status not in ("deprecated", "inactive")
+    return info.chats and info.status != "deprecated"
 
 
 # ===== 10. Risk ===============================================================
@@ -7536,6 +7378,7 @@ class BrowserLogin:
 
     MOST_VISITS = 32  # connections at a time
     LONGEST_VISIT = 10.0  # seconds from a connection to its answer
+    LONGEST_REQUEST = 16 << 10  # bytes of its head
     LONGEST_EXCHANGE = 30.0  # seconds for the code to become a key
     OTHER_WAY = "try again, or give a key with --api-key"
 
@@ -7543,43 +7386,35 @@ class BrowserLogin:
         self,
         auth_url: str = "https://openrouter.ai/auth",
         api_url: str = "https://openrouter.ai/api/v1",
-        port: int = 0,  # any that is free: OpenRouter takes every port of localhost
         timeout: float = 300.0,
     ):
         import secrets
 
-        self.auth_url, self.api_url, self.port, self.timeout = auth_url, api_url, port, timeout
+        self.auth_url, self.api_url, self.timeout = auth_url, api_url, timeout
         self._verifier, self._path = Secret(secrets.token_urlsafe(32)), f"/callback/{secrets.token_urlsafe(32)}"
-        self._used: set[str] = set()
-        self._visits: dict[asyncio.Task[None], None] = {}  # in the order they came
-        self._brought: asyncio.Queue[str | PistaError] = asyncio.Queue(1)  # the code, or why there is none
+        self._visits: list[asyncio.Task[None]] = []  # in the order they came
 
     async def __aenter__(self) -> BrowserLogin:
-        """Listen. All that can be wrong on our side is found here, before the person goes to the browser."""
-        self._client = open_http(self.api_url, self.LONGEST_EXCHANGE)
+        """Listen, at any free port: OpenRouter takes every one."""
+        self._brought: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
         try:
             # The address itself, since localhost may be ::1 or anything (RFC 8252, 7.3 and 8.3).
-            self._server = await asyncio.start_server(self._visit, "127.0.0.1", self.port, limit=LONGEST_REQUEST)
-        except (OSError, OverflowError) as error:
-            await self._client.aclose()
-            where = f"port {self.port} of 127.0.0.1" if self.port else "127.0.0.1"
-            why = os.strerror(error.errno) if getattr(error, "errno", 0) else error  # asyncio's words are twice as long
-            raise PistaError(f"cannot wait for the browser on {where}: {why}", self.OTHER_WAY) from None
-        self.port = self._server.sockets[0].getsockname()[1]
+            self._server = await asyncio.start_server(self._visit, "127.0.0.1", 0, limit=self.LONGEST_REQUEST)
+        except OSError as error:
+            raise PistaError(f"cannot wait for the browser on 127.0.0.1: {error}", self.OTHER_WAY) from None
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
-        visits = [*self._visits]
-        for visit in visits:
+        for visit in self._visits:
             visit.cancel()
-        await asyncio.gather(*visits, return_exceptions=True)
-        await self._client.aclose()
+        await asyncio.gather(*self._visits, return_exceptions=True)
 
     @property
     def url(self) -> str:
         """What the person opens in a browser on this machine."""
-        return self._auth_url(callback_url=f"http://127.0.0.1:{self.port}{self._path}")
+        port = self._server.sockets[0].getsockname()[1]
+        return self._auth_url(callback_url=f"http://127.0.0.1:{port}{self._path}")
 
     @property
     def url_elsewhere(self) -> str:
@@ -7604,176 +7439,85 @@ class BrowserLogin:
         nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
             return subprocess.run(words, env=kept, start_new_session=True, timeout=2, **nowhere).returncode == 0
-        except (OSError, ValueError, subprocess.TimeoutExpired):
+        except (OSError, subprocess.TimeoutExpired):
             return False
 
     def paste(self, text: str) -> None:
         """Take the address where the browser ended up, or the code alone. UsageError if it is neither: try again."""
-        text = text.strip()
-        if text.startswith("sk-"):
-            raise UsageError("that is a key, not a code", "store it with --api-key")
-        if not re.search(r"://|[?&]|/callback/", text):
-            return self._bring(self._fresh([text]))
-        try:
-            self._bring(self._code_in(text if "://" in text else f"//{text}"))
-        except CredentialError as refusal:
-            self._bring(refusal)
+        from urllib.parse import quote
 
-    async def key(self) -> Secret:
-        """The key, when the browser came back or a code was pasted. Can be asked again after an error."""
-        try:
-            async with asyncio.timeout(self.timeout):
-                brought = await self._brought.get()
-        except TimeoutError:
-            raise CredentialError(f"no answer from the browser within {self.timeout:g} s", self.OTHER_WAY) from None
-        if isinstance(brought, PistaError):
-            raise brought
-        return await self._exchange(brought)
+        _, mark, rest = text.strip().partition("/callback/")
+        if not self._hear(mark + rest if mark else f"{self._path}?code={quote(text.strip(), errors='replace')}"):
+            raise UsageError("this is no code, and no address of this login", "copy the whole address again")
 
-    # ---- the callback ----
+    def _hear(self, target: str) -> bool:
+        """Take what a callback brings, a code or a refusal; False if it is not ours. What came first counts."""
+        import secrets
+        from urllib.parse import parse_qsl, urlsplit
+
+        parts = urlsplit(target)
+        if not secrets.compare_digest(parts.path.encode("utf-8", "replace"), self._path.encode()):
+            return False
+        fields = dict(parse_qsl(parts.query))
+        if "error" not in fields and not re.fullmatch(r"[\w.~+=/-]{6,1024}", fields.get("code", ""), re.ASCII):
+            return False
+        if not self._brought.done():
+            self._brought.set_result(fields)
+        return True
 
     async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection: its request is answered, and then what it brings is passed on."""
-        if len(self._visits) >= self.MOST_VISITS:  # the oldest goes, or 32 silent ones would keep the browser out
-            oldest = next(iter(self._visits))
-            del self._visits[oldest]
-            oldest.cancel()
-        visit, brought = asyncio.current_task(), None
-        self._visits[visit] = None
+        """One connection: its request is heard and answered. Nothing of it is in the page."""
+        visit = asyncio.current_task()
+        if len(self._visits) >= self.MOST_VISITS:  # the oldest goes, or silent ones would keep the browser out
+            self._visits.pop(0).cancel()
+        self._visits.append(visit)
         try:
             async with asyncio.timeout(self.LONGEST_VISIT):
-                if request := await read_request(reader):
-                    status, words, brought = self._answer(*request)
-                    writer.write(page(status, words))
-                    await writer.drain()
-        except OSError:  # TimeoutError is one
+                method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split(" ", 2)
+                if method == "GET" and target.startswith("/callback/") and self._hear(target):
+                    status, words = "200 OK", "openpista has its answer. You can close this window."
+                else:
+                    status, words = "404 Not Found", "This is no address of this login. Open the one openpista shows."
+                head = f"HTTP/1.1 {status}\r\ncontent-type: text/plain\r\ncontent-length: {len(words)}"
+                writer.write(f"{head}\r\ncache-control: no-store\r\nconnection: close\r\n\r\n{words}".encode())
+                await writer.drain()
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):  # no request, or none in time
             pass
         finally:
-            self._visits.pop(visit, None)
             writer.close()
-            if brought:
-                self._bring(brought)
+            with contextlib.suppress(ValueError):  # it went as the oldest
+                self._visits.remove(visit)
 
-    def _answer(self, method: str, target: str) -> tuple[int, str, str | PistaError | None]:
-        """(status, words for the person, what it brings) for a request."""
-        if not target.startswith("/callback/"):
-            return 404, "There is nothing here.", None
-        if method != "GET":
-            return 405, "Only GET works here.", None
+    async def key(self) -> Secret:
+        """The key, when the browser came back or a code was pasted. A code works once, and is tried once."""
         try:
-            return 200, "openpista has its answer. You can close this window.", self._code_in(target)
-        except UsageError as error:
-            return 400, f"This does not work: {error}.", None
-        except CredentialError as refusal:
-            return 200, f"This did not work: {refusal.args[0]}. You can close this window.", refusal
-
-    def _code_in(self, address: str) -> str:
-        """The code in an address that the browser was sent to; CredentialError if it holds a refusal instead."""
-        import secrets
-        from urllib.parse import parse_qs, urlsplit
-
-        try:
-            parts = urlsplit(address)
-            fields = parse_qs(parts.query, max_num_fields=20)
-        except ValueError:
-            raise UsageError("this is no address", "copy it again") from None
-        if not secrets.compare_digest(parts.path.encode("utf-8", "replace"), self._path.encode()):
-            raise UsageError("this address is not of this login", "open the one that openpista shows now")
+            async with asyncio.timeout(self.timeout):
+                fields = await self._brought
+        except TimeoutError:
+            raise CredentialError(f"no answer from the browser within {self.timeout:g} s", self.OTHER_WAY) from None
         if "error" in fields:
-            said = clip(printable((fields.get("error_description") or fields["error"])[0]), 200)
+            said = clip(printable(fields.get("error_description") or fields["error"]), 200)
             raise CredentialError(f"the login was refused in the browser: {said}", self.OTHER_WAY)
-        return self._fresh(fields.get("code", []))
-
-    def _fresh(self, codes: list[str]) -> str:
-        """The one code, if it looks like one and was not used."""
-        if len(codes) != 1 or not re.fullmatch(r"[\w.~+=/-]{6,1024}", codes[0], re.ASCII):
-            raise UsageError("there is no code in this", "give the whole address that the browser ended up at")
-        if codes[0] in self._used:
-            raise UsageError("this code was used already", "open the address that openpista shows again")
-        return codes[0]
-
-    def _bring(self, brought: str | PistaError) -> None:
-        with contextlib.suppress(asyncio.QueueFull):  # what came first counts
-            self._brought.put_nowait(brought)
-            if isinstance(brought, str):
-                self._used.add(brought)
-
-    # ---- the exchange ----
+        return await self._exchange(fields["code"])
 
     async def _exchange(self, code: str) -> Secret:
-        """The key for the code. Asked once: a code works once."""
+        """The key for the code."""
         body = {"code": code, "code_verifier": self._verifier, "code_challenge_method": "S256"}
-        host = shown_url(self.api_url)
+        response, raw = await fetch_url("POST", f"{self.api_url}/auth/keys", self.LONGEST_EXCHANGE, 64 << 10, json=body)
+        status, host = response.status_code, shown_url(self.api_url)
+        if status != 200:
+            words, _ = words_of(raw, code, self._verifier)
+            said = f"{host} gave no key for the code ({status}{': ' + words if words else ''})"
+            if status in PASSING_STATUSES:
+                raise Unavailable(said)
+            raise CredentialError(said, f"a code works once, for 10 minutes: {self.OTHER_WAY}")
         try:
-            with our_errors(self.api_url, self.LONGEST_EXCHANGE):
-                async with (
-                    asyncio.timeout(self.LONGEST_EXCHANGE),
-                    self._client.stream("POST", f"{self.api_url}/auth/keys", json=body) as response,
-                ):
-                    status, raw = response.status_code, await read_some(response, 64 << 10)
-        except TimeoutError:
-            raise Unavailable(f"{host} gave no key within {self.LONGEST_EXCHANGE:g} s") from None
-        if not 200 <= status < 300:
-            raise self._refusal(status, Redactor((code, self._verifier))(raw.decode("utf-8", "replace")))
-        answer = json_or_none(raw)
-        key = answer.get("key") if isinstance(answer, dict) else None
-        if not isinstance(key, str) or not re.fullmatch(r"[!-~]{8,1024}", key):
+            key = json.loads(raw)["key"]
+        except (ValueError, RecursionError, LookupError, TypeError):
+            key = None
+        if not isinstance(key, str) or flaw_in_key(key):
             raise ProviderError(f"{host} answered {status} without a key that can be used", self.OTHER_WAY)
         return Secret(key)
-
-    def _refusal(self, status: int, text: str) -> PistaError:
-        payload = json_or_none(text)
-        words = vendor_message(re.sub(r"<[^<>]*>", " ", text) if payload is None else payload)[0]
-        said = (
-            f"{shown_url(self.api_url)} gave no key for the code ({status}{': ' + printable(words) if words else ''})"
-        )
-        if status in (408, 425, 429) or status >= 500:
-            return Unavailable(said)
-        if 400 <= status < 500:
-            return CredentialError(said, f"a code works once, for 10 minutes: {self.OTHER_WAY}")
-        return ProviderError(said, self.OTHER_WAY)
-
-
-LONGEST_REQUEST = 16 << 10  # bytes of a request's head
-
-
-async def read_request(reader: asyncio.StreamReader) -> tuple[str, str] | None:
-    """(method, target) of the first request; None if it is none."""
-    import h11
-
-    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=LONGEST_REQUEST)
-    try:
-        while (event := parser.next_event()) is h11.NEED_DATA:
-            parser.receive_data(await reader.read(4096))
-    except h11.RemoteProtocolError:
-        return None
-    return (event.method.decode(), event.target.decode()) if isinstance(event, h11.Request) else None
-
-
-def page(status: int, words: str) -> bytes:
-    """A whole HTTP answer with a page that says it; nothing in it runs, is kept, or tells where it came from."""
-    from http import HTTPStatus
-
-    body = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>openpista</title><p>{escaped(words)}</p></html>'
-    )
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "content-type: text/html; charset=utf-8",
-        f"content-length: {len(body.encode())}",
-        "content-security-policy: default-src 'none'; frame-ancestors 'none'",
-        "referrer-policy: no-referrer",
-        "cache-control: no-store",
-        "connection: close",
-    )
-    return "\r\n".join([*head, "", body]).encode()
-
-
-def json_or_none(text: str | bytes) -> Any:
-    """What the JSON means; None if it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return None
 
 
 # ===== 20. Chat ===============================================================

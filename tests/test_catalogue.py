@@ -61,109 +61,33 @@ def parse(provider, *rows, **more):
 
 # ---- what a list says ----
 
+PAINTS = {"architecture": {"output_modalities": ["image"]}}
 VENDORS = [  # provider, entry as documented, (id, context, in, out, status, chats)
-    (
-        "openai",
-        {"id": "gpt-5", "object": "model", "created": 1, "owned_by": "system"},
-        ("gpt-5", 0, None, None, "", True),
-    ),
-    (
-        "openai",
-        {"id": "text-embedding-3-small", "object": "model"},
-        ("text-embedding-3-small", 0, None, None, "", False),
-    ),
+    ("openai", {"id": "gpt-5", "object": "model", "owned_by": "system"}, ("gpt-5", 0, None, None, "", True)),
+    ("openai", {"id": "text-embedding-3-small"}, ("text-embedding-3-small", 0, None, None, "", False)),
     ("openai", {"id": "gpt-4o-realtime-preview"}, ("gpt-4o-realtime-preview", 0, None, None, "preview", False)),
     ("openai", {"id": "dall-e-3"}, ("dall-e-3", 0, None, None, "", False)),
-    (
-        "anthropic",
-        {"type": "model", "id": "claude-sonnet-5", "display_name": "Claude Sonnet 5", "max_input_tokens": 1_000_000},
-        ("claude-sonnet-5", 1_000_000, None, None, "", True),
-    ),
-    (
-        "openrouter",
-        {
-            "id": "openai/gpt-5",
-            "context_length": 400_000,
-            "pricing": {"prompt": "0.00000125", "completion": "0.00001", "request": "0"},
-            "architecture": {"output_modalities": ["text"]},
-            "expiration_date": None,
-        },
-        ("openai/gpt-5", 400_000, 1.25, 10, "", True),
-    ),
-    (
-        "openrouter",
-        {"id": "openrouter/auto", "context_length": 2_000_000, "pricing": {"prompt": "-1", "completion": "-1"}},
-        ("openrouter/auto", 2_000_000, None, None, "", True),
-    ),
-    (
-        "openrouter",
-        {"id": "a/b:free", "pricing": {"prompt": "0", "completion": "0"}, "expiration_date": "2026-12-01"},
-        ("a/b:free", 0, 0, 0, "deprecated", True),
-    ),
-    (
-        "openrouter",
-        {"id": "x/paint", "architecture": {"output_modalities": ["image"]}},
-        ("x/paint", 0, None, None, "", False),
-    ),
-    (
-        "together",
-        {"id": "zai-org/GLM-5", "type": "chat", "context_length": 202_752, "pricing": {"input": 1, "output": 3.2}},
-        ("zai-org/GLM-5", 202_752, 1, 3.2, "", True),
-    ),
-    (
-        "together",
-        {"id": "a/dedicated", "type": "language", "pricing": {"input": 0, "output": 0}},
-        ("a/dedicated", 0, None, None, "", True),
-    ),
+    ("anthropic", {"type": "model", "id": "claude", "max_input_tokens": 1_000_000}, ("claude", 1_000_000, None, None, "", True)),
+    ("openrouter", {"id": "a/b", "context_length": 400_000, "pricing": {"prompt": "0.00000125", "completion": "0.00001"}, "expiration_date": None}, ("a/b", 400_000, 1.25, 10, "", True)),
+    ("openrouter", {"id": "a/auto", "pricing": {"prompt": "-1", "completion": "-1"}}, ("a/auto", 0, None, None, "", True)),
+    ("openrouter", {"id": "a/b:free", "pricing": {"prompt": "0", "completion": "0"}}, ("a/b:free", 0, 0, 0, "free", True)),
+    ("openrouter", {"id": "a/b:free", "expiration_date": "2026-12-01"}, ("a/b:free", 0, None, None, "deprecated", True)),
+    ("openrouter", {"id": "x/paint"} | PAINTS, ("x/paint", 0, None, None, "", False)),
+    ("together", {"id": "z/GLM", "type": "chat", "context_length": 202_752, "pricing": {"input": 1, "output": 3.2}}, ("z/GLM", 202_752, 1, 3.2, "", True)),
+    ("together", {"id": "a/dedicated", "type": "language", "pricing": {"input": 0, "output": 0}}, ("a/dedicated", 0, None, None, "", True)),
     ("together", {"id": "BAAI/big", "type": "embedding"}, ("BAAI/big", 0, None, None, "", False)),
     ("groq", {"id": "llama", "active": True, "context_window": 131_072}, ("llama", 131_072, None, None, "", True)),
-    ("groq", {"id": "llama", "active": False}, ("llama", 0, None, None, "inactive", True)),
     ("gemini", {"id": "models/gemini-2.5-pro"}, ("gemini-2.5-pro", 0, None, None, "", True)),
-    (
-        "gemini",
-        {"name": "models/gemini-embedding-001", "inputTokenLimit": 2048},
-        ("gemini-embedding-001", 2048, None, None, "", False),
-    ),
-    (
-        "mistral",
-        {"id": "old", "max_context_length": 32_768, "deprecation": "2026-11-30T12:00:00Z", "capabilities": {}},
-        ("old", 32_768, None, None, "deprecated", True),
-    ),
-    (
-        "mistral",
-        {"id": "mixed", "deprecation": None, "capabilities": {"completion_chat": False}},
-        ("mixed", 0, None, None, "", False),
-    ),
-    ("lmstudio", {"id": "x", "type": "embeddings", "max_context_length": 8192}, ("x", 8192, None, None, "", False)),
+    ("mistral", {"id": "old", "max_context_length": 32_768, "deprecation": "2026-11-30T12:00:00Z"}, ("old", 32_768, None, None, "deprecated", True)),
+    ("mistral", {"id": "m", "deprecation": None, "capabilities": {"completion_chat": False}}, ("m", 0, None, None, "", False)),
     ("custom", {"id": "llama.gguf", "meta": {"n_ctx_train": 131_072}}, ("llama.gguf", 131_072, None, None, "", True)),
     ("custom", {"id": "v", "max_model_len": 32_000}, ("v", 32_000, None, None, "", True)),
-    (  # Vercel: strings are for one token
-        "custom",
-        {"id": "v", "context_window": 1000, "pricing": {"input": "0.00000025", "output": "0.000002"}},
-        ("v", 1000, 0.25, 2, "", True),
-    ),
-    (
-        "custom",
-        {"id": "g", "limits": {"max_input_tokens": 1_048_576}, "supported_output_modalities": ["embeddings"]},
-        ("g", 1_048_576, None, None, "", False),
-    ),
-    (
-        "custom",
-        {"id": "d", "limit": {"context": 9000}, "cost": {"input": 0.5, "output": 2}, "status": "beta"},
-        ("d", 9000, 0.5, 2, "preview", True),
-    ),
     ("opencode", {"id": "glm-5-free"}, ("glm-5-free", 0, None, None, "free", True)),
     ("opencode", {"id": "gemini-3-flash"}, ("gemini-3-flash", 0, None, None, "", False)),
-    ("custom", {"id": "m", "context_length": -5, "pricing": "cheap"}, ("m", 0, None, None, "", True)),
-    ("custom", {"id": "m", "context_length": True, "limits": [1]}, ("m", 0, None, None, "", True)),
-    (
-        "custom",
-        {"id": "m", "context_length": "32768", "pricing": {"prompt": "NaN"}},
-        ("m", 32768, None, None, "", True),
-    ),
+    ("custom", {"id": "m", "context_length": -5, "pricing": "cheap", "status": ["x"]}, ("m", 0, None, None, "", True)),
+    ("custom", {"id": "m", "context_length": "32768", "pricing": {"prompt": "NaN"}}, ("m", 32768, None, None, "", True)),
     ("custom", {"id": "m", "pricing": {"prompt": 10**400, "completion": "1e-6"}}, ("m", 0, None, 1, "", True)),
-    ("custom", "just-a-name", ("just-a-name", 0, None, None, "", True)),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("provider", "row", "wanted"), VENDORS)
@@ -174,38 +98,27 @@ def test_what_vendors_list(provider, row, wanted):
     assert (info.source, info.recommended) == ("remote", False)
 
 
-def test_a_bare_array_and_models_as_the_name_of_the_list():
+def test_a_bare_array_is_a_list_too():
     rows = [{"id": "a"}, {"id": "b"}]
-    for payload in (rows, {"models": rows}, {"object": "list", "data": rows}):
+    for payload in (rows, {"object": "list", "data": rows}):
         assert [info.id for info in c.parse_models("together", json.dumps(payload).encode())] == ["a", "b"]
 
 
 BAD_IDS = [
-    "",
-    "a b",
-    "a\nb",
-    "a\x1b[31m",
-    "a\x9b2J",
-    "x" * 201,
-    "a\u202eb",
-    "a\u200eb",
-    "\ud800",
-    5,
-    None,
-    ["a"],
-    {"a": 1},
-]
+    "", "a b", "a\nb", "a\x1b[31m", "a\x9b2J", "x" * 201, "a\u202eb", "a\u200eb", "\ud800", 5, None, ["a"], {"a": 1},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
 def test_a_bad_entry_is_left_out_and_a_list_of_them_is_useless(bad):
     assert [info.id for info in parse("custom", {"id": bad}, {"id": "good"}, 7, None, [], {"id": "good"})] == ["good"]
-    with pytest.raises(ProviderError, match="without a single usable model"):
+    with pytest.raises(ProviderError, match="no list of models") as caught:
         parse("custom", {"id": bad})
+    assert str(caught.value).isprintable()
 
 
 USELESS = [
-    (b"<!doctype html><html><body>Sign in</body></html>", "no list of models \\('<!doctype html>"),
+    (b"<!doctype html><html><body>Sign in</body></html>", "no list of models \\('Sign in'\\); is base_url right"),
     (b"", "no list of models"),
     (b"{", "no list of models"),
     (b"\xff\xfe\xfa", "no list of models"),
@@ -213,7 +126,7 @@ USELESS = [
     (b"1" * 5_000, "no list of models"),
     (b"null", "no list of models"),
     (b'"text"', "no list of models"),
-    (b'{"error": {"message": "\\u001b[2Jbusy"}}', "no list of models \\(busy\\)"),
+    (b'{"error": {"message": "\\u001b[2Jbusy"}}', "no list of models \\('busy'\\)"),
     (b'{"data": {"id": "a"}}', "no list of models"),
     (b'{"data": "abc"}', "no list of models"),
     (b"[]", "lists no models"),
@@ -291,8 +204,9 @@ def test_zen_s_coding_models_are_on_top_and_nothing_free_is_recommended():
     stars = [info.id for info in models if info.recommended]
     assert [info.id for info in models[: len(stars)]] == stars and "gpt-5-codex" in stars
     assert not any("free" in name or name == "big-pickle" for name in stars)
-    assert {info.id for info in models if info.status == "free"} >= {"big-pickle", "mimo-v2.5-free"}
-    assert not any(info.chats for info in models if info.id.startswith("gemini-"))
+    assert [info.id for info in models if info.status == "free"] == ["big-pickle"]
+    (listed,) = c.arranged("opencode", parse("opencode", {"id": "big-pickle"}))
+    assert (listed.status, listed.source) == ("free", "remote")
 
 
 def test_the_remote_list_counts_and_what_it_leaves_open_is_filled_in():
@@ -300,8 +214,8 @@ def test_the_remote_list_counts_and_what_it_leaves_open_is_filled_in():
         "anthropic",
         {"id": "claude-haiku-4-5-20251001", "max_input_tokens": 150_000},
         {"id": "claude-new"},
-        {"id": "claude-sonnet-5", "cost": {"input": 0, "output": 1}},
-        {"id": "claude-opus-4-8", "deprecated": True},
+        {"id": "claude-sonnet-5", "pricing": {"input": 0, "output": 1}},
+        {"id": "claude-opus-4-8", "deprecation": "2026-12-01"},
     )
     sonnet, haiku, *rest = c.arranged("anthropic", models)
     assert sonnet == c.ModelInfo("claude-sonnet-5", 1_000_000, 0, 1, "", True, "remote")
@@ -319,31 +233,24 @@ def test_a_list_is_fetched_with_the_key(model):
     assert (row["method"], row["path"], row["headers"]["authorization"]) == ("GET", "/v1/models", f"Bearer {KEY}")
 
 
-def test_anthropics_pages_are_followed_to_their_end(model):
-    names = [f"claude-{i}" for i in range(2_300)]
-    model.script({"path": "/models", "models": names, "times": -1})
-    models = run(c.fetch_models(endpoint(model.url, "anthropic")))
-    assert [info.id for info in models] == names and len(model.requests()) == 3
+def test_anthropic_is_asked_for_all_of_its_list(model):
+    names = [f"claude-{i}" for i in range(300)]
+    model.script({"path": "/models", "models": names})
+    assert [info.id for info in run(c.fetch_models(endpoint(model.url, "anthropic")))] == names
     assert model.requests()[0]["headers"]["anthropic-version"] == "2023-06-01"
-
-
-def test_pages_that_never_end_are_left(model):
-    page = {"data": [{"id": "claude-1"}], "has_more": True, "last_id": "claude-1"}
-    model.script({"path": "/models", "body": page, "times": -1})
-    assert len(run(c.fetch_models(endpoint(model.url, "anthropic")))) == 1 and len(model.requests()) == 2
 
 
 FAULTS = [  # what the server does, the error, a word of it
     ({"status": 401}, CredentialError, "openai refused the key …cdef from \\$A_KEY \\(401"),
     ({"status": 403, "body": {"error": "no"}}, CredentialError, "403: no"),
-    ({"status": 400, "body": {"error": f"Incorrect API key provided: {KEY}"}}, CredentialError, "provided: …cdef"),
+    ({"status": 400, "body": {"error": f"Incorrect API key provided: {KEY}"}}, CredentialError, "provided: \\[secret"),
     (
-        {"status": 400, "body": [{"error": {"message": "API key not valid. Please pass a valid API key."}}]},
+        {"status": 400, "body": [{"error": {"message": "API key not valid. Please pass one."}}]},
         CredentialError,
         "not valid",
     ),
     ({"status": 400}, ProviderError, "answered 400"),
-    ({"status": 404}, ProviderError, "answered 404.*is base_url right"),
+    ({"status": 404, "body": "no such page"}, ProviderError, "answered 404: no such page; is base_url right"),
     ({"status": 429}, Unavailable, "answered 429"),
     ({"status": 503, "body": "<h1>Busy</h1>\x1b[2J"}, Unavailable, "answered 503: Busy"),
     ({"status": 302, "headers": {"location": "http://127.0.0.1:9/v1/models"}}, ProviderError, "redirect to http://127"),
@@ -358,7 +265,8 @@ def test_what_goes_wrong_becomes_an_error_of_ours(model, step, kind, said):
     model.script({"path": "/models"} | step)
     with pytest.raises(kind, match=said) as caught:
         run(c.fetch_models(endpoint(model.url), timeout=0.3 if "delay" in step else 5))
-    assert type(caught.value) is kind and KEY not in str(caught.value) and "\x1b" not in str(caught.value)
+    assert isinstance(caught.value, Unavailable) == (kind is Unavailable)
+    assert KEY not in str(caught.value) and "\x1b" not in str(caught.value)
     assert len(model.requests()) == 1
 
 
@@ -448,7 +356,7 @@ def test_a_list_is_kept_for_a_day(model, folder):
     assert first.models[0] == c.ModelInfo("gpt-5.5", 1_050_000, 5, 30, "", True, "remote")
     assert first.fetched_at == "2026-11-22T12:00:00.000Z"
     later = load(where, folder, NOW + datetime.timedelta(hours=3))
-    assert later == first._replace(note="from the cache, 3 h old")
+    assert later == first._replace(note="from the cache of 2026-11-22 12:00 UTC")
     assert len(model.requests()) == 1
     assert load(where, folder, NOW + day).note == "", "stale"
     assert load(where, folder, NOW + day, refresh=True).note == "", "asked for"
@@ -481,10 +389,8 @@ def test_an_old_cache_is_better_than_none(model, folder):
     load(endpoint(model.url), folder)
     model.script({"path": "/models", "body": "<html>", "times": -1})
     old = load(endpoint(model.url), folder, NOW + datetime.timedelta(days=4))
-    assert old.note.startswith("from the cache, 4 days old: openai sent no list of models")
+    assert old.note.startswith("from the cache of 2026-11-22 12:00 UTC: openai sent no list of models")
     assert old.fetched_at and old.models[0].source == "remote"
-    back = load(endpoint(model.url), folder, NOW - datetime.timedelta(days=4))
-    assert back.note.startswith("from the cache, of 2026-11-22: ")
     assert (folder / "openai.json").is_file(), "a failure changes nothing"
 
 
@@ -511,14 +417,14 @@ def test_a_damaged_cache_is_said_and_put_aside(model, folder, text):
     found = load(endpoint(model.url), folder)
     assert found.note == f"the cache was damaged; it was put aside as {folder / 'openai.json.damaged'}"
     assert (folder / "openai.json.damaged").read_bytes() == text
-    assert "gpt-5" in ids(found) and load(endpoint(model.url), folder).note == "from the cache, 0 min old"
+    assert "gpt-5" in ids(found) and load(endpoint(model.url), folder).note == "from the cache of 2026-11-22 12:00 UTC"
 
 
 def test_a_cache_with_escape_codes_gives_none_of_them(model, folder):
     load(endpoint(model.url), folder)
     path = folder / "openai.json"
     table = json.loads(path.read_text())
-    table["data"] += [{"id": "evil\x1b[31m"}, {"id": "fine", "status": "\x1b[31m", "cost": {"input": "lots"}}]
+    table["data"] += [{"id": "evil\x1b[31m"}, {"id": "fine", "status": "\x1b[31m", "pricing": {"input": "lots"}}]
     path.write_text(json.dumps(table))
     found = load(endpoint(model.url), folder)
     assert "fine" in ids(found) and "\x1b" not in repr(found)
@@ -527,7 +433,7 @@ def test_a_cache_with_escape_codes_gives_none_of_them(model, folder):
 def test_a_folder_that_takes_nothing_is_said(model, tmp_path):
     (tmp_path / "home").write_text("a file")
     found = load(endpoint(model.url), tmp_path / "home" / "cache" / "models")
-    assert found.note.startswith("not cached: cannot write ") and "gpt-5" in ids(found)
+    assert "; not cached: cannot write " in found.note and "gpt-5" in ids(found)
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write anywhere")
@@ -539,19 +445,20 @@ def test_a_folder_without_the_right_to_write(model, folder):
         note = load(endpoint(model.url), folder).note
     finally:
         folder.chmod(0o700)
-    assert "cannot be put aside: Permission denied; not cached: cannot write" in note
+    assert "openai.json: Permission denied; not cached: cannot write" in note
 
 
 def test_a_directory_in_the_cache_s_place(model, folder):
     (folder / "openai.json").mkdir(parents=True)
-    assert load(endpoint(model.url), folder).note.startswith("not cached: cannot write ")
+    note = load(endpoint(model.url), folder).note
+    assert note.startswith("cannot use the cache ") and "; not cached: cannot write " in note
 
 
 def test_what_a_cache_keeps_comes_back_as_it_was(folder):
     models = [info for provider, row, _ in VENDORS for info in parse(provider, row)]
-    models = list({info.id: info for info in models}.values())
-    cached = c.Cached("http://x/v1", NOW, models)
-    assert c.parse_models("custom", cached.text().encode()) == models
+    where, path = endpoint("http://x/v1", "custom"), folder / "custom.json"
+    cached = c.Cached(where.base_url, NOW, list({info.id: info for info in models}.values()))
+    assert c.write_cache(path, cached) == "" and c.read_cache(where, path) == (cached, "")
 
 
 def test_a_list_that_needs_a_key_is_not_asked_for_without_one(model, folder):
@@ -568,7 +475,7 @@ def test_a_refused_key_is_said_and_the_known_models_are_shown(model, folder):
 
 def test_offline_has_one_model(folder):
     where = c.endpoint_of("offline", AgentConfig(), {}, {})
-    assert load(where, folder) == c.Catalogue("offline", (c.ModelInfo("shell", 0, 0, 0),))
+    assert load(where, folder) == c.Catalogue("offline", (c.ModelInfo("shell", 0, 0, 0, "free"),))
     assert run(c.try_key(where)) == ""
 
 
@@ -577,7 +484,7 @@ def test_offline_has_one_model(folder):
 
 @pytest.mark.parametrize(
     ("tokens", "shown"),
-    [(0, ""), (512, "512"), (8_192, "8k"), (128_000, "128k"), (200_000, "200k"), (999_999, "999k"), (1_000_000, "1M"),
+    [(0, ""), (8_192, "8k"), (128_000, "128k"), (200_000, "200k"), (999_999, "999k"), (1_000_000, "1M"),
      (1_048_576, "1M"), (1_999_999, "1.9M"), (10_000_000, "10M")],
 )  # fmt: skip
 def test_contexts_as_they_are_shown(tokens, shown):
@@ -587,7 +494,7 @@ def test_contexts_as_they_are_shown(tokens, shown):
 @pytest.mark.parametrize(
     ("prices", "shown"),
     [((1.25, 10), "$1.25 / $10"), ((0, 0), "$0 / $0"), ((None, None), ""), ((0.075, None), "$0.075 / ?"),
-     ((2.5, 180), "$2.50 / $180"), ((0.05, 100), "$0.05 / $100")],
+     ((2.5, 180), "$2.5 / $180"), ((0.05, 100), "$0.05 / $100")],
 )  # fmt: skip
 def test_prices_as_they_are_shown(prices, shown):
     assert c.shown_price(c.ModelInfo("m", 0, *prices)) == shown
@@ -595,22 +502,15 @@ def test_prices_as_they_are_shown(prices, shown):
 
 def test_a_row_and_its_detail():
     info = c.ModelInfo("gpt-5-codex", 400_000, 1.07, 8.5, "", True, "remote")
-    assert c.model_row(info) == ("gpt-5-codex", "★", "", "400k", "$1.07 / $8.50", "remote")
-    text = "\n".join(c.detail(info, "opencode"))
-    for word in (
-        "gpt-5-codex",
-        "400,000 tokens",
-        "$1.07 / $8.50",
-        "format: Responses",
-        "recommended",
-        "source: remote",
-    ):
-        assert word in text
+    assert c.model_row(info) == ("gpt-5-codex", "★", "", "400k", "$1.07 / $8.5", "remote")
+    assert c.detail(info, "opencode") == (
+        "gpt-5-codex", "context: 400,000 tokens", "price for 1M tokens, in / out: $1.07 / $8.5", "format: responses",
+        "recommended", "source: remote",
+    )  # fmt: skip
     free = "\n".join(c.detail(c.ModelInfo("mimo-v2.5-free", status="free"), "opencode"))
     assert "only inside OpenCode" in free and "context: unknown" in free
     assert "only inside OpenCode" not in "\n".join(c.detail(c.ModelInfo("a:free", status="free"), "openrouter"))
-    assert "does not speak" in "\n".join(c.detail(c.ModelInfo("gemini-3-flash", chats=False), "opencode"))
-    assert "no model to chat with" in "\n".join(c.detail(c.ModelInfo("whisper-1", chats=False)))
+    assert "format: none that openpista can chat in" in c.detail(c.ModelInfo("whisper-1", chats=False), "openai")
     for status in c.STATUSES:
         assert f"{status}: " in "\n".join(c.detail(c.ModelInfo("m", status=status), "custom"))
 
@@ -636,7 +536,7 @@ def test_models_list_shows_the_recommended_first(openpista, openai, model):
     assert head.split()[:2] == ["MODEL", "STATUS"] and first.split() == "gpt-5.5 ★ 1M $5 / $30 remote".split()
     assert len(rest) == 1 and done.stderr == "1 model left out; `openpista models list --all` lists all\n"
     done = openpista("models", "list", "--all", env=openai)
-    assert "whisper-1" in done.stdout and done.stderr == "from the cache, 0 min old\n"
+    assert "whisper-1" in done.stdout and done.stderr.startswith("from the cache of 20")
     model.script(REMOTE | {"models": ["new"]})
     done = openpista("models", "list", "--refresh", "--json", env=openai)
     answer = json.loads(done.stdout)

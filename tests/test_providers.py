@@ -412,7 +412,7 @@ def test_silence_before_and_in_an_answer_is_tried_again(model, fault):
 
 def test_the_time_for_all_of_it_has_an_end(model):
     model.script({"text": "x" * 400, "deltas": 400, "pace": 0.02})
-    said = Trial(model.url, timeout=0.2).fails(ProviderError)
+    said = Trial(model.url, timeout=0.2).fails(Unavailable)
     assert said == "openai/m1 gave no whole answer within 0.2 s"
 
 
@@ -470,6 +470,15 @@ def test_a_vendor_that_repeats_the_key_does_not_make_us_show_it(model, status):
     with pytest.raises((CredentialError, ProviderError)) as caught:
         trial.ask()
     assert KEY not in str(caught.value) and not any(KEY in progress.text for progress in trial.told)
+
+
+BAD_KEYS = ["API key not valid. Please pass a valid API key.", "Incorrect API key provided", "invalid_api_key"]
+
+
+@pytest.mark.parametrize("words", BAD_KEYS)
+def test_gemini_and_xai_refuse_a_key_with_400(model, words):
+    model.script({"status": 400, "body": json.dumps([{"error": {"code": 400, "message": words}}])})
+    assert Trial(model.url, "chat", "xai").fails(CredentialError).startswith("xai refused the key …cdef")
 
 
 def test_a_request_without_a_key_that_wants_one(model):
