@@ -14,16 +14,19 @@ import argparse
 import contextlib
 import filecmp
 import functools
+import json
 import os
+import select
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fakes import ModelServer
 
@@ -78,6 +81,7 @@ class Cost(NamedTuple):
     peak: float  # MiB, of the largest of them
 
 
+T = TypeVar("T")
 Run = Callable[[], Cost]
 Pairs = list[tuple[Cost, Cost]]
 
@@ -119,7 +123,7 @@ def end(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def pairs(count: int, one: Run, other: Run) -> Pairs:
+def pairs(count: int, one: Callable[[], T], other: Callable[[], T]) -> list[tuple[T, T]]:
     """Both, so many times, in alternating order, after one run each that only warms up."""
     one(), other()
     return [(one(), other()) if number % 2 else (other(), one())[::-1] for number in range(count)]
@@ -137,6 +141,47 @@ def compared(what: str, costs: Pairs, beside: str, goal: float = 0.0, field: str
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     limit = (f"<= {goal}", median <= goal) if goal else ()
     return Row(what, f"{mine:.0f} ms", f"{beside} {theirs:.0f} ms", f"{median:.2f} ({low:.2f}-{high:.2f})", *limit)
+
+
+class Screen:
+    """A process on a pseudo-terminal."""
+
+    def __init__(self, argv: list, env: dict[str, str], cwd: Path):
+        self.ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (40, 100))
+        own = functools.partial(os.login_tty, theirs)
+        self.process = subprocess.Popen(argv, env=env, cwd=cwd, preexec_fn=own, pass_fds=(theirs,))
+        os.close(theirs)
+        self.seen = b""  # since the last keys
+
+    def __enter__(self) -> "Screen":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end(self.process)
+        os.close(self.ours)
+
+    def type(self, keys: str) -> float:
+        """When the keys were pressed."""
+        self.seen, now = b"", time.perf_counter()
+        os.write(self.ours, keys.encode())
+        return now
+
+    def wait(self, words: str) -> float:
+        """When these words came; they must come in one piece."""
+        while words.encode() not in self.seen:
+            if not select.select([self.ours], [], [], LIMIT)[0]:
+                raise Broken(f"{words!r} did not come within {LIMIT} s")
+            try:
+                self.seen += os.read(self.ours, 65_536)
+            except OSError:  # nobody has the terminal any more
+                raise Broken(f"it ended before {words!r} came: {self.seen[-200:]!r}") from None
+        return time.perf_counter()
+
+    def rest(self, seconds: float) -> None:
+        """Let pass what comes until nothing has come for so long."""
+        while select.select([self.ours], [], [], seconds)[0]:
+            os.read(self.ours, 65_536)
 
 
 # ===== 2. The laboratory ======================================================
@@ -164,6 +209,12 @@ class Lab(contextlib.ExitStack):
     def archive(self) -> Path:
         """The archive for this platform."""
         return self.build("openpista.pyz")
+
+    @functools.cached_property
+    def packages(self) -> dict[str, str]:
+        """What lets a Python import openpista and its packages: from where the archive has unpacked them."""
+        self.start("plain", self.archive, "skills", "list")()
+        return {"PYTHONPATH": str(next(self.folder.glob("cache/openpista/*/openpista.py")).parent)}
 
     @functools.cached_property
     def model(self) -> ModelServer:
@@ -273,12 +324,10 @@ with openpista.Store(pathlib.Path(sys.argv[1])) as store:
 @row("million")
 def measure_million(lab: Lab) -> Iterator[Row]:
     """A turn at the end of a very long session, all but its last 100 messages summarised, as openpista leaves them."""
-    lab.start("plain", lab.archive, "skills", "list")()
-    unpacked = next(lab.folder.glob("cache/openpista/*/openpista.py")).parent
     count = 50_000 if lab.short else 1_000_000
     for home, size in (("long", count), ("short", 100)):
         database = Path(lab.home(home)["OPENPISTA_HOME"]) / "memory.db"
-        lab.start(home, "-c", FILL, database, str(size), PYTHONPATH=str(unpacked))()
+        lab.start(home, "-c", FILL, database, str(size), **lab.packages)()
     long, short = (lab.ask(home, "--session", "talk") for home in ("long", "short"))
     costs = pairs(5 if lab.short else 15, long, short)
     yield compared(f"a turn in a session of {count:,} messages", costs, "of 100:", 1.5)
@@ -298,6 +347,127 @@ def measure_skills(lab: Lab) -> Iterator[Row]:
     words = (lab.archive, "run", "--provider", "offline", "-e", "hello")
     many, none = (lab.start(home, *words, expect="offline") for home in ("skilled", "unskilled"))
     yield compared("run -e with 200 skills, no model", pairs(5 if lab.short else 15, many, none), "none:")
+
+
+BARE = """
+import asyncio, json, sys, time, httpx
+
+async def ask(client, wanted):
+    seen, took, started = b"", 0.0, time.perf_counter()
+    async with client.stream("POST", wanted["url"], json=wanted["body"], headers=wanted["headers"]) as response:
+        async for data in response.aiter_raw():
+            seen += data
+            if not took and b"Zebra" in seen:
+                took = time.perf_counter() - started
+    return took
+
+async def main():
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        if wanted["new"]:
+            client = httpx.AsyncClient(verify=False, timeout=60)
+        print(await ask(client, wanted), flush=True)
+
+asyncio.run(main())
+"""
+
+
+@row("chat")
+def measure_chat(lab: Lab) -> Iterator[Row]:
+    """From Enter on a terminal to the answer's first character, beside a warm client that streams the same."""
+    key, argv = "test-key-123456", [sys.executable, lab.archive, "tui"]
+    home = lab.home("chat") | {"TERM": "xterm-256color", "OPENAI_API_KEY": key, "OPENAI_BASE_URL": lab.model.url}
+    # The answer begins 0.1 s after the request; its pieces are 30 ms apart, so that the first comes alone.
+    answer = {"text": "Zebras run far. " * 3, "deltas": 3, "delay": 0.1, "pace": 0.03}
+    bare = {"url": f"{lab.model.url}/chat/completions", "headers": {"authorization": f"Bearer {key}"}}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    def ask(screen: Screen) -> float:
+        lab.model.script(answer)
+        screen.type("What runs?")
+        screen.wait("What runs?")
+        screen.rest(0.1)
+        pressed = screen.type("\r")
+        took = screen.wait("Zebra") - pressed
+        screen.wait("0 tool calls")
+        screen.rest(0.1)
+        return took
+
+    def ask_first() -> float:
+        with Screen(argv, home, lab.folder) as screen:
+            screen.wait("new session")
+            screen.rest(0.1)
+            return ask(screen)
+
+    def ask_bare(new: bool) -> float:
+        body = lab.model.requests()[-1]["body"]
+        lab.model.script(answer)
+        client.stdin.write(json.dumps(bare | {"body": body, "new": new}) + "\n")
+        client.stdin.flush()
+        if took := float(client.stdout.readline() or 0):
+            return took
+        raise Broken("the bare client got no answer")
+
+    with subprocess.Popen([sys.executable, "-c", BARE], env=lab.home("plain") | lab.packages, **pipes) as client:
+        first = pairs(3 if lab.short else 15, ask_first, functools.partial(ask_bare, True))
+        with Screen(argv, home, lab.folder) as screen:
+            screen.wait("new session")
+            later = pairs(7 if lab.short else 40, functools.partial(ask, screen), functools.partial(ask_bare, False))
+    for what, found in (("Enter to first character, wall: first turn", first), ("the same, later turns", later)):
+        added = statistics.median(one - other for one, other in found) * 1000
+        beside = f"bare httpx {statistics.median(other for _, other in found) * 1000:.0f} ms"
+        yield Row(what, f"adds {added:.1f} ms", beside, f"median of {len(found)}", "<= 20 ms", added <= 20)
+
+
+PICK = """
+import itertools, json, sys, time, openpista as pista
+makers = "anthropic openai google meta-llama mistralai qwen deepseek x-ai moonshotai z-ai".split()
+families = "claude-sonnet gpt-codex gemini-flash llama-instruct codestral coder-plus chat-large kimi-code".split()
+names = (f"{maker}/{family}-{version}.{minor}" for version, minor, maker, family in
+         itertools.product(range(1, 26), range(5), makers, families))
+rows = [{"id": name, "context_length": 200_000, "pricing": {"prompt": "0.000001", "completion": "0.000004"}}
+        for name in itertools.islice(names, int(sys.argv[1]))]
+models = pista.arranged("openrouter", pista.parse_models("openrouter", json.dumps({"data": rows}).encode()))
+catalogue, size, style = pista.Catalogue("openrouter", models), (120, 40), pista.Style(True)
+choices = [pista.model_choice(info, catalogue, "openai/gpt-4o") for info in models]
+picker = pista.Picker("Models", choices, heads=pista.MODEL_HEADS, actions={"r": "refresh"})
+painter = pista.Painter(lambda text: None, inline=False)
+
+def press(name, text=""):
+    started = time.perf_counter()
+    picker.press(pista.KeyPress(name, text))
+    lines, cursor = picker.lines(*size, style)
+    painter.paint(lines, size, cursor)
+    return (time.perf_counter() - started) * 1000
+
+def typed(words):
+    press("text", "/")
+    times = [press("text", letter) for letter in words] + [press("backspace") for _ in words]
+    press("escape")
+    return times
+
+words = ("codex", "openai gpt-codex-7", "sonnet", "25", "e", "nothing has this name", "moonshotai/kimi")
+rounds = int(sys.argv[2])
+print(json.dumps({
+    "count": len(choices),
+    "typing": [took for _ in range(rounds) for word in words for took in typed(word)],
+    "arrows": [press(name) for name in ["down"] * 60 * rounds + ["up"] * 60 * rounds],
+    "pages": [press(name) for _ in range(rounds) for name in ["pagedown"] * 20 + ["end"] + ["pageup"] * 20 + ["home"]],
+}))
+"""
+
+
+@row("picker")
+def measure_picker(lab: Lab) -> Iterator[Row]:
+    """What a keystroke in a long list of models takes until it is painted; no terminal takes part."""
+    argv = [sys.executable, "-c", PICK, "10000", "2" if lab.short else "10"]
+    env = lab.home("plain") | lab.packages
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=LIMIT, check=True)
+    found = json.loads(done.stdout)
+    for keys, what in (("typing", "letters in the search"), ("arrows", "arrows"), ("pages", "PgDn, PgUp, Home, End")):
+        median, p99 = statistics.median(found[keys]), statistics.quantiles(found[keys], n=100, method="inclusive")[-1]
+        figures = f"{median:.2f} ms", f"p99 {p99:.2f} ms", f"median of {len(found[keys]):,}"
+        yield Row(f"{found['count']:,} models: {what}", *figures, "<= 5 ms", p99 <= 5)
 
 
 # ===== 4. Command =============================================================

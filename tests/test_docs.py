@@ -1,5 +1,6 @@
-"""What README.md, README_ko.md and config.example.toml say is what the program does, and all of it."""
+"""What README.md, README_ko.md, docs/chat.md and config.example.toml say is what the program does, and all of it."""
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -8,15 +9,18 @@ import select
 import shlex
 import subprocess
 import sys
+import termios
+import time
 import tomllib
 
+import pyte
 import pytest
 
 import openpista as pista
 
 ROOT = pathlib.Path(__file__).parent.parent
-README, KOREAN, EXAMPLE = (
-    (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "config.example.toml")
+README, KOREAN, CHAT, EXAMPLE = (
+    (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "docs/chat.md", "config.example.toml")
 )
 GLOBAL = {"--config", "--log-level", "--debug", "--version", "--help"}
 BUILDER = {"--universal"}
@@ -41,12 +45,18 @@ def calls(text):
         if match := re.search(r"\bopenpista(?:\.pyz)? +([-a-z].*)", line):
             words = shlex.split(match[1])
             words = words[: next((i for i, word in enumerate(words) if word in ("|", "<", "&&")), None)]
-            two = " ".join(words[:2])
-            yield two if two in pista.COMMANDS else words[0], {word for word in words if word.startswith("--")}
+            two, given = " ".join(words[:2]), {word for word in words if re.match(r"--?[a-z]", word)}
+            first = "tui" if words[0] in given - GLOBAL else words[0]  # without a command it is the chat
+            yield two if two in pista.COMMANDS else first, given
 
 
 def options(command):
-    return {name for names, _ in pista.COMMANDS[command].options for name in names if name.startswith("--")}
+    return {name for names, _ in pista.COMMANDS[command].options for name in names if name.startswith("-")}
+
+
+def chat_commands(text):
+    """The names of the chat's commands that stand there as `code`."""
+    return {match[1] for span in spans(text) if (match := re.match(r"/([a-z]+)\b(?!/)", span))}
 
 
 def row(*cells):
@@ -79,13 +89,28 @@ def test_readme_names_each_command_and_no_other():
     assert called == {*pista.COMMANDS, "--version"}
 
 
-def test_readme_names_only_options_that_exist():
-    for command, given in calls(README):
+@pytest.mark.parametrize("text", [README, CHAT], ids=["README", "chat"])
+def test_only_options_that_exist_are_named(text):
+    for command, given in calls(text):
         assert given <= GLOBAL | (options(command) if command in pista.COMMANDS else set()), command
-    alone = {span.split()[0] for span in spans(README) if span.startswith("--")}
+    alone = {span.split()[0] for span in spans(text) if re.match(r"--?[a-z]", span)}
     assert alone <= GLOBAL.union(*map(options, pista.COMMANDS))
+
+
+def test_readme_names_the_global_options():
+    alone = {span.split()[0] for span in spans(README) if span.startswith("--")}
     assert alone.union(*(given for _, given in calls(README))) >= GLOBAL
     assert {word for span in spans(README) if "build_zipapp" in span for word in re.findall(r"--\w+", span)} <= BUILDER
+
+
+def test_each_option_explains_itself():
+    silent = {
+        (name, *names)
+        for name, command in pista.COMMANDS.items()
+        for names, settings in command.options
+        if names[0].startswith("-") and not settings.get("help")
+    }
+    assert silent == set()
 
 
 def test_global_options_are_all():
@@ -114,12 +139,36 @@ def test_version():
 
 
 def test_links_lead_somewhere():
-    for text in (README, KOREAN):
+    for text, folder in ((README, ROOT), (KOREAN, ROOT), (CHAT, ROOT / "docs")):
         targets = re.findall(r"\]\(([^)]+)\)", text)
-        assert [name for name in targets if "://" not in name and not (ROOT / name).is_file()] == []
+        assert [name for name in targets if "://" not in name and not (folder / name).is_file()] == []
+    assert "](docs/chat.md)" in README and "](docs/chat.md)" in KOREAN
+
+
+# docs/chat.md
+
+
+def test_page_has_each_chat_command_and_no_other():
+    rows = re.findall(r"^\| `/(\w+)(?: (\w+))?` \|", CHAT, re.M)
+    assert rows == [(name, entry.takes) for name, entry in pista.CHAT_COMMANDS.items()]
+    assert chat_commands(CHAT) == {*pista.CHAT_COMMANDS}
+
+
+def test_readme_has_each_chat_command_and_no_other():
+    assert chat_commands(README) == {*pista.CHAT_COMMANDS}
+
+
+def test_page_says_which_commands_work_during_a_turn():
+    [said] = re.findall(r"^(`/help`.*) work during a turn", CHAT, re.M)
+    same = {"exit"}  # the other name of /quit
+    assert chat_commands(said) | same == {name for name, entry in pista.CHAT_COMMANDS.items() if entry.at_once}
 
 
 # README_ko.md
+
+
+def test_translation_is_short():
+    assert KOREAN.count("\n") <= 170
 
 
 def test_translation_has_the_same_parts():
@@ -208,7 +257,8 @@ def looks_like(printed, shown):
     return re.fullmatch(re.escape(shown).replace("…", ".*"), printed) is not None
 
 
-SHOWN = [body for kind, body in blocks(README) if kind == "console" and "Run it?" not in body]
+TALK = "$ openpista -s tidy\n"
+SHOWN = [body for kind, body in blocks(README + CHAT) if kind == "console" and not body.startswith(TALK)]
 
 
 @pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.split("-e")[0][2:40].strip())
@@ -233,45 +283,65 @@ def test_installation_is_true(fresh):
     assert (home / ".openpista/credentials.toml").stat().st_mode & 0o777 == 0o600
 
 
-def talk(line, env, answer):
-    """What a terminal shows while the command runs in it and its question is answered."""
-    ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        ["bash", "-c", line], stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
-    )
-    os.close(theirs)
-    seen = b""
-    while True:
-        if not select.select([ours], [], [], 30)[0]:
-            process.kill()
-            pytest.fail(f"nothing came after {seen}")
-        try:
-            data = os.read(ours, 65_536)
-        except OSError:  # Linux says so at the end
-            data = b""
-        if not data:
-            break
-        seen += data
-        if answer and seen.endswith(b"this turn: "):
-            os.write(ours, answer + b"\n")
-            answer = b""
-    os.close(ours)
-    assert process.wait(10) == 0, seen
-    return seen.decode().replace("\r\n", "\n")
+class Terminal:
+    """A terminal with a process in it, whose screen pyte draws."""
+
+    def __init__(self, argv, env):
+        self.ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (40, 100))
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        self.process = subprocess.Popen(argv, env=env, start_new_session=True, **streams)
+        os.close(theirs)
+        self.screen = pyte.Screen(100, 40)
+        self.stream = pyte.ByteStream(self.screen)
+
+    @property
+    def text(self):
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip() + "\n"
+
+    def wait(self, pattern, seconds=30):
+        """Until the screen shows this."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.text):
+            if time.monotonic() > end:
+                self.process.kill()
+                pytest.fail(f"{pattern!r} was not shown:\n{self.text}")
+            if select.select([self.ours], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # Linux says so at the end
+                    self.stream.feed(os.read(self.ours, 65_536))
+
+    def type(self, keys):
+        os.write(self.ours, keys.encode())
+
+    def end(self):
+        self.type("\x04")
+        code = self.process.wait(10)
+        os.close(self.ours)
+        return code
 
 
-def test_session_with_a_model_is_true(fresh, model):
-    [block] = [body for _, body in blocks(README) if "Run it?" in body]
+def test_chat_is_true(fresh, model):
+    [block] = [body for _, body in blocks(README) if body.startswith(TALK)]
     [(line, shown)] = steps(block)
-    find, rm = re.findall(r"^✓ (.+)  \d", shown, re.M)
-    called = [{"tool_calls": [{"name": "system_run", "arguments": {"command": command}}]} for command in (find, rm)]
+    ls, rm = re.findall(r"^✓ (.+)  \d", shown, re.M)
+    [request] = re.findall(r"^› (.+)", shown, re.M)
+    called = [{"tool_calls": [{"name": "system_run", "arguments": {"command": command}}]} for command in (ls, rm)]
     said = {"text": shown.splitlines()[-2], "usage": {"input": 2_000, "output": 656}}
     model.script(*(step | {"usage": {"input": 0, "output": 0}} for step in called), said)
     logs = pathlib.Path(fresh["HOME"], "app")
     logs.mkdir()
     for name, text in {"app.log": "1\n2\n", "old.log": "", "test.log": ""}.items():
         (logs / name).write_text(text)
-    env = fresh | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": model.url}
-    printed = talk(line, env, b"y")
+    bash("openpista --version; openpista skills list", fresh)  # unpacked, which is said once
+    env = fresh | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": model.url, "TERM": "xterm-256color"}
+    terminal = Terminal(shlex.split(line), env)
+    terminal.wait("new session")
+    terminal.type(f"{request}\r")
+    terminal.wait(re.escape(pista.CHOICES))
+    time.sleep(pista.ScreenChat.SETTLE + 0.1)
+    terminal.type("y")
+    terminal.wait(r"2 tool calls .+ s\n›")  # and no status any more
+    printed = terminal.text.rpartition("\n›")[0] + "\n"
+    assert terminal.end() == 0
     assert looks_like(printed, shown), printed
     assert [path.name for path in logs.iterdir()] == ["app.log"]
