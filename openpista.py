@@ -7332,7 +7332,7 @@ async def sign_in(tty: Tty, ctx: Context, given: str = "") -> str:
     """Pick a provider, give it a key, try that, and store it; the provider, or '' if the person left."""
     while provider := given or await pick_provider(tty, ctx):
         login = await ask_login(tty, ctx, provider)
-        if login and await is_good(tty, login):
+        if login and await is_good(tty, ctx, login):
             make_home(ctx.home)
             ctx.redact.add(login.api_key)
             ctx.credentials.save(login)
@@ -7421,13 +7421,13 @@ def flaw_in_url(spec: ProviderSpec, url: str) -> str:
         return str(error)
 
 
-async def is_good(tty: Tty, login: Login) -> bool:
+async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
     """Whether to store the login: it works, or the person wants it all the same."""
     if login.provider == "custom" and not login.base_url:
         return False
     note = ""
     while True:
-        work = asyncio.create_task(try_key(endpoint_of_login(login)))
+        work = asyncio.create_task(try_login(ctx, login))
         skip = Picker(
             f"Trying {login.provider} …", [Choice("skip", ("store it without a try",))], typing=True, note=note
         )
@@ -7451,11 +7451,12 @@ async def is_good(tty: Tty, login: Login) -> bool:
             return choice == "store"
 
 
-def endpoint_of_login(login: Login) -> Endpoint:
-    """Where a login leads."""
-    spec = provider_spec(login.provider)
-    key = Key(login.api_key, "what was typed")
-    return Endpoint(login.provider, spec, login.base_url or spec.base_url, spec.model, key, spec.format)
+async def try_login(ctx: Context, login: Login) -> None:
+    """Try a key where requests will go with it; an address that was typed counts before any other."""
+    endpoint = endpoint_of(login.provider, ctx.config.agent, {login.provider: login}, ctx.environ)
+    if not endpoint.spec.key_env:
+        endpoint = endpoint._replace(base_url=login.base_url)
+    await try_key(endpoint._replace(key=Key(login.api_key, "what was typed")))
 
 
 async def key_from_browser(tty: Tty) -> str:
@@ -8010,12 +8011,13 @@ class Chat:
             return []
         if not space:
             return [f"/{known}" for known in CHAT_COMMANDS if known.startswith(name[1:])]
-        known = []
-        if name == "/resume":
-            known = [session.name for session in self.desk.sessions()]
-        elif name == "/model":
-            known = ["reset", *self.desk.known_models()]
-        return [f"{name} {entry}" for entry in known if entry.startswith(word)]
+        known, begun = [], word.rpartition(" ")[0]  # the editor completes the last word, and a name may have several
+        with contextlib.suppress(PistaError):  # a broken file: who asks for the model will be told
+            if name == "/resume":
+                known = [session.name for session in self.desk.sessions()]
+            elif name == "/model":
+                known = ["reset", *self.desk.known_models()]
+        return [entry[len(begun) :].lstrip() for entry in known if entry.startswith(word)]
 
     # ---- the commands ----
 
@@ -8248,7 +8250,7 @@ class LineChat(Chat):
         if "bad" in styles:
             complain(text.removeprefix("✗ "), 1)
         elif "dim" not in styles or self.asks:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     async def pick(self, picker: Picker) -> Any:
         """Show what there is; a line names it."""
@@ -8274,7 +8276,7 @@ class LineChat(Chat):
 
 
 class LineReader:
-    """LineReader of a file descriptor as they come, without a thread that could not be stopped."""
+    """Lines of a file descriptor as they come, without a thread that could not be stopped."""
 
     LONGEST = 4 << 20  # bytes; what is longer is cut there
 
@@ -8385,18 +8387,22 @@ class ScreenChat(Chat):
         """Take note of a turn that has ended, and begin with what waits."""
         if self.turn and self.turn.done():
             turn, self.turn = self.turn, None
-            turn.result()  # what is no error of ours must not be hidden
+            if turn.cancelled():  # before it had begun
+                self._doing = ""
+                self.say("stopped", "bad")
+            else:
+                turn.result()  # what is no error of ours must not be hidden
         while self.queue and not self.turn and not self.left:
             text = self.queue.popleft()
             await (self.obey(text) if is_command(text) else self._begin(text))
 
     async def _press(self, key: KeyPress) -> bool:
         """Do what a key says; True if the terminal is gone."""
-        if key.name in ("resize", "resume"):
-            self._repaint(key.name)
+        if key.name == "resume":
+            self.painter.forget()
         elif self.question and key.name != "ctrl-c" and self._settled(key):
             self._decide(key)
-        elif key.name not in ("wake", "gone"):
+        elif key.name not in ("wake", "resize", "gone"):
             self._typed, self._hint = self.clock(), ""
             await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
         return key.name == "gone"
@@ -8588,8 +8594,8 @@ class ScreenChat(Chat):
     # ---- what is shown ----
 
     def say(self, text: str, *styles: str) -> None:
-        """LineReader that stay, above the input."""
-        self._print([self.style(line, *styles) if line else "" for line in text.split("\n")])
+        """Lines that stay, above the input."""
+        self._print([self.style(line, *styles) if line else "" for line in printable(text).split("\n")])
 
     def _print(self, lines: Sequence[str]) -> None:
         if self._covered is not None:
@@ -8614,18 +8620,12 @@ class ScreenChat(Chat):
             lines, cursor = self._lines(*self.tty.size)
             self.painter.paint(lines, self.tty.size, cursor)
 
-    def _repaint(self, why: str) -> None:
-        if why == "resume":
-            self.painter.forget()
-        else:
-            self.painter.resized(self.tty.size[0])
-
     def _lines(self, columns: int, rows: int) -> tuple[list[str], tuple[int, int]]:
         """What is painted: the answer's unfinished line, what runs, what waits, the input, a hint."""
         input_lines, (row, column) = self.editor.lines(columns, max(1, rows // 2), self.style)
         above = [*self._live(columns, rows), *map(functools.partial(fit_cells, width=columns - 1), self._state())]
         above = above[-max(0, rows - len(input_lines) - 2) :] if rows > len(input_lines) + 2 else []
-        hint = self._hint or f"{self.desk.model} · {self.session}"
+        hint = self._hint or printable(f"{self.desk.model} · {self.session}")
         below = [self.style(fit_cells(hint, columns - 1), "dim")] if rows > 4 else []
         return [*above, *input_lines, *below], (len(above) + row, column)
 
@@ -8660,13 +8660,11 @@ class ScreenChat(Chat):
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """The screen for somebody else; what is said meanwhile is printed afterwards."""
-        size, self._covered = self.tty.size, []
+        self._covered = []
         try:
             yield
         finally:
             lines, self._covered = self._covered, None
-            if self.tty.size != size:
-                self.painter.resized(self.tty.size[0])
             self._print(lines)
 
     async def pick(self, picker: Picker) -> Any:
