@@ -7415,10 +7415,13 @@ def flaw_in_key(key: str, needed: bool = True) -> str:
 
 def flaw_in_url(spec: ProviderSpec, url: str) -> str:
     """What is wrong with an address; '' if nothing is."""
+    if not url.strip():
+        return "the address is empty"
     try:
-        return "" if whole_url(url, spec) else "the address is empty"
+        whole_url(url, spec)
     except ConfigError as error:
         return str(error)
+    return ""
 
 
 async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
@@ -8747,6 +8750,7 @@ def with_choice(ctx: Context) -> Context:
     """The context with the provider and model of the command line in the place of the configured ones."""
     args, agent = ctx.args, ctx.config.agent
     if args.provider:
+        provider_spec(args.provider)  # a slip of the pen is said before anything is opened
         agent = turned_to(agent, args.provider, ctx.environ)
     if args.model:
         agent = agent._replace(model=args.model)
@@ -9220,6 +9224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        try:
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone
+            drop(sys.stdout)
         return complain("interrupted", 130, as_json)
     except BrokenPipeError:
         drop(sys.stdout)
