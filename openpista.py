@@ -7174,7 +7174,7 @@ async def sign_in(tty: Tty, ctx: Context, given: str = "") -> str:
     """Pick a provider, give it a key, try that, and store it; the provider, or '' if the person left."""
     while provider := given or await pick_provider(tty, ctx):
         login = await ask_login(tty, ctx, provider)
-        if login and await is_good(tty, login):
+        if login and await is_good(tty, ctx, login):
             make_home(ctx.home)
             ctx.redact.add(login.api_key)
             ctx.credentials.save(login)
@@ -7257,19 +7257,22 @@ def flaw_in_key(key: str, needed: bool = True) -> str:
 
 def flaw_in_url(spec: ProviderSpec, url: str) -> str:
     """What is wrong with an address; '' if nothing is."""
+    if not url.strip():
+        return "the address is empty"
     try:
-        return "" if whole_url(url, spec) else "the address is empty"
+        whole_url(url, spec)
     except ConfigError as error:
         return str(error)
+    return ""
 
 
-async def is_good(tty: Tty, login: Login) -> bool:
+async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
     """Whether to store the login: it works, or the person wants it all the same."""
     if login.provider == "custom" and not login.base_url:
         return False
     note = ""
     while True:
-        work = asyncio.create_task(try_key(endpoint_of_login(login)))
+        work = asyncio.create_task(try_login(ctx, login))
         skip = Picker(
             f"Trying {login.provider} …", [Choice("skip", ("store it without a try",))], typing=True, note=note
         )
@@ -7293,11 +7296,12 @@ async def is_good(tty: Tty, login: Login) -> bool:
             return choice == "store"
 
 
-def endpoint_of_login(login: Login) -> Endpoint:
-    """Where a login leads."""
-    spec = provider_spec(login.provider)
-    key = Key(login.api_key, "what was typed")
-    return Endpoint(login.provider, spec, login.base_url or spec.base_url, spec.model, key, spec.format)
+async def try_login(ctx: Context, login: Login) -> None:
+    """Try a key where requests will go with it; an address that was typed counts before any other."""
+    endpoint = endpoint_of(login.provider, ctx.config.agent, {login.provider: login}, ctx.environ)
+    if not endpoint.spec.key_env:
+        endpoint = endpoint._replace(base_url=login.base_url)
+    await try_key(endpoint._replace(key=Key(login.api_key, "what was typed")))
 
 
 async def key_from_browser(tty: Tty) -> str:
@@ -7757,12 +7761,13 @@ class Chat:
             return []
         if not space:
             return [f"/{known}" for known in CHAT_COMMANDS if known.startswith(name[1:])]
-        known = []
-        if name == "/resume":
-            known = [session.name for session in self.desk.sessions()]
-        elif name == "/model":
-            known = ["reset", *self.desk.known_models()]
-        return [f"{name} {entry}" for entry in known if entry.startswith(word)]
+        known, begun = [], word.rpartition(" ")[0]  # the editor completes the last word, and a name may have several
+        with contextlib.suppress(PistaError):  # a broken file: who asks for the model will be told
+            if name == "/resume":
+                known = [session.name for session in self.desk.sessions()]
+            elif name == "/model":
+                known = ["reset", *self.desk.known_models()]
+        return [entry[len(begun) :].lstrip() for entry in known if entry.startswith(word)]
 
     # ---- the commands ----
 
@@ -7995,7 +8000,7 @@ class LineChat(Chat):
         if "bad" in styles:
             complain(text.removeprefix("✗ "), 1)
         elif "dim" not in styles or self.asks:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     async def pick(self, picker: Picker) -> Any:
         """Show what there is; a line names it."""
@@ -8021,7 +8026,7 @@ class LineChat(Chat):
 
 
 class LineReader:
-    """LineReader of a file descriptor as they come, without a thread that could not be stopped."""
+    """Lines of a file descriptor as they come, without a thread that could not be stopped."""
 
     LONGEST = 4 << 20  # bytes; what is longer is cut there
 
@@ -8132,7 +8137,11 @@ class ScreenChat(Chat):
         """Take note of a turn that has ended, and begin with what waits."""
         if self.turn and self.turn.done():
             turn, self.turn = self.turn, None
-            turn.result()  # what is no error of ours must not be hidden
+            if turn.cancelled():  # before it had begun
+                self._doing = ""
+                self.say("stopped", "bad")
+            else:
+                turn.result()  # what is no error of ours must not be hidden
         while self.queue and not self.turn and not self.left:
             text = self.queue.popleft()
             await (self.obey(text) if is_command(text) else self._begin(text))
@@ -8335,8 +8344,8 @@ class ScreenChat(Chat):
     # ---- what is shown ----
 
     def say(self, text: str, *styles: str) -> None:
-        """LineReader that stay, above the input."""
-        self._print([self.style(line, *styles) if line else "" for line in text.split("\n")])
+        """Lines that stay, above the input."""
+        self._print([self.style(line, *styles) if line else "" for line in printable(text).split("\n")])
 
     def _print(self, lines: Sequence[str]) -> None:
         if self._covered is not None:
@@ -8369,7 +8378,7 @@ class ScreenChat(Chat):
             *map(functools.partial(fit_cells, width=columns - 1), self._state(columns)),
         ]
         above = above[-max(0, rows - len(input_lines) - 2) :] if rows > len(input_lines) + 2 else []
-        hint = self._hint or f"{self.desk.model} · {self.session}"
+        hint = self._hint or printable(f"{self.desk.model} · {self.session}")
         below = [self.style(fit_cells(hint, columns - 1), "dim")] if rows > 4 else []
         return [*above, *input_lines, *below], (len(above) + row, column)
 
@@ -8491,6 +8500,7 @@ def with_choice(ctx: Context) -> Context:
     """The context with the provider and model of the command line in the place of the configured ones."""
     args, agent = ctx.args, ctx.config.agent
     if args.provider:
+        provider_spec(args.provider)  # a slip of the pen is said before anything is opened
         agent = turned_to(agent, args.provider, ctx.environ)
     if args.model:
         agent = agent._replace(model=args.model)
@@ -8964,6 +8974,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        try:
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone
+            drop(sys.stdout)
         return complain("interrupted", 130, as_json)
     except BrokenPipeError:
         drop(sys.stdout)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from fakes import ModelServer
+from terminals import Terminal
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -65,6 +66,23 @@ def model(server):
 def openai(environ, model):
     """The environment in which openpista asks the fake server as if it were OpenAI."""
     return environ | {"OPENAI_API_KEY": "test-key-123456", "OPENAI_BASE_URL": model.url}
+
+
+@pytest.fixture
+def terminal(openai, tmp_path):
+    """terminal("run", "-e", "hi", columns=20, TERM="dumb") -> Terminal"""
+    opened = []
+    own = ("columns", "rows", "argv", "prepare", "reflow", "stdin", "stdout", "stderr")
+
+    def start(*words, **more):
+        settings = {name: more.pop(name) for name in own if name in more}
+        env = {name: value for name, value in (openai | more).items() if value is not None}
+        opened.append(Terminal(words, env, tmp_path, **settings))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
 
 
 @pytest.fixture

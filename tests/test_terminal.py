@@ -1,110 +1,15 @@
 """Terminal: what a person sees, on a real pseudo-terminal whose screen pyte draws."""
 
-import fcntl
-import os
-import pathlib
-import pty
 import re
-import select
-import struct
-import subprocess
-import sys
-import termios
 import time
 
-import pyte
 import pytest
 from wcwidth import wcswidth
 
 from openpista import cells, fit_cells, printable
 
-ROOT = pathlib.Path(__file__).parent.parent
-# Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
-PROGRAM = [
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; sys.exit(o.main())",
-]
 ESCAPES = re.compile(rb"\x1b|\xc2[\x80-\x9f]")
-OURS = re.compile(rb"\x1b\[2m|\x1b\[0m|\r\x1b\[K")  # dim, plain, clear the line: all that openpista itself sends
-
-
-class Terminal:
-    """A process on a terminal of its own; stdin, stdout or stderr may be something else."""
-
-    def __init__(self, words, env, cwd, columns=80, **streams):
-        master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-
-        def own_terminal():
-            os.setsid()
-            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-
-        streams = {"stdin": slave, "stdout": slave, "stderr": slave} | streams
-        argv = [*PROGRAM, *words]
-        self.process = subprocess.Popen(argv, env=env, cwd=cwd, preexec_fn=own_terminal, pass_fds=(slave,), **streams)
-        os.close(slave)
-        self.master, self.raw = master, b""
-        self.screen = pyte.Screen(columns, 40)
-        self.stream = pyte.ByteStream(self.screen)
-        self.frames = []  # what the screen showed after each portion
-
-    def pump(self, seconds):
-        """Read what comes within so many seconds; False at the end."""
-        if not select.select([self.master], [], [], seconds)[0]:
-            return True
-        try:
-            data = os.read(self.master, 65_536)
-        except OSError:  # EIO: the last process has let go of the terminal
-            data = b""
-        self.raw += data
-        self.stream.feed(data)
-        self.frames.append(self.text)
-        return bool(data)
-
-    @property
-    def text(self):
-        """What the screen shows now."""
-        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
-
-    def wait(self, words, seconds=10):
-        """Until the screen shows these words."""
-        end = time.monotonic() + seconds
-        while words not in self.text:
-            assert self.pump(0.1) and time.monotonic() < end, f"{words!r} was not shown:\n{self.text}"
-        return self.text
-
-    def send(self, keys):
-        os.write(self.master, keys.encode())
-
-    def end(self, seconds=10):
-        """Read to the end; the exit code."""
-        end = time.monotonic() + seconds
-        while self.pump(0.1) or self.process.poll() is None:
-            assert time.monotonic() < end, f"it did not end:\n{self.text}"
-        return self.process.wait(5)
-
-    def close(self):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
-@pytest.fixture
-def terminal(openai, tmp_path):
-    """terminal("run", "-e", "hi", columns=20, TERM="dumb") -> Terminal"""
-    opened = []
-
-    def start(*words, columns=80, stdin=None, stdout=None, stderr=None, **env):
-        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
-        chosen = {name: stream for name, stream in streams.items() if stream is not None}
-        opened.append(Terminal(words, openai | env, tmp_path, columns, **chosen))
-        return opened[-1]
-
-    yield start
-    for one in opened:
-        one.close()
+OURS = re.compile(rb"\x1b\[2m|\x1b\[0m|\r\x1b\[K")  # dim, plain, clear the line: all that `run` sends
 
 
 def ask(command, *more, **others):
