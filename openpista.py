@@ -8071,7 +8071,7 @@ SAID = {
     Decision.ALWAYS: "yes, and always this command in this session",
     Decision.DENY: "no, and nothing risky in this turn",
 }
-CHOICES = "Run it?  [y]es, once   [a]lways in this session   [n]o"
+RUN_IT = "Run it?  [y]es, once   [a]lways in this session   [n]o"
 
 
 class Question(NamedTuple):
@@ -8390,7 +8390,7 @@ class ScreenChat(Chat):
         """The lines between the answer and the input."""
         lines = []
         if self.question:
-            lines += [self.style(row, "ask") for row in wrap_cells(CHOICES, columns - 1)]
+            lines += [self.style(row, "ask") for row in wrap_cells(RUN_IT, columns - 1)]
         elif self.turn:
             lines.append(self.style(self._status(), "dim"))
         waiting = [f"queued: {clip(self.redact(printable(text)), 200)}" for text in self.queue]
