@@ -5174,18 +5174,8 @@ def spoken(message: Message) -> str:
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 SGR_OR_CHAR = re.compile(r"(\x1b\[[0-9;]*m)|.", re.DOTALL)
 PLAIN = "\x1b[0m"
-STYLES = {
-    "bold": "1",
-    "dim": "2",
-    "italic": "3",
-    "link": "4",
-    "mark": "7",
-    "code": "36",
-    "head": "1;36",
-    "good": "32",
-    "bad": "31",
-    "ask": "1;33",
-}
+STYLES = {"bold": "1", "dim": "2", "italic": "3", "link": "4", "mark": "7", "code": "36", "head": "1;36"}
+STYLES |= {"good": "32", "bad": "31", "ask": "1;33"}
 
 
 class Style:
@@ -5203,15 +5193,13 @@ class Style:
 
 def cells(text: str) -> int:
     """Columns that the text takes on a terminal; SGR codes take none."""
-    if "\x1b" in text:
-        text = SGR.sub("", text)
+    text = SGR.sub("", text) if "\x1b" in text else text
     return len(text) if text.isascii() else sum(map(cell_width, text))
 
 
+@functools.lru_cache(4096)
 def cell_width(char: str) -> int:
     """Wide characters take two columns; marks, joiners, and the vowels and tails of Jamo none."""
-    if "\uac00" <= char <= "\ud7a3" or "\u4e00" <= char <= "\u9fff":  # Korean and Chinese, quickly
-        return 2
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
@@ -5252,19 +5240,13 @@ def wrap_cells(text: str, width: int) -> list[str]:
 
 def broken(line: str, width: int) -> Iterator[str]:
     """The line in rows, broken at spaces; a word longer than a row is cut."""
-    start = end = used = 0
-    for match in re.finditer(r"( *)[^ ]+", line.rstrip(" ")):
-        size, gap = cells(match[0]), len(match[1])
-        if used + size > width:
-            if size - gap <= width or used + gap >= width:
-                yield line[start:end]
-                start, used, size = match.end(1), 0, size - gap
-            while used + size > width:
-                cut = reach(line, width, start)
-                yield line[start:cut]
-                start, used, size = cut, 0, used + size - cells(line[start:cut])
-        used, end = used + size, match.end()
-    yield line[start : reach(line, width, start)]
+    line, at = line.rstrip(" "), 0
+    while (end := reach(line, width, at)) < len(line):
+        space = line.rfind(" ", at, end + 1)
+        whole = space > 0 and line[at:space].strip(" ")  # a word that is not the first
+        yield line[at:space].rstrip(" ") if whole else line[at:end]
+        at = next(n for n in range(space, len(line)) if line[n] != " ") if whole else end
+    yield line[at:]
 
 
 def untabbed(line: str) -> str:
@@ -5292,166 +5274,97 @@ class KeyPress(NamedTuple):
 
 
 UNKNOWN_KEY = KeyPress("unknown")  # a sequence that nobody needs
-CONTROLS = {chr(code): f"ctrl-{chr(code + 64).lower()}" for code in range(32)} | {
-    "\0": "ctrl-space",
-    "\x08": "backspace",
-    "\t": "tab",
-    "\r": "enter",
-    "\x1b": "escape",
-    "\x7f": "backspace",
-}
-LETTERS = dict(zip("ABCDFHPQRSZ", "up down right left end home f1 f2 f3 f4 backtab".split(), strict=True))
-NUMBERS = dict(enumerate("home insert delete end pageup pagedown home end".split(), 1)) | {
-    code: f"f{number}" for number, code in enumerate((11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 23, 24), 1)
-}
-CODES = {8: "backspace", 9: "tab", 13: "enter", 27: "escape", 127: "backspace", 57414: "enter"}  # 57414: on the keypad
+CONTROLS = {chr(code): f"ctrl-{chr(code + 64).lower()}" for code in range(32)}
+CONTROLS |= {"\0": "ctrl-space", "\x08": "backspace", "\t": "tab", "\r": "enter", "\x1b": "escape", "\x7f": "backspace"}
+LETTERS = dict(zip("ABCDFHPQRSZ", "up down right left end home f1 f2 f3 f4 shift-tab".split(), strict=True))
+NUMBERS = dict(enumerate("home insert delete end pageup pagedown home end".split(), 1))
+NUMBERS |= {code: f"f{n}" for n, code in enumerate((11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 23, 24), 1)}
+CODES = {code: CONTROLS.get(chr(code), chr(code)) for code in range(128)} | {32: "space"}
 MODIFIERS = ((2 | 8 | 32, "alt-"), (4, "ctrl-"), (1, "shift-"))  # 8 and 32: Meta, in xterm and in kitty
-SAME = {"shift-tab": "backtab", "shift-backtab": "backtab", "shift-backspace": "backspace"}
 
+PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 WHOLE = re.compile(
-    r"\x1b?\x1b(?P<paste>\[200~)"
-    r"|(?P<string>\x1b[\]P_](?=.))"  # OSC, DCS, APC: an answer of the terminal
-    r"|\x1b?\x1b\[(?P<dropped>\[[^\x1b]|M[^\x00-\x1f]{3})"  # F1 of a Linux console; a mouse of old
-    r"|(?P<meta>\x1b?)\x1b(?:\[(?![\[M])(?P<fields>[0-?]{0,64})[ -/]{0,8}(?P<csi>[@-~])|O(?P<ss3>[!-~]))",
-    re.DOTALL,
+    r"(?P<meta>\x1b?)\x1b(?:\[(?!200~)(?P<fields>\[?[0-?]*)[ -/]*|O)(?P<letter>(?!\[)[@-~])"
+    r"|\x1b[\]P_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC: an answer of the terminal
 )
-HALF = re.compile(r"(?P<half>\x1b(?:\x1b?(?:\[(?:\[|M[^\x00-\x1f]{0,2}|[0-?]{0,64}[ -/]{0,8})?|O)?|[\]P_]))\Z")
-REST = re.compile(r"\x1b?\x1b(?P<broken>\[)(?=[ -?\[M])|\x1b(?P<alt>[^\x1b])|(?P<lone>.)", re.DOTALL)
-UNTIL = {
-    "paste": re.compile(r"\x1b\[201~"),
-    "string": re.compile(r"\x07|\x1b\\|[\x18\x1a]|(?=\x1b[^\\])", re.DOTALL),
-    "broken": re.compile(r"[@-~]|(?=[^ -~])"),
-}
-# A number, its modifiers, 3 for "released", and the number in xterm's modifyOtherKeys: 27;modifiers;number~
-FIELDS = re.compile(r"(\d*)(?::[\d:]*)?(?:;(\d*)(?::(\d*))?(?:;(\d*)[\d:;]*)?)?")
+HALF = re.compile(r"\x1b\x1b?(?:\[\[?[0-?]*[ -/]*|O)?\Z|\x1b[\]P_][^\x07\x1b]*\x1b?\Z")
+REST = re.compile(r"\x1b\[\[?[ -?]+|(?P<alt>\x1b(?=[^\x1b]))?(?P<char>.)", re.DOTALL)  # a broken sequence; a character
+FIELDS = re.compile(r"(\d{0,9})(?:;(\d{0,3})(?:;(\d{0,9}))?)?")  # number; modifiers; a number behind 27;modifiers
 
 
-def modified(bits: int, name: str) -> str:
-    """The name of a key with Alt, Ctrl and Shift, in this order."""
-    name = "".join(word for mask, word in MODIFIERS if bits & mask) + name
-    return SAME.get(name, name)
-
-
-def csi_key(match: re.Match) -> KeyPress:
-    """A key as ESC [ fields letter."""
-    fields, letter = FIELDS.fullmatch(match["fields"]), match["csi"]
-    if not fields or fields[3] == "3":
+def sequence_key(match: re.Match) -> KeyPress:
+    """A key as ESC [ fields letter, or ESC O letter."""
+    fields, letter = FIELDS.fullmatch(match["fields"] or ""), match["letter"]
+    if not (fields and letter):
         return UNKNOWN_KEY
-    number, bits = int(fields[1] or 1), max(int(fields[2] or 1) - 1, 0) | (2 if match["meta"] else 0)
+    number, bits, other = (int(field or 1) for field in fields.groups())
     if letter == "~" and number == 27:
-        number, letter = int(fields[4] or 0), "u"
-    if letter == "u" and number not in CODES:
-        return character(number, bits)
-    names = {"~": NUMBERS, "u": CODES}.get(letter)
-    name = names.get(number) if names else LETTERS.get(letter) if number == 1 else None
-    return KeyPress(modified(bits, name)) if name else UNKNOWN_KEY
+        number, letter = other, "u"
+    name = {"~": NUMBERS, "u": CODES}.get(letter, {1: LETTERS.get(letter)}).get(number)
+    bits = max(bits - 1, 0) | (2 if match["meta"] else 0)
+    return KeyPress("".join(word for mask, word in MODIFIERS if bits & mask) + name) if name else UNKNOWN_KEY
 
 
-def character(number: int, bits: int) -> KeyPress:
-    """A key as the number of its character; Shift is in the character where there is no Ctrl."""
-    char = chr(number) if number < sys.maxunicode else "\0"
-    if unicodedata.category(char)[0] == "C":  # controls, halves of pairs, and the private ones: keys like CapsLock
+def character_key(match: re.Match) -> KeyPress:
+    """A character, or a control character; Alt comes as an ESC before it."""
+    char, name = match["char"], CONTROLS.get(match["char"])
+    if not name and not printable(char or ""):
         return UNKNOWN_KEY
-    cased = char.lower() if bits & 4 else char.upper() if bits & 1 else char
-    char = cased if len(cased) == 1 else char
-    named = modified(bits & ~1, "space" if char == " " else char)
-    return KeyPress("text", char) if named in (char, "space") else KeyPress(named)
-
-
-def ss3_key(match: re.Match) -> KeyPress:
-    """A key as ESC O letter: arrows and keypad in their application modes."""
-    name = LETTERS.get(match["ss3"], "enter" if match["ss3"] == "M" else "")
-    return KeyPress(modified(2 if match["meta"] else 0, name)) if name else UNKNOWN_KEY
-
-
-def alt_key(match: re.Match) -> KeyPress:
-    """Alt with a character comes as ESC and the character."""
-    char = match["alt"]
-    name = CONTROLS.get(char) or ("space" if char == " " else printable(char))
-    return KeyPress(f"alt-{name}") if name else UNKNOWN_KEY
-
-
-def lone_key(match: re.Match) -> KeyPress:
-    """A character, or a control character."""
-    char = match["lone"]
-    return KeyPress(CONTROLS[char]) if char in CONTROLS else KeyPress("text", char) if printable(char) else UNKNOWN_KEY
-
-
-KEYS = {"csi": csi_key, "ss3": ss3_key, "alt": alt_key, "lone": lone_key, "dropped": lambda match: UNKNOWN_KEY}
+    if match["alt"]:
+        return KeyPress("alt-" + (name or ("space" if char == " " else char)))
+    return KeyPress(name) if name else KeyPress("text", char)
 
 
 class KeyDecoder:
     """Feed it bytes in any portions; it gives back whole keys."""
 
     LONGEST_PASTE = 4 << 20  # characters; the rest is dropped
-    MARK = 5  # characters at the end that may be the first of the mark that is waited for
 
     def __init__(self):
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._text = ""  # half a sequence
-        self._inside = ""  # what is read up to its end: paste, string, broken; a key of UNTIL
-        self._pasted: list[str] = []
-        self._room = self.LONGEST_PASTE
+        self._text = ""  # half a sequence, or a paste without its end
 
     @property
     def pasting(self) -> bool:
         """Whether a paste has begun and its end has not come."""
-        return self._inside == "paste"
+        return self._text.startswith(PASTE)
 
     @property
     def waiting(self) -> bool:
         """Whether there is an Esc or half a sequence, whose rest may come."""
-        return bool(self._text or self._inside) and not self.pasting
+        return bool(self._text) and not self.pasting
 
     def feed(self, data: bytes) -> list[KeyPress]:
         """The keys that are whole now."""
+        seen = len(self._text) - len(PASTED)  # the end of a paste cannot stand before
         self._text += self._utf8.decode(data)
-        return list(self._read(ended=False))
+        keys = list(self._read(ended=False, seen=seen))
+        if len(self._text) > self.LONGEST_PASTE + len(PASTE):  # the last characters may be the first of PASTED
+            self._text = self._text[: self.LONGEST_PASTE + len(PASTE)] + self._text[1 - len(PASTED) :]
+        return keys
 
     def flush(self, paste: bool = False) -> list[KeyPress]:
         """The keys that it was waiting with, since no rest came; those of an endless paste only if told so."""
-        if self.pasting and not paste:
-            return []
-        keys = [] if self._inside else list(self._read(ended=True))
-        if self._inside:
-            self._skip(self._text)
-            keys.append(self._end())
-            self._text = ""
-        return keys
+        return list(self._read(ended=paste or not self.pasting))
 
-    def _read(self, ended: bool) -> Iterator[KeyPress]:
+    def _read(self, ended: bool, seen: int = 0) -> Iterator[KeyPress]:
         text, at = self._text, 0
         while at < len(text):
-            if self._inside:
-                match = UNTIL[self._inside].search(text, at)
-                stop = match.start() if match else max(at, len(text) - self.MARK)
-                self._skip(text[at:stop])
-                at = match.end() if match else stop
-                if not match:
+            if text.startswith(PASTE, at):
+                end = text.find(PASTED, max(at, seen))
+                if end < 0 and not ended:
                     break
-                yield self._end()
+                end = len(text) if end < 0 else end
+                inside = text[at + len(PASTE) : end][: self.LONGEST_PASTE]
+                yield KeyPress("paste", printable(inside.replace("\r\n", "\n").replace("\r", "\n")))
+                at = end + len(PASTED)
                 continue
             match = WHOLE.match(text, at) or (not ended and HALF.match(text, at)) or REST.match(text, at)
-            if match.lastgroup == "half":
+            if match.re is HALF:
                 break
+            yield sequence_key(match) if match.re is WHOLE else character_key(match)
             at = match.end()
-            if match.lastgroup in UNTIL:
-                self._inside = match.lastgroup
-            else:
-                yield KEYS[match.lastgroup](match)
         self._text = text[at:]
-
-    def _skip(self, text: str) -> None:
-        """Of what stands inside only a paste is of use."""
-        if self.pasting and self._room:
-            self._pasted.append(text[: self._room])
-            self._room -= len(self._pasted[-1])
-
-    def _end(self) -> KeyPress:
-        pasted = printable("".join(self._pasted).replace("\r\n", "\n").replace("\r", "\n"))
-        key = KeyPress("paste", pasted) if self.pasting else UNKNOWN_KEY
-        self._inside, self._pasted, self._room = "", [], self.LONGEST_PASTE
-        return key
 
 
 # ---- painting ----
@@ -5544,11 +5457,10 @@ class Painter:
 
 def rows_taken(line: str, width: int) -> int:
     """Rows that a line takes where the terminal wraps it."""
-    line, at = SGR.sub("", line), 0
-    for count in itertools.count(1):
-        at = reach(line, width, at)
-        if at >= len(line):
-            return count
+    line, at, rows = SGR.sub("", line), 0, 1
+    while (at := reach(line, width, at)) < len(line):
+        rows += 1
+    return rows
 
 
 # ---- the terminal ----
@@ -5620,14 +5532,12 @@ class Tty:
     def full_screen(self) -> Iterator[None]:
         """The alternate screen; inside another full_screen it is the same."""
         outer, self._full = self._full, True
-        if not outer:
-            self.write(self.FULL)
+        self.write("" if outer else self.FULL)
         try:
             yield
         finally:
             self._full = outer
-            if not outer:
-                self.write(PLAIN + SHOW_CURSOR + self.MAIN)
+            self.write("" if outer else PLAIN + SHOW_CURSOR + self.MAIN)
 
     # ---- keys ----
 
@@ -5643,8 +5553,9 @@ class Tty:
         return self._queue.popleft() if self._queue else KeyPress("gone")
 
     def press(self, key: KeyPress) -> None:
-        """Put a key behind those that were pressed."""
-        self._queue.append(key)
+        """Put a key behind those that were pressed, unless it is among them."""
+        if key not in self._queue:
+            self._queue.append(key)
         self._woken.set()
 
     async def _arrival(self) -> None:
@@ -5688,7 +5599,8 @@ class Tty:
             self._resume()
 
     def _handle_signals(self) -> None:
-        handlers = {signal.SIGTSTP: self.suspend, signal.SIGCONT: self._resume, signal.SIGWINCH: self._resized}
+        resized = functools.partial(self.press, KeyPress("resize"))
+        handlers = {signal.SIGTSTP: self.suspend, signal.SIGCONT: self._resume, signal.SIGWINCH: resized}
         for number, handler in handlers.items():
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell without jobs has its children ignore SIGTSTP
                 self._loop.add_signal_handler(number, handler)
@@ -5703,14 +5615,7 @@ class Tty:
             os.kill(0, signal.SIGTTOU)  # continued with `bg`: who uses the terminal has to wait for `fg`
         else:
             self._take()
-            self._press_once(KeyPress("resume"))
-
-    def _resized(self) -> None:
-        self._press_once(KeyPress("resize"))
-
-    def _press_once(self, key: KeyPress) -> None:
-        if key not in self._queue:
-            self.press(key)
+            self.press(KeyPress("resume"))
 
     # ---- modes ----
 
@@ -5758,37 +5663,24 @@ class Tty:
             self._woken.set()
 
 
-async def converse(tty: Tty, widget: Any, style: Style, wake: asyncio.Event | None = None) -> Any:
-    """The result of a widget that has the whole screen; it is painted anew too when wake is set."""
+async def converse(tty: Tty, widget: Any, style: Style) -> Any:
+    """The result of a widget that has the whole screen; it is painted anew too when someone presses "wake"."""
     with tty.full_screen():
-        painter = Painter(tty.write, inline=False)
-        waker = asyncio.create_task(pressing(tty, wake)) if wake else None
-        try:
-            result = None
-            while result is None:
-                if not tty.more:
-                    lines, cursor = widget.lines(*tty.size, style)
-                    painter.paint(lines, tty.size, cursor)
-                key = await tty.key()
-                if key.name == "gone":
-                    return widget.press(KeyPress("ctrl-c"))
-                if key.name == "ctrl-z":
-                    tty.suspend()
-                elif key.name == "resume":
-                    painter.forget()
-                elif key.name not in ("resize", "wake"):
-                    result = widget.press(key)
-            return result
-        finally:
-            if waker:
-                waker.cancel()
-
-
-async def pressing(tty: Tty, wake: asyncio.Event) -> None:
-    """Press "wake" whenever the event is set; runs until it is cancelled."""
-    while await wake.wait():
-        wake.clear()
-        tty.press(KeyPress("wake"))
+        painter, result = Painter(tty.write, inline=False), None
+        while result is None:
+            if not tty.more:
+                lines, cursor = widget.lines(*tty.size, style)
+                painter.paint(lines, tty.size, cursor)
+            key = await tty.key()
+            if key.name == "gone":
+                return widget.press(KeyPress("ctrl-c"))
+            if key.name == "ctrl-z":
+                tty.suspend()
+            elif key.name == "resume":
+                painter.forget()
+            elif key.name not in ("resize", "wake"):
+                result = widget.press(key)
+        return result
 
 
 # ===== 16. Widgets ============================================================
