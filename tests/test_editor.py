@@ -281,6 +281,19 @@ def test_a_great_paste_is_not_submitted():
     assert press(editor, "x enter") == "submit"
 
 
+@pytest.mark.parametrize("text, width", [("0123456789" * 10_000, 1), ("가나" * 50_000, 2), ("word\n" * 20_000, 0)])
+def test_what_is_painted_costs_what_is_seen(text, width):
+    editor = Editor()
+    editor.text = text
+    press(editor, "home " + "right " * 7 if not width else "left " * 7)
+    started = time.process_time()
+    lines, (row, col) = editor.lines(63, 10, PLAIN)
+    assert time.process_time() - started < 0.05
+    if width:
+        shown = "".join(lines).replace("  ", "")[-7 - (60 // width) :]
+        assert text.endswith(shown) and lines[row][2:][: (col - 2) // width] + text[-7:] == lines[row][2:]
+
+
 LETTERS = st.sampled_from(
     ["a", " ", "\\", "_", "가", "\t", "\u0301", "\u200d", "👩", "🇰", "\u1112", "\u1161", "ﷺ", "\x1b", "\u2028"]
 )
