@@ -5016,18 +5016,8 @@ def spoken(message: Message) -> str:
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 SGR_OR_CHAR = re.compile(r"(\x1b\[[0-9;]*m)|.", re.DOTALL)
 PLAIN = "\x1b[0m"
-STYLES = {
-    "bold": "1",
-    "dim": "2",
-    "italic": "3",
-    "link": "4",
-    "mark": "7",
-    "code": "36",
-    "head": "1;36",
-    "good": "32",
-    "bad": "31",
-    "ask": "1;33",
-}
+STYLES = {"bold": "1", "dim": "2", "italic": "3", "link": "4", "mark": "7", "code": "36", "head": "1;36"}
+STYLES |= {"good": "32", "bad": "31", "ask": "1;33"}
 
 
 class Style:
@@ -5045,15 +5035,13 @@ class Style:
 
 def cells(text: str) -> int:
     """Columns that the text takes on a terminal; SGR codes take none."""
-    if "\x1b" in text:
-        text = SGR.sub("", text)
+    text = SGR.sub("", text) if "\x1b" in text else text
     return len(text) if text.isascii() else sum(map(cell_width, text))
 
 
+@functools.lru_cache(4096)
 def cell_width(char: str) -> int:
     """Wide characters take two columns; marks, joiners, and the vowels and tails of Jamo none."""
-    if "\uac00" <= char <= "\ud7a3" or "\u4e00" <= char <= "\u9fff":  # Korean and Chinese, quickly
-        return 2
     if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
@@ -5094,19 +5082,13 @@ def wrap_cells(text: str, width: int) -> list[str]:
 
 def broken(line: str, width: int) -> Iterator[str]:
     """The line in rows, broken at spaces; a word longer than a row is cut."""
-    start = end = used = 0
-    for match in re.finditer(r"( *)[^ ]+", line.rstrip(" ")):
-        size, gap = cells(match[0]), len(match[1])
-        if used + size > width:
-            if size - gap <= width or used + gap >= width:
-                yield line[start:end]
-                start, used, size = match.end(1), 0, size - gap
-            while used + size > width:
-                cut = reach(line, width, start)
-                yield line[start:cut]
-                start, used, size = cut, 0, used + size - cells(line[start:cut])
-        used, end = used + size, match.end()
-    yield line[start : reach(line, width, start)]
+    line, at = line.rstrip(" "), 0
+    while (end := reach(line, width, at)) < len(line):
+        space = line.rfind(" ", at, end + 1)
+        whole = space > 0 and line[at:space].strip(" ")  # a word that is not the first
+        yield line[at:space].rstrip(" ") if whole else line[at:end]
+        at = next(n for n in range(space, len(line)) if line[n] != " ") if whole else end
+    yield line[at:]
 
 
 def untabbed(line: str) -> str:
@@ -5134,166 +5116,97 @@ class KeyPress(NamedTuple):
 
 
 UNKNOWN_KEY = KeyPress("unknown")  # a sequence that nobody needs
-CONTROLS = {chr(code): f"ctrl-{chr(code + 64).lower()}" for code in range(32)} | {
-    "\0": "ctrl-space",
-    "\x08": "backspace",
-    "\t": "tab",
-    "\r": "enter",
-    "\x1b": "escape",
-    "\x7f": "backspace",
-}
-LETTERS = dict(zip("ABCDFHPQRSZ", "up down right left end home f1 f2 f3 f4 backtab".split(), strict=True))
-NUMBERS = dict(enumerate("home insert delete end pageup pagedown home end".split(), 1)) | {
-    code: f"f{number}" for number, code in enumerate((11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 23, 24), 1)
-}
-CODES = {8: "backspace", 9: "tab", 13: "enter", 27: "escape", 127: "backspace", 57414: "enter"}  # 57414: on the keypad
+CONTROLS = {chr(code): f"ctrl-{chr(code + 64).lower()}" for code in range(32)}
+CONTROLS |= {"\0": "ctrl-space", "\x08": "backspace", "\t": "tab", "\r": "enter", "\x1b": "escape", "\x7f": "backspace"}
+LETTERS = dict(zip("ABCDFHPQRSZ", "up down right left end home f1 f2 f3 f4 shift-tab".split(), strict=True))
+NUMBERS = dict(enumerate("home insert delete end pageup pagedown home end".split(), 1))
+NUMBERS |= {code: f"f{n}" for n, code in enumerate((11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 23, 24), 1)}
+CODES = {code: CONTROLS.get(chr(code), chr(code)) for code in range(128)} | {32: "space"}
 MODIFIERS = ((2 | 8 | 32, "alt-"), (4, "ctrl-"), (1, "shift-"))  # 8 and 32: Meta, in xterm and in kitty
-SAME = {"shift-tab": "backtab", "shift-backtab": "backtab", "shift-backspace": "backspace"}
 
+PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 WHOLE = re.compile(
-    r"\x1b?\x1b(?P<paste>\[200~)"
-    r"|(?P<string>\x1b[\]P_](?=.))"  # OSC, DCS, APC: an answer of the terminal
-    r"|\x1b?\x1b\[(?P<dropped>\[[^\x1b]|M[^\x00-\x1f]{3})"  # F1 of a Linux console; a mouse of old
-    r"|(?P<meta>\x1b?)\x1b(?:\[(?![\[M])(?P<fields>[0-?]{0,64})[ -/]{0,8}(?P<csi>[@-~])|O(?P<ss3>[!-~]))",
-    re.DOTALL,
+    r"(?P<meta>\x1b?)\x1b(?:\[(?!200~)(?P<fields>\[?[0-?]*)[ -/]*|O)(?P<letter>(?!\[)[@-~])"
+    r"|\x1b[\]P_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC: an answer of the terminal
 )
-HALF = re.compile(r"(?P<half>\x1b(?:\x1b?(?:\[(?:\[|M[^\x00-\x1f]{0,2}|[0-?]{0,64}[ -/]{0,8})?|O)?|[\]P_]))\Z")
-REST = re.compile(r"\x1b?\x1b(?P<broken>\[)(?=[ -?\[M])|\x1b(?P<alt>[^\x1b])|(?P<lone>.)", re.DOTALL)
-UNTIL = {
-    "paste": re.compile(r"\x1b\[201~"),
-    "string": re.compile(r"\x07|\x1b\\|[\x18\x1a]|(?=\x1b[^\\])", re.DOTALL),
-    "broken": re.compile(r"[@-~]|(?=[^ -~])"),
-}
-# A number, its modifiers, 3 for "released", and the number in xterm's modifyOtherKeys: 27;modifiers;number~
-FIELDS = re.compile(r"(\d*)(?::[\d:]*)?(?:;(\d*)(?::(\d*))?(?:;(\d*)[\d:;]*)?)?")
+HALF = re.compile(r"\x1b\x1b?(?:\[\[?[0-?]*[ -/]*|O)?\Z|\x1b[\]P_][^\x07\x1b]*\x1b?\Z")
+REST = re.compile(r"\x1b\[\[?[ -?]+|(?P<alt>\x1b(?=[^\x1b]))?(?P<char>.)", re.DOTALL)  # a broken sequence; a character
+FIELDS = re.compile(r"(\d{0,9})(?:;(\d{0,3})(?:;(\d{0,9}))?)?")  # number; modifiers; a number behind 27;modifiers
 
 
-def modified(bits: int, name: str) -> str:
-    """The name of a key with Alt, Ctrl and Shift, in this order."""
-    name = "".join(word for mask, word in MODIFIERS if bits & mask) + name
-    return SAME.get(name, name)
-
-
-def csi_key(match: re.Match) -> KeyPress:
-    """A key as ESC [ fields letter."""
-    fields, letter = FIELDS.fullmatch(match["fields"]), match["csi"]
-    if not fields or fields[3] == "3":
+def sequence_key(match: re.Match) -> KeyPress:
+    """A key as ESC [ fields letter, or ESC O letter."""
+    fields, letter = FIELDS.fullmatch(match["fields"] or ""), match["letter"]
+    if not (fields and letter):
         return UNKNOWN_KEY
-    number, bits = int(fields[1] or 1), max(int(fields[2] or 1) - 1, 0) | (2 if match["meta"] else 0)
+    number, bits, other = (int(field or 1) for field in fields.groups())
     if letter == "~" and number == 27:
-        number, letter = int(fields[4] or 0), "u"
-    if letter == "u" and number not in CODES:
-        return character(number, bits)
-    names = {"~": NUMBERS, "u": CODES}.get(letter)
-    name = names.get(number) if names else LETTERS.get(letter) if number == 1 else None
-    return KeyPress(modified(bits, name)) if name else UNKNOWN_KEY
+        number, letter = other, "u"
+    name = {"~": NUMBERS, "u": CODES}.get(letter, {1: LETTERS.get(letter)}).get(number)
+    bits = max(bits - 1, 0) | (2 if match["meta"] else 0)
+    return KeyPress("".join(word for mask, word in MODIFIERS if bits & mask) + name) if name else UNKNOWN_KEY
 
 
-def character(number: int, bits: int) -> KeyPress:
-    """A key as the number of its character; Shift is in the character where there is no Ctrl."""
-    char = chr(number) if number < sys.maxunicode else "\0"
-    if unicodedata.category(char)[0] == "C":  # controls, halves of pairs, and the private ones: keys like CapsLock
+def character_key(match: re.Match) -> KeyPress:
+    """A character, or a control character; Alt comes as an ESC before it."""
+    char, name = match["char"], CONTROLS.get(match["char"])
+    if not name and not printable(char or ""):
         return UNKNOWN_KEY
-    cased = char.lower() if bits & 4 else char.upper() if bits & 1 else char
-    char = cased if len(cased) == 1 else char
-    named = modified(bits & ~1, "space" if char == " " else char)
-    return KeyPress("text", char) if named in (char, "space") else KeyPress(named)
-
-
-def ss3_key(match: re.Match) -> KeyPress:
-    """A key as ESC O letter: arrows and keypad in their application modes."""
-    name = LETTERS.get(match["ss3"], "enter" if match["ss3"] == "M" else "")
-    return KeyPress(modified(2 if match["meta"] else 0, name)) if name else UNKNOWN_KEY
-
-
-def alt_key(match: re.Match) -> KeyPress:
-    """Alt with a character comes as ESC and the character."""
-    char = match["alt"]
-    name = CONTROLS.get(char) or ("space" if char == " " else printable(char))
-    return KeyPress(f"alt-{name}") if name else UNKNOWN_KEY
-
-
-def lone_key(match: re.Match) -> KeyPress:
-    """A character, or a control character."""
-    char = match["lone"]
-    return KeyPress(CONTROLS[char]) if char in CONTROLS else KeyPress("text", char) if printable(char) else UNKNOWN_KEY
-
-
-KEYS = {"csi": csi_key, "ss3": ss3_key, "alt": alt_key, "lone": lone_key, "dropped": lambda match: UNKNOWN_KEY}
+    if match["alt"]:
+        return KeyPress("alt-" + (name or ("space" if char == " " else char)))
+    return KeyPress(name) if name else KeyPress("text", char)
 
 
 class KeyDecoder:
     """Feed it bytes in any portions; it gives back whole keys."""
 
     LONGEST_PASTE = 4 << 20  # characters; the rest is dropped
-    MARK = 5  # characters at the end that may be the first of the mark that is waited for
 
     def __init__(self):
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._text = ""  # half a sequence
-        self._inside = ""  # what is read up to its end: paste, string, broken; a key of UNTIL
-        self._pasted: list[str] = []
-        self._room = self.LONGEST_PASTE
+        self._text = ""  # half a sequence, or a paste without its end
 
     @property
     def pasting(self) -> bool:
         """Whether a paste has begun and its end has not come."""
-        return self._inside == "paste"
+        return self._text.startswith(PASTE)
 
     @property
     def waiting(self) -> bool:
         """Whether there is an Esc or half a sequence, whose rest may come."""
-        return bool(self._text or self._inside) and not self.pasting
+        return bool(self._text) and not self.pasting
 
     def feed(self, data: bytes) -> list[KeyPress]:
         """The keys that are whole now."""
+        seen = len(self._text) - len(PASTED)  # the end of a paste cannot stand before
         self._text += self._utf8.decode(data)
-        return list(self._read(ended=False))
+        keys = list(self._read(ended=False, seen=seen))
+        if len(self._text) > self.LONGEST_PASTE + len(PASTE):  # the last characters may be the first of PASTED
+            self._text = self._text[: self.LONGEST_PASTE + len(PASTE)] + self._text[1 - len(PASTED) :]
+        return keys
 
     def flush(self, paste: bool = False) -> list[KeyPress]:
         """The keys that it was waiting with, since no rest came; those of an endless paste only if told so."""
-        if self.pasting and not paste:
-            return []
-        keys = [] if self._inside else list(self._read(ended=True))
-        if self._inside:
-            self._skip(self._text)
-            keys.append(self._end())
-            self._text = ""
-        return keys
+        return list(self._read(ended=paste or not self.pasting))
 
-    def _read(self, ended: bool) -> Iterator[KeyPress]:
+    def _read(self, ended: bool, seen: int = 0) -> Iterator[KeyPress]:
         text, at = self._text, 0
         while at < len(text):
-            if self._inside:
-                match = UNTIL[self._inside].search(text, at)
-                stop = match.start() if match else max(at, len(text) - self.MARK)
-                self._skip(text[at:stop])
-                at = match.end() if match else stop
-                if not match:
+            if text.startswith(PASTE, at):
+                end = text.find(PASTED, max(at, seen))
+                if end < 0 and not ended:
                     break
-                yield self._end()
+                end = len(text) if end < 0 else end
+                inside = text[at + len(PASTE) : end][: self.LONGEST_PASTE]
+                yield KeyPress("paste", printable(inside.replace("\r\n", "\n").replace("\r", "\n")))
+                at = end + len(PASTED)
                 continue
             match = WHOLE.match(text, at) or (not ended and HALF.match(text, at)) or REST.match(text, at)
-            if match.lastgroup == "half":
+            if match.re is HALF:
                 break
+            yield sequence_key(match) if match.re is WHOLE else character_key(match)
             at = match.end()
-            if match.lastgroup in UNTIL:
-                self._inside = match.lastgroup
-            else:
-                yield KEYS[match.lastgroup](match)
         self._text = text[at:]
-
-    def _skip(self, text: str) -> None:
-        """Of what stands inside only a paste is of use."""
-        if self.pasting and self._room:
-            self._pasted.append(text[: self._room])
-            self._room -= len(self._pasted[-1])
-
-    def _end(self) -> KeyPress:
-        pasted = printable("".join(self._pasted).replace("\r\n", "\n").replace("\r", "\n"))
-        key = KeyPress("paste", pasted) if self.pasting else UNKNOWN_KEY
-        self._inside, self._pasted, self._room = "", [], self.LONGEST_PASTE
-        return key
 
 
 # ---- painting ----
@@ -5386,11 +5299,10 @@ class Painter:
 
 def rows_taken(line: str, width: int) -> int:
     """Rows that a line takes where the terminal wraps it."""
-    line, at = SGR.sub("", line), 0
-    for count in itertools.count(1):
-        at = reach(line, width, at)
-        if at >= len(line):
-            return count
+    line, at, rows = SGR.sub("", line), 0, 1
+    while (at := reach(line, width, at)) < len(line):
+        rows += 1
+    return rows
 
 
 # ---- the terminal ----
@@ -5462,14 +5374,12 @@ class Tty:
     def full_screen(self) -> Iterator[None]:
         """The alternate screen; inside another full_screen it is the same."""
         outer, self._full = self._full, True
-        if not outer:
-            self.write(self.FULL)
+        self.write("" if outer else self.FULL)
         try:
             yield
         finally:
             self._full = outer
-            if not outer:
-                self.write(PLAIN + SHOW_CURSOR + self.MAIN)
+            self.write("" if outer else PLAIN + SHOW_CURSOR + self.MAIN)
 
     # ---- keys ----
 
@@ -5485,8 +5395,9 @@ class Tty:
         return self._queue.popleft() if self._queue else KeyPress("gone")
 
     def press(self, key: KeyPress) -> None:
-        """Put a key behind those that were pressed."""
-        self._queue.append(key)
+        """Put a key behind those that were pressed, unless it is among them."""
+        if key not in self._queue:
+            self._queue.append(key)
         self._woken.set()
 
     async def _arrival(self) -> None:
@@ -5530,7 +5441,8 @@ class Tty:
             self._resume()
 
     def _handle_signals(self) -> None:
-        handlers = {signal.SIGTSTP: self.suspend, signal.SIGCONT: self._resume, signal.SIGWINCH: self._resized}
+        resized = functools.partial(self.press, KeyPress("resize"))
+        handlers = {signal.SIGTSTP: self.suspend, signal.SIGCONT: self._resume, signal.SIGWINCH: resized}
         for number, handler in handlers.items():
             if signal.getsignal(number) != signal.SIG_IGN:  # a shell without jobs has its children ignore SIGTSTP
                 self._loop.add_signal_handler(number, handler)
@@ -5545,14 +5457,7 @@ class Tty:
             os.kill(0, signal.SIGTTOU)  # continued with `bg`: who uses the terminal has to wait for `fg`
         else:
             self._take()
-            self._press_once(KeyPress("resume"))
-
-    def _resized(self) -> None:
-        self._press_once(KeyPress("resize"))
-
-    def _press_once(self, key: KeyPress) -> None:
-        if key not in self._queue:
-            self.press(key)
+            self.press(KeyPress("resume"))
 
     # ---- modes ----
 
@@ -5600,44 +5505,31 @@ class Tty:
             self._woken.set()
 
 
-async def converse(tty: Tty, widget: Any, style: Style, wake: asyncio.Event | None = None) -> Any:
-    """The result of a widget that has the whole screen; it is painted anew too when wake is set."""
+async def converse(tty: Tty, widget: Any, style: Style) -> Any:
+    """The result of a widget that has the whole screen; it is painted anew too when someone presses "wake"."""
     with tty.full_screen():
-        painter = Painter(tty.write, inline=False)
-        waker = asyncio.create_task(pressing(tty, wake)) if wake else None
-        try:
-            result = None
-            while result is None:
-                if not tty.more:
-                    lines, cursor = widget.lines(*tty.size, style)
-                    painter.paint(lines, tty.size, cursor)
-                key = await tty.key()
-                if key.name == "gone":
-                    return widget.press(KeyPress("ctrl-c"))
-                if key.name == "ctrl-z":
-                    tty.suspend()
-                elif key.name == "resume":
-                    painter.forget()
-                elif key.name not in ("resize", "wake"):
-                    result = widget.press(key)
-            return result
-        finally:
-            if waker:
-                waker.cancel()
-
-
-async def pressing(tty: Tty, wake: asyncio.Event) -> None:
-    """Press "wake" whenever the event is set; runs until it is cancelled."""
-    while await wake.wait():
-        wake.clear()
-        tty.press(KeyPress("wake"))
+        painter, result = Painter(tty.write, inline=False), None
+        while result is None:
+            if not tty.more:
+                lines, cursor = widget.lines(*tty.size, style)
+                painter.paint(lines, tty.size, cursor)
+            key = await tty.key()
+            if key.name == "gone":
+                return widget.press(KeyPress("ctrl-c"))
+            if key.name == "ctrl-z":
+                tty.suspend()
+            elif key.name == "resume":
+                painter.forget()
+            elif key.name not in ("resize", "wake"):
+                result = widget.press(key)
+        return result
 
 
 # ===== 16. Widgets ============================================================
 #
-# A list to pick from, a line to type in. Each is fed with keys and asked for the
-# lines to show; none of them knows a terminal. Texts may come from anywhere:
-# they are made one printable line where they are shown.
+# A text to type in, a list to pick from, the look of an answer. A widget is fed
+# with keys and asked for the lines to show; none of them knows a terminal. Texts
+# may come from anywhere: they are made printable where they come in or are shown.
 
 
 class Choice(NamedTuple):
@@ -5669,102 +5561,167 @@ def one_line(text: str, limit: int = 500) -> str:
 
 def padded(text: str, width: int) -> str:
     """The text in exactly width columns."""
-    gap = width - cells(text)
-    if gap < 0:
-        text = fit_cells(text, width)
-        gap = width - cells(text)
-    return text + " " * gap
+    text = fit_cells(text, width)
+    return text + " " * (width - cells(text))
 
 
-def both_ends(left: str, right: str, width: int) -> str:
-    """One text at the left end of a line, one at the right end if there is room for it."""
-    room = width - cells(right) - 1
-    return f"{padded(left, room)} {right}" if room >= min(8, cells(left)) else fit_cells(left, width)
+# ---- a text and a place in it: where the keys go ----
+
+CLUSTER = 64  # characters that count as one at most
+JOINER, FLAG_HALVES = "\u200d", "".join(map(chr, range(0x1F1E6, 0x1F200)))
 
 
-def in_columns(texts: Sequence[str], widths: Sequence[int]) -> str:
-    """The texts in columns; one of width 0 is left out."""
-    return "  ".join(padded(text, width) for text, width in zip(texts, widths, strict=False) if width)
+def joins(text: str, at: int) -> bool:
+    """Whether the character belongs to the one before: a mark, a Jamo vowel, half of a flag, an emoji joined on."""
+    char, before = text[at], text[max(0, at - CLUSTER) : at]
+    if char in FLAG_HALVES:
+        return (len(before) - len(before.rstrip(FLAG_HALVES))) % 2 == 1
+    skin_tone = "\U0001f3fb" <= char <= "\U0001f3ff"
+    mark = skin_tone or not cell_width(char) or unicodedata.category(char) == "Mc"
+    return before[-1] != "\n" and (mark or before[-1] == JOINER)
 
 
-def as_many(words: Iterable[str], width: int) -> str:
-    """The first of the words, as many as there is room for."""
-    rows = list(itertools.accumulate(filter(None, words), "{} · {}".format))
-    return next((row for row in reversed(rows) if cells(row) <= width), "")
+def snapped(text: str, at: int) -> int:
+    """The place, or the start of the character that it lies in."""
+    low = max(0, at - CLUSTER)
+    return next((start for start in range(at, low, -1) if start == len(text) or not joins(text, start)), low)
 
 
-# ---- a line of text ----
+def left(text: str, at: int) -> int:
+    """One character back, as a person counts them."""
+    return snapped(text, max(0, at - 1))
 
 
-def before(text: str, at: int) -> int:
-    """Where the character before the cursor begins, with the marks that stand on it."""
-    at = max(at - 1, 0)
-    while at and not cell_width(text[at]):
-        at -= 1
+def right(text: str, at: int) -> int:
+    """One character on."""
+    ends = range(at + 1, min(len(text), at + CLUSTER))
+    return next((end for end in ends if not joins(text, end)), min(len(text), max(ends.stop, at + 1)))
+
+
+def in_word(char: str) -> bool:
+    """Letters, digits, and the marks on them."""
+    return char.isalnum() or char == "_" or not cell_width(char)
+
+
+def next_word(text: str, at: int, step: int, inside: Callable[[str], bool] = in_word) -> int:
+    """The far end of this word or the next in that direction."""
+    for wanted in (False, True):
+        while 0 <= (char := at + min(step, 0)) < len(text) and inside(text[char]) == wanted:
+            at += step
     return at
 
 
-def after(text: str, at: int) -> int:
-    """Where the character under the cursor ends."""
-    at = min(at + 1, len(text))
-    while at < len(text) and not cell_width(text[at]):
-        at += 1
-    return at
+def line_start(text: str, at: int) -> int:
+    """Before the first character of the line."""
+    return text.rfind("\n", 0, at) + 1
 
 
-def word_before(text: str, at: int) -> int:
-    """Where the word before the cursor begins."""
-    return text[:at].rstrip().rfind(" ") + 1
+def line_end(text: str, at: int) -> int:
+    """Behind the last character of the line."""
+    end = text.find("\n", at)
+    return len(text) if end < 0 else end
 
 
-def word_after(text: str, at: int) -> int:
-    """Where the word behind the cursor ends."""
-    rest = text[at:].lstrip()
-    return len(text) - len(rest.partition(" ")[2]) - (" " in rest)
+def by_key(table: Mapping[Any, str]) -> dict[str, Any]:
+    """What each of the keys stands for."""
+    return {key: value for value, keys in table.items() for key in keys.split()}
 
 
-LINE_KEYS = {  # place -> keys that go there; keys that cut what is between
-    before: ("left ctrl-b", "backspace"),
-    after: ("right ctrl-f", "delete ctrl-d"),
-    word_before: ("ctrl-left alt-left alt-b", "ctrl-w alt-backspace"),
-    word_after: ("ctrl-right alt-right alt-f", "alt-d"),
-    lambda text, at: 0: ("home ctrl-a", "ctrl-u"),
-    lambda text, at: len(text): ("end ctrl-e", "ctrl-k"),
-}
-LINE_MOVES = {key: place for place, (moves, _) in LINE_KEYS.items() for key in moves.split()}
-LINE_CUTS = {key: place for place, (_, cuts) in LINE_KEYS.items() for key in cuts.split()}
+word_left, word_right = (functools.partial(next_word, step=step) for step in (-1, 1))
+argument_left = functools.partial(next_word, step=-1, inside=lambda char: not char.isspace())  # as a shell counts words
+MOVES = by_key({left: "left ctrl-b", right: "right ctrl-f", line_start: "home ctrl-a", line_end: "end ctrl-e"})
+MOVES |= by_key({word_left: "ctrl-left alt-left alt-b", word_right: "ctrl-right alt-right alt-f"})
+ERASES = by_key({left: "backspace", right: "delete ctrl-d"})
+KILLS = by_key({argument_left: "ctrl-w", word_left: "alt-backspace", word_right: "alt-d"})  # ctrl-y brings it back
+KILLS["ctrl-u"] = lambda text, at: min(line_start(text, at), left(text, at))  # beyond the start when already there
+KILLS["ctrl-k"] = lambda text, at: max(line_end(text, at), right(text, at))
 
 
 class Line:
-    """A line of text with a cursor, and what the usual keys do to it."""
+    """A line of text with a cursor, and what the usual keys do to it; each change can be undone."""
 
-    LIMIT = 10_000  # characters
+    LIMIT, UNDO_KEPT = 10_000, 500  # characters, changes
 
     def __init__(self, text: str = ""):
-        self.text, self.at = "", 0
-        self._put(0, 0, text)
+        self._killed = ""
+        self.text = text
 
-    def press(self, key: KeyPress) -> bool:
+    @property
+    def text(self) -> str:
+        """What was typed so far."""
+        return self._text
+
+    @text.setter
+    def text(self, text: str) -> None:
+        self._begin()
+        self._put(0, 0, self._clean(text))
+        self._edits.clear()
+
+    def _begin(self) -> None:
+        self._text, self.at, self.notice = "", 0, ""
+        self._last = self._now = ""  # what the key before and this one do, where two in a row do more
+        self._edits: list[tuple[int, int, str, int]] = []  # start, size of what is new, what was there, cursor
+
+    def edit(self, key: KeyPress) -> bool:
         """Whether the key means something to a line."""
+        self._last, self._now, self.notice = self._now, "", ""
         if key.name in ("text", "paste"):
-            self._put(self.at, self.at, key.text)
-        elif place := LINE_MOVES.get(key.name):
-            self.at = place(self.text, self.at)
-        elif place := LINE_CUTS.get(key.name):
-            self._put(*sorted((self.at, place(self.text, self.at))))
+            self._insert(key)
+        elif key.name in MOVES:
+            self.at = MOVES[key.name](self._text, self.at)
+        elif key.name in ERASES:
+            self._put(*sorted((self.at, ERASES[key.name](self._text, self.at))))
+        elif key.name in KILLS:
+            self._kill(KILLS[key.name](self._text, self.at))
+        elif key.name == "ctrl-y":
+            self._put(self.at, self.at, self._killed)
+        elif key.name in ("ctrl-_", "ctrl-/"):
+            self._undo()
         else:
             return False
         return True
 
-    def _put(self, start: int, end: int, text: str = "") -> None:
-        """The first line of the text in place of what stood there."""
+    def _clean(self, text: str) -> str:
+        """What of a text may come in: of several lines the first."""
         first = next(iter(text.strip("\r\n").splitlines()), "")
-        new = printable(first.replace("\t", " "))[: self.LIMIT - len(self.text) + end - start]
-        self.text, self.at = self.text[:start] + new + self.text[end:], start + len(new)
+        return printable(storable(first)).replace("\t", " ")
+
+    def _insert(self, key: KeyPress) -> None:
+        """Characters typed in a row are undone by the word."""
+        self._put(self.at, self.at, self._clean(key.text))
+        self._now = key.name
+        if self._last == key.name == "text" and len(self._edits) > 1 and not key.text.isspace():
+            (start, size, removed, at), (behind, typed, replaced, _) = self._edits[-2:]
+            if behind == start + size and not replaced:
+                self._edits[-2:] = [(start, size + typed, removed, at)]
+
+    def _put(self, start: int, end: int, text: str = "") -> None:
+        """The one door of every change: the text in place of what stood there; the cursor goes behind it."""
+        removed, room = self._text[start:end], self.LIMIT - len(self._text) + end - start
+        if len(text) > room:
+            text, self.notice = text[:room], f"cut: the input holds {self.LIMIT:,} characters"
+        if text != removed:
+            self._edits.append((start, len(text), removed, self.at))
+            del self._edits[: -self.UNDO_KEPT]
+            self._text = self._text[:start] + text + self._text[end:]
+        self.at = start + len(text)
+
+    def _kill(self, to: int) -> None:
+        """Erase, for ctrl-y to bring back; one after another they add up."""
+        start, end = sorted((self.at, to))
+        gone, kept = self._text[start:end], self._killed if self._last == "kill" else ""
+        if gone:
+            self._killed, self._now = kept + gone if to > self.at else gone + kept, "kill"
+            self._put(start, end)
+
+    def _undo(self) -> None:
+        if self._edits:
+            start, size, removed, self.at = self._edits.pop()
+            self._text = self._text[:start] + removed + self._text[start + size :]
 
     def view(self, width: int, masked: bool = False) -> tuple[str, int]:
         """What fits of it around the cursor, and the column of the cursor."""
-        text = "•" * len(self.text) if masked else self.text
+        text = "•" * len(self._text) if masked else self._text
         start, used = self.at, 1  # the cursor takes a column too
         while start and (used := used + cell_width(text[start - 1])) <= width:
             start -= 1
@@ -5781,20 +5738,6 @@ PICKER_LETTERS = {"j": "down", "k": "up", "s": "search", "/": "search"}  # while
 def folded(text: str) -> str:
     """The text as the search compares it: without case, with Hangul and the like composed."""
     return unicodedata.normalize("NFKC", text).casefold()
-
-
-def shared(wanted: Sequence[int], room: int) -> list[int]:
-    """Widths of the columns; the first gives way, down to 24 or two fifths; then the last are left out."""
-    first, *others = wanted or [0]
-    others = [min(width, max(room // 3, room - first - 2)) for width in others]
-    while others and room - taken(others) < min(first, max(room * 2 // 5, 24)):
-        others.pop()
-    return [max(min(first, room - taken(others)), 1), *others]
-
-
-def taken(widths: Sequence[int]) -> int:
-    """Columns of the terminal that these take, with the space before each."""
-    return sum(width + 2 for width in widths if width)
 
 
 class Picker:
@@ -5817,7 +5760,7 @@ class Picker:
         self.search, self.searching = Line(), typing
         self.choices, self.found = [], range(0)  # found: indexes of the choices that the search leaves
         self.at = self.top = self._kept = 0  # positions in found, and an index to come back to
-        self._sought, self._page = "", 10
+        self._page = 10
         self._wished = None if start is None else Choice(start, ())  # what to select as soon as it is there
         self.replace(choices, note)
 
@@ -5828,70 +5771,54 @@ class Picker:
 
     def replace(self, choices: Iterable[Choice], note: str = "") -> None:
         """Other choices; the search stays, and the selection if its value is still there."""
-        at, self._wished = self.at, self.selected or self._wished
-        self.choices, self.note = list(choices), note
+        at, wished = self.at, self.selected or self._wished
+        self.choices, self.note, self._wished = list(choices), note, wished
         self._texts = [folded(choice.words or " ".join(choice.columns)) for choice in self.choices]
         self._detailed = any(choice.detail for choice in self.choices)
         self._edge = 4 if any(choice.mark for choice in self.choices) else 2  # columns before the text: pointer, mark
-        self._widths = []
-        self.found, self._sought, self.at, self._kept = range(len(self.choices)), "", 0, 0
+        self._widths, self._kept, self.found = [], 0, range(0)
         self._narrow()
         self.at = max(min(at, len(self.found) - 1), 0)
-        if self._wished:
-            self._select(self._wished.value, self._wished.group)
+        if wished:  # in the same group, if it is in several
+            same = [n for n in range(len(self.found)) if self._choice(n).value == wished.value]
+            self.at = next((n for n in same if self._choice(n).group == wished.group), (same or [self.at])[0])
 
     def press(self, key: KeyPress) -> Chosen | None:
         """What the key brings about; None: the list goes on."""
-        name = PICKER_LETTERS.get(key.text, "text") if key.name == "text" and not self.searching else key.name
-        if name in ("ctrl-c", "ctrl-d"):
+        name, sought = key.name, self.search.text
+        if name == "text" and not self.searching:
+            name = PICKER_LETTERS.get(key.text, "action")
+        clears = self.search.text if self.typing else self.searching
+        if name in ("ctrl-c", "ctrl-d") or (name == "escape" and not clears):
             return CANCELLED
-        if name == "escape":
-            return self._escape()
         if name == "enter":
             return Chosen("picked", self.selected.value) if self.selected else None
-        if name in PICKER_KEYS:
-            self._step(*PICKER_KEYS[name])
-        elif self.searching and self.search.press(key):
-            self._narrow()
-        elif name == "search":
-            self.searching = True
-        elif name == "text" and key.text in self.actions:
+        if name == "action" and key.text in self.actions:
             return Chosen(self.actions[key.text], self.selected and self.selected.value)
+        if name in PICKER_KEYS:
+            rows, pages = PICKER_KEYS[name]
+            self.at = max(min(self.at + rows + pages * self._page, len(self.found) - 1), 0)
+        elif name == "escape":
+            self.search.text, self.searching = "", self.typing
+        elif self.searching:
+            self.search.edit(key)
+        else:
+            self.searching = name == "search"
+        if self.search.text != sought:
+            self._narrow()
         return None
-
-    def _escape(self) -> Chosen | None:
-        if not self.searching or (self.typing and not self.search.text):
-            return CANCELLED
-        self.search, self.searching = Line(), self.typing
-        self._narrow()
-        return None
-
-    def _step(self, rows: int, pages: int) -> None:
-        self.at = max(min(self.at + rows + pages * self._page, len(self.found) - 1), 0)
-
-    def _select(self, value: Any, group: str = "") -> None:
-        """Go to the choice of that value; in the same group, if it is in several."""
-        same = [position for position, index in enumerate(self.found) if self.choices[index].value == value]
-        self.at = next((position for position in same if self._group(position) == group), (same or [self.at])[0])
 
     def _narrow(self) -> None:
-        """Find what all words of the search occur in; a search that grew looks only at what it had found."""
-        text = folded(self.search.text)
-        if text == self._sought:
-            return
-        if self.found:
-            self._kept = self.found[self.at]
-        found = self.found if self._sought in text else range(len(self.choices))
-        for word in text.split():
-            found = [index for index in found if word in self._texts[index]]
-        self.found, self._sought = found, text
-        self.at = 0 if text.split() else self._kept
+        """Find what all words of the search occur in; without any, all, on the same row as before."""
+        words = folded(self.search.text).split()
+        self._kept = self.found[self.at] if self.found else self._kept
+        self.found = range(len(self.choices))
+        for text in words:
+            self.found = [index for index in self.found if text in self._texts[index]]
+        self.at, self.top = 0 if words else self._kept, 0
 
     def _choice(self, position: int) -> Choice:
         return self.choices[self.found[position]]
-
-    def _group(self, position: int) -> str:
-        return self._choice(position).group
 
     # ---- what is shown; what matters less goes first when rows are few ----
 
@@ -5900,24 +5827,16 @@ class Picker:
         above, cursor = self._above(columns, rows, style)
         below = self._below(columns, rows, style)
         height = rows - len(above) - len(below)
-        pane = columns // 3 if self._detailed and columns >= 100 else 0
-        body = self._body(columns - pane, height, style)
+        body = self._body(columns, height, style)
         body += [""] * (height - len(body))
-        if pane:
-            detail = self._detail(pane - 3)
-            body = [
-                f"{padded(line, columns - pane)} {style('│', 'dim')} {text}"
-                for line, text in itertools.zip_longest(body, detail[:height], fillvalue="")
-            ]
         return [fit_cells(line, columns) for line in (*above, *body, *below)], cursor
 
     def _above(self, columns: int, rows: int, style: Style) -> Lines:
-        lines, cursor = [], None
+        lines, cursor, prompt = [], None, "/ " if columns > 8 else ""
         if rows >= (4 if self.searching else 2):
             position = f"{self.at + 1:,}/{len(self.found):,}" if self.found else ""
-            lines.append(both_ends(style(self.title, "bold"), style(position, "dim"), columns))
+            lines.append(f"{style(self.title, 'bold')}  {style(position, 'dim')}")
         if self.searching and rows >= 2:
-            prompt = "/ " if columns > 8 else ""
             text, at = self.search.view(columns - len(prompt))
             cursor = len(lines), len(prompt) + at
             lines.append(prompt + (text or style("type to search", "dim")))
@@ -5927,14 +5846,13 @@ class Picker:
 
     def _below(self, columns: int, rows: int, style: Style) -> list[str]:
         lines = []
-        if self._detailed and rows >= 20 and columns < 100:
-            detail = self._detail(columns - 2)[:3]
-            lines = ["", *(style(f"  {line}", "dim") for line in detail), *[""] * (3 - len(detail))]
-        lines += [""] * (rows >= 14)
-        if self.note and rows >= 5:
-            lines.append(style(one_line(self.note), "dim"))
+        if self._detailed and rows >= 20:
+            room, texts = rows // 6, self.selected.detail if self.selected else ()
+            detail = [row for text in texts for row in wrap_cells(one_line(text, 2_000), columns - 2)][:room]
+            lines = ["", *(style(f"  {line}", "dim") for line in detail), *[""] * (room - len(detail))]
+        lines += [""] * (rows >= 14) + [style(one_line(self.note), "dim")] * (bool(self.note) and rows >= 5)
         if rows >= 6:
-            lines.append(style(as_many(self._helps(), columns), "dim"))
+            lines.append(style(fit_cells(" · ".join(filter(None, self._helps())), columns), "dim"))
         return lines
 
     def _helps(self) -> list[str]:
@@ -5946,10 +5864,6 @@ class Picker:
         escape = "leave search" if not self.typing else "clear" if self.search.text else "cancel"
         return [*found, f"Esc {escape}", "↑↓ move", self.help]
 
-    def _detail(self, width: int) -> list[str]:
-        detail = self.selected.detail if self.selected else ()
-        return [row for text in detail for row in wrap_cells(one_line(text, 2_000), width)]
-
     def _body(self, columns: int, height: int, style: Style) -> list[str]:
         """Column heads, headings of groups, and the choices in view."""
         if not self.found:
@@ -5959,7 +5873,7 @@ class Picker:
         window = self._window(height - heads)
         shown = {row: [*map(one_line, self._choice(row).columns)] for row in window if isinstance(row, int)}
         self._page = max(len(shown) - 1, 1)
-        widths = self._fit([self.heads, *shown.values()], max(columns - self._edge, 1))
+        widths = self._fit([self.heads, *shown.values()], columns - self._edge)
         lines = [style(" " * self._edge + in_columns(self.heads, widths), "dim")] * heads
         for row in window:
             if row not in shown:
@@ -5971,36 +5885,33 @@ class Picker:
         return lines
 
     def _fit(self, table: Iterable[Sequence[str]], room: int) -> list[int]:
-        """Widths of the columns; they never shrink while one scrolls, lest the list tremble."""
+        """Widths of the columns; the first gives way; none shrinks while one scrolls, lest the list tremble."""
         wanted = [max(map(cells, column)) for column in itertools.zip_longest(*table, fillvalue="")]
         self._widths = [max(pair) for pair in itertools.zip_longest(self._widths, wanted, fillvalue=0)]
-        return shared(self._widths, room)
+        first, *others = self._widths or [0]
+        return [min(first, max(room - sum(others) - 2 * len(others), room // 2, 24)), *others]
 
     def _window(self, height: int) -> list[int | str]:
         """Positions of the choices in view, with the heading of a group before its first; moved as little as can be."""
-        low, high = self._first(self.at, height), self._first(len(self.found) - 1, height)
-        self.top = max(low, min(self.top, self.at, high))
+        self.top = max(min(self.top, self.at), self.at - height + 1)
+        while self.at not in (rows := self._rows_from(self.top, height)):
+            self.top += 1
+        return rows
+
+    def _rows_from(self, top: int, height: int) -> list[int | str]:
         rows, group = [], ""
-        for position in range(self.top, len(self.found)):
-            heading = [self._group(position)] if height >= 3 and self._group(position) != group else []
+        for position in range(top, len(self.found)):
+            before, group = group, self._choice(position).group
+            heading = [group] * (group != before and height >= 3)
             if len(rows) + len(heading) >= height:
                 break
             rows += [*heading, position]
-            group = self._group(position)
         return rows
 
-    def _first(self, last: int, height: int) -> int:
-        """The first choice that can be in view together with the last."""
-        if height < 3:  # no room for headings
-            return max(last - height + 1, 0)
-        first, used = last, 1
-        while first:
-            above, group = self._group(first - 1), self._group(first)
-            used += 1 + (above != group)
-            if used + bool(above) > height:
-                break
-            first -= 1
-        return first
+
+def in_columns(texts: Iterable[str], widths: Iterable[int]) -> str:
+    """The texts in columns."""
+    return "  ".join(map(padded, texts, widths))
 
 
 # ---- a question with a line for the answer ----
@@ -6030,10 +5941,8 @@ class Field:
             return None if self.problem else Chosen("picked", self.line.text)
         if key.name == "paste" and len(key.text.strip("\r\n").splitlines()) > 1:
             self.problem = "What was pasted has several lines; one is needed."
-        elif key.name == "paste" and len(key.text) > Line.LIMIT:
-            self.problem = "What was pasted is too long."
-        elif self.line.press(key):
-            self.problem = ""
+        elif self.line.edit(key):
+            self.problem = self.line.notice
         return None
 
     def lines(self, columns: int, rows: int, style: Style) -> Lines:
@@ -6041,7 +5950,7 @@ class Field:
         problem = wrap_cells(one_line(self.problem), columns) if self.problem else []
         below = [style(line, "bad") for line in problem][: rows - 1]
         if rows - len(below) >= 4:
-            below += ["", style(as_many(["Enter go on", "Esc cancel"], columns), "dim")]
+            below += ["", style("Enter go on · Esc cancel", "dim")]
         above = [style(one_line(self.title), "bold")]
         above += [line for text in self.explanation for line in wrap_cells(one_line(text, 2_000), columns)]
         above = [*above, *[""] * (rows >= 14)][: rows - len(below) - 1]
@@ -6050,502 +5959,194 @@ class Field:
         return [fit_cells(line, columns) for line in (*above, prompt + text, *below)], (len(above), len(prompt) + at)
 
 
-# ---- the input: a list of lines and a place in it; each change goes through one door, and can be undone ----
+# ---- the input: a Line of many lines, with history, its search, and completion ----
 
-TEXT_LIMIT = 4 << 20  # characters in the input
-HISTORY_KEPT, UNDO_KEPT = 1_000, 500
-PART = 1_024  # a longer line wraps in parts of so many characters: what is painted costs what is seen
-CLUSTER = 64  # characters that count as one at most
+STRETCH = 8_192  # a line longer than this wraps from a round place before the cursor on
 TAB = "    "
-JOINER, FLAG_HALVES = "\u200d", "".join(map(chr, range(0x1F1E6, 0x1F200)))
 
 
-class Spot(NamedTuple):
-    """A place in the text, before the character at that column."""
-
-    row: int
-    col: int
-
-
-class Edit(NamedTuple):
-    """What undoes a change: the stretch that is new, what stood there, where the cursor was."""
-
-    start: Spot
-    end: Spot
-    removed: str
-    cursor: Spot
+def row_end(text: str, at: int, width: int) -> int:
+    """Where the row ends that starts there: with its line, or before the character that does not fit."""
+    stop = min(len(text), at + width * 8)  # marks without an end take no width, but time
+    for end in range(at, stop):
+        width -= len(TAB) if text[end] == "\t" else cell_width(text[end])
+        if text[end] == "\n" or (width < 0 and end > at):
+            return end
+    return stop
 
 
-class Row(NamedTuple):
-    """A row of the screen and the piece of a line that it shows."""
-
-    line: int
-    start: int
-    text: str
-
-
-class Menu(NamedTuple):
-    """Words on offer for the place where a word starts."""
-
-    start: Spot
-    words: Sequence[str]
-    chosen: int = -1
-
-
-class Search(NamedTuple):
-    """A word looked for in the history; place 1 is the newest entry, 0 says that there is none."""
-
-    word: str = ""
-    place: int = 1
-
-
-Move = Callable[[Sequence[str], Spot], Spot]  # the lines and the cursor -> where it goes
-
-
-def joins(line: str, col: int) -> bool:
-    """Whether the character belongs to the one before: a mark, a Jamo vowel, half of a flag, an emoji joined on."""
-    char = line[col]
-    if char in FLAG_HALVES:
-        before = line[max(0, col - CLUSTER) : col]
-        return (len(before) - len(before.rstrip(FLAG_HALVES))) % 2 == 1
-    skin_tone = "\U0001f3fb" <= char <= "\U0001f3ff"
-    return line[col - 1] == JOINER or skin_tone or not cell_width(char) or unicodedata.category(char) == "Mc"
-
-
-def snapped(line: str, col: int) -> int:
-    """The column, or the start of the character that it lies in."""
-    for at in range(col, max(0, col - CLUSTER), -1):
-        if at == len(line) or not joins(line, at):
-            return at
-    return max(0, col - CLUSTER)
-
-
-def left(lines: Sequence[str], at: Spot) -> Spot:
-    """One character back, as a person counts them."""
-    if at.col:
-        return Spot(at.row, snapped(lines[at.row], at.col - 1))
-    return Spot(at.row - 1, len(lines[at.row - 1])) if at.row else at
-
-
-def right(lines: Sequence[str], at: Spot) -> Spot:
-    """One character on."""
-    line = lines[at.row]
-    if at.col == len(line):
-        return Spot(at.row + 1, 0) if at.row + 1 < len(lines) else at
-    ends = range(at.col + 1, min(len(line), at.col + CLUSTER))
-    return Spot(at.row, next((col for col in ends if not joins(line, col)), ends.stop))
-
-
-def in_word(char: str) -> bool:
-    """Letters, digits, and the marks on them."""
-    return char.isalnum() or char == "_" or not cell_width(char)
-
-
-def word_left(lines: Sequence[str], at: Spot, inside: Callable[[str], bool] = in_word) -> Spot:
-    """The start of this word or the one before."""
-    line, col = lines[at.row], at.col
-    if not col:
-        return left(lines, at)
-    while col and not inside(line[col - 1]):
-        col -= 1
-    while col and inside(line[col - 1]):
-        col -= 1
-    return Spot(at.row, col)
-
-
-def argument_left(lines: Sequence[str], at: Spot) -> Spot:
-    """The start of this word or the one before, as a shell counts words."""
-    return word_left(lines, at, lambda char: not char.isspace())
-
-
-def word_right(lines: Sequence[str], at: Spot) -> Spot:
-    """The end of this word or the next."""
-    line, col = lines[at.row], at.col
-    if col == len(line):
-        return right(lines, at)
-    while col < len(line) and not in_word(line[col]):
-        col += 1
-    while col < len(line) and in_word(line[col]):
-        col += 1
-    return Spot(at.row, col)
-
-
-def line_start(lines: Sequence[str], at: Spot) -> Spot:
-    """Before the first character of the line."""
-    return Spot(at.row, 0)
-
-
-def line_end(lines: Sequence[str], at: Spot) -> Spot:
-    """Behind the last character of the line."""
-    return Spot(at.row, len(lines[at.row]))
-
-
-def to_line_start(lines: Sequence[str], at: Spot) -> Spot:
-    """The start of the line, or beyond it when already there."""
-    return line_start(lines, at) if at.col else left(lines, at)
-
-
-def to_line_end(lines: Sequence[str], at: Spot) -> Spot:
-    """The end of the line, or beyond it when already there."""
-    end = line_end(lines, at)
-    return right(lines, at) if at == end else end
-
-
-def text_end(lines: Sequence[str], at: Spot) -> Spot:
-    """Behind the last character of all."""
-    return Spot(len(lines) - 1, len(lines[-1]))
-
-
-def between(lines: Sequence[str], start: Spot, end: Spot) -> str:
-    """The text from one place to another behind it."""
-    if start.row == end.row:
-        return lines[start.row][start.col : end.col]
-    return "\n".join([lines[start.row][start.col :], *lines[start.row + 1 : end.row], lines[end.row][: end.col]])
-
-
-def wrapped(text: str, width: int) -> Iterator[tuple[int, str]]:
-    """Where each row of the text starts, and how it looks; words are cut, so that the cursor moves evenly."""
-    if text.isascii() and "\t" not in text:
-        yield from ((start, text[start : start + width]) for start in range(0, len(text) or 1, width))
-        return
-    start = used = 0
-    for at, char in enumerate(text):
-        wide = len(TAB) if char == "\t" else cell_width(char)
-        if used and used + wide > width:
-            yield start, text[start:at].replace("\t", TAB)
-            start, used = at, 0
-        used += wide
-    yield start, text[start:].replace("\t", TAB)
-
-
-def parts(line: str) -> range:
-    """The numbers of the parts that the line wraps in."""
-    return range(max(1, -(-len(line) // PART)))
-
-
-def part_rows(lines: Sequence[str], line: int, part: int, width: int) -> list[Row]:
-    """The rows of one part of a line."""
-    begin = part * PART
-    return [Row(line, begin + at, text) for at, text in wrapped(lines[line][begin : begin + PART], width)]
-
-
-def rows_around(lines: Sequence[str], at: Spot, width: int, height: int) -> tuple[list[Row], int]:
-    """The row of the cursor with enough above and below it to fill the height, and its place among them."""
-    part = min(at.col // PART, parts(lines[at.row])[-1])
-    rows = part_rows(lines, at.row, part, width)
-    here = max(n for n, row in enumerate(rows) if row.start <= at.col)
-    above = ((line, n) for line in range(at.row, -1, -1) for n in reversed(parts(lines[line])))
-    for line, n in itertools.dropwhile(lambda where: where >= (at.row, part), above):
-        if here >= height:
+def rows_around(text: str, at: int, width: int, height: int) -> tuple[list[tuple[int, int]], int]:
+    """Starts and ends of the row of the cursor and enough rows above and below it to fill the height; its number."""
+    begin, floor, rows, here = at, (at // STRETCH - 1) * STRETCH, [], 0
+    for _ in range(height):
+        begin = max(line_start(text, max(begin - 1, 0)), floor)
+    while len(rows) - here <= height:
+        end = row_end(text, begin, width)
+        here = len(rows) if begin <= at else here
+        rows.append((begin, end))
+        if end == len(text):
             break
-        hidden = part_rows(lines, line, n, width)
-        rows[:0], here = hidden, here + len(hidden)
-    below = ((line, n) for line in range(at.row, len(lines)) for n in parts(lines[line]))
-    for line, n in itertools.dropwhile(lambda where: where <= (at.row, part), below):
-        if len(rows) - here > height:
-            break
-        rows += part_rows(lines, line, n, width)
+        begin = end + (text[end] == "\n")
     return rows, here
 
 
-def first_shown(rows: Sequence[Row], here: int, height: int, top: tuple[int, int]) -> int:
-    """Which row to paint first: as before, unless the cursor would not be seen, or the end leaves rows empty."""
-    margin = int(height >= 3)  # the outer rows may say how much is hidden
-    was = next((n for n, row in enumerate(rows) if row[:2] >= top), len(rows))
-    first = min(max(was, here - height + 1 + margin), here - margin)
-    return max(0, min(first, len(rows) - height))
-
-
-def more(count: int) -> str:
-    """What stands for the lines that are hidden."""
-    return f"… {plural(count, 'more line')}"
-
-
-def menu_row(menu: Menu, width: int, style: Style) -> str:
-    """The candidates in a row, from the first one or the chosen one on."""
-    words = [clip(printable(word), width + 1) for word in menu.words[: max(menu.chosen, 0) + width]]
-    fits = sum(cells(word) + 2 for word in words[: menu.chosen + 1]) <= width
-    first = 0 if fits else menu.chosen
-    marked = (
-        style(f"›{word} ", "mark") if n == menu.chosen else style(f" {word} ", "dim") for n, word in enumerate(words)
-    )
-    return fit_cells("".join(itertools.islice(marked, first, None)), width)
-
-
-class Editor:
+class Editor(Line):
     """An input of several lines with history, search, completion, undo; asks nothing and paints nothing itself."""
 
+    LIMIT, HISTORY_KEPT = 4 << 20, 1_000
+    ANSWERS = by_key({"interrupt": "ctrl-c", "clear-screen": "ctrl-l", "suspend": "ctrl-z"})
+
     def __init__(self, history: Sequence[str] = (), complete: Callable[[str], list[str]] = lambda text: []):
-        self.history, self._complete = list(history)[-HISTORY_KEPT:], complete
-        self._killed = self._draft = ""
-        self.text = ""
+        self.history, self._complete = list(history)[-self.HISTORY_KEPT :], complete
+        self._draft, self._goal, self._top = "", 0, 0  # column for up and down; where the first row shown starts
+        super().__init__()
 
-    @property
-    def text(self) -> str:
-        """What was typed so far."""
-        return "\n".join(self._lines)
-
-    @text.setter
-    def text(self, text: str) -> None:
-        self._lines, self._at, self._size, self._notice = [""], Spot(0, 0), 0, ""
-        self._place, self._goal, self._top = 0, 0, (0, 0)  # entries back in the history; column for up and down
-        self._before = self._now = ""  # what the last key and this one do, where a second one in a row does more
-        self._menu: Menu | None = None
-        self._search: Search | None = None
-        self._edits: list[Edit] = []
-        self._insert(text)
-        self._edits.clear()
+    def _begin(self) -> None:
+        super()._begin()
+        self._place = 0  # entries back in the history; 0 is the draft
+        self._menu: tuple[int, list[str], int] | None = None  # where the word starts, words on offer, the chosen one
+        self._search: tuple[str, int] | None = None  # a word, and the entry that has it; 0: none has
 
     @property
     def is_empty(self) -> bool:
-        return self._lines == [""]
+        return not self.text
 
     def take(self) -> str:
         """The text, which is then history."""
         text = self.text
         if text.strip():
-            self.history[:] = [*(entry for entry in self.history if entry != text), text][-HISTORY_KEPT:]
+            self.history[:] = [*(entry for entry in self.history if entry != text), text][-self.HISTORY_KEPT :]
         self.text = ""
         return text
 
     def press(self, key: KeyPress) -> str:
         """What the owner should do: '' for nothing, or submit, interrupt, leave, clear-screen, suspend, ignored."""
-        in_search = SEARCH_KEYS.get(key.name) if self._search else None
-        act = in_search or EDITOR_KEYS.get(key.name)
-        if not act:
-            return "ignored"
-        method, *words = [*act, key.text] if key.name in ("text", "paste") else act
-        self._before, self._now, self._notice = self._now, "", ""
-        if self._search and not in_search:
-            self._take_found()
-        answer = method(self, *words)
-        if self._now != "menu":
-            self._menu = None
-        return answer or ""
-
-    def lines(self, columns: int, rows: int, style: Style) -> tuple[list[str], tuple[int, int]]:
-        """The rows to paint, and where the cursor stands in them."""
-        if self._search:
-            return self._search_row(columns, style)
-        indent = "  " if columns >= 8 else ""
-        width = max(1, columns - len(indent) - 1)  # the last column is the cursor's alone
-        below = self._hints(max(1, columns - 1), style)[: rows - 1]
-        height = rows - len(below)
-        around, here = rows_around(self._lines, self._at, width, height)
-        top = first_shown(around, here, height, self._top)
-        window, self._top = around[top : top + height], around[top][:2]
-        shown = [fit_cells(row.text, columns) for row in window]
-        if height >= 3 and top:
-            shown[0] = style(fit_cells(more(window[0].line + 1), width), "dim")
-        if height >= 3 and top + height < len(around):
-            shown[-1] = style(fit_cells(more(len(self._lines) - window[-1].line), width), "dim")
-        prompt = style("› ", "bold") if indent else ""
-        painted = [(indent if n else prompt) + text for n, text in enumerate(shown)] + below
-        behind = cells(self._lines[self._at.row][around[here].start : self._at.col].replace("\t", TAB))
-        return painted, (here - top, min(len(indent) + behind, columns - 1))
-
-    def _hints(self, width: int, style: Style) -> list[str]:
-        """The rows under the text."""
-        rows = [menu_row(self._menu, width, style)] if self._menu else []
-        return rows + ([style(fit_cells(self._notice, width), "bad")] if self._notice else [])
-
-    def _search_row(self, columns: int, style: Style) -> tuple[list[str], tuple[int, int]]:
-        """What is looked for, and the found entry from a little before that word on."""
-        word, place = self._search
-        head = f"(search) {word}"
-        found = printable(self.history[-place]) if 0 < place <= len(self.history) else "nothing found"
-        start = max(0, found.lower().find(word.lower()) - columns // 4)
-        row = f"{style(head, 'bold')}: {clip(found[start:], columns)}"
-        return [fit_cells(row, max(1, columns - 1))], (0, min(cells(head), columns - 1))
-
-    # ---- the one door of every change ----
-
-    def _change(self, start: Spot, end: Spot, text: str) -> None:
-        """Put the text in place of what stands between; the cursor goes behind it."""
-        removed = between(self._lines, start, end)
-        text, room = printable(storable(text)), TEXT_LIMIT - self._size + len(removed)
-        if len(text) > room:
-            text, self._notice = text[:room], f"cut: the input holds {TEXT_LIMIT:,} characters"
-        head, tail = self._lines[start.row][: start.col], self._lines[end.row][end.col :]
-        lines = (head + text + tail).split("\n")
-        self._lines[start.row : end.row + 1] = lines
-        after = Spot(start.row + len(lines) - 1, len(lines[-1]) - len(tail))
-        self._edits.append(Edit(start, after, removed, self._at))
-        del self._edits[:-UNDO_KEPT]
-        self._size += len(text) - len(removed)
-        self._at = after
-
-    def _go(self, where: Move) -> None:
-        self._at = where(self._lines, self._at)
-
-    def _say(self, answer: str) -> str:
-        return answer
-
-    def _insert(self, text: str) -> None:
-        if text:
-            self._change(self._at, self._at, text)
-
-    def _undo(self) -> None:
-        if self._edits:
-            edit = self._edits.pop()
-            self._change(edit.start, edit.end, edit.removed)
-            self._edits.pop()
-            self._at = edit.cursor
-
-    def _type(self, text: str) -> None:
-        """Characters typed in a row are undone by the word."""
-        self._insert(text)
-        self._now = "type"
-        if self._before == "type" and text and not text.isspace():
-            last, typed = self._edits[-2:]
-            self._edits[-2:] = [last._replace(end=typed.end)]
-
-    def _enter(self) -> str:
-        line, (row, col) = self._lines[self._at.row], self._at
-        if col == len(line) and line.endswith("\\"):
-            return self._change(Spot(row, col - 1), self._at, "\n") or ""
-        return "submit" if any(map(str.strip, self._lines)) else ""
-
-    def _erase(self, where: Move) -> None:
-        start, end = sorted((self._at, where(self._lines, self._at)))
-        if start < end:
-            self._change(start, end, "")
-
-    def _kill(self, where: Move) -> None:
-        """Erase, for ctrl-y to bring back; one after another they add up."""
-        to = where(self._lines, self._at)
-        gone = between(self._lines, *sorted((self._at, to)))
-        kept, ahead = self._killed if self._before == "kill" else "", to > self._at
-        if gone:
-            self._killed, self._now = kept + gone if ahead else gone + kept, "kill"
-            self._erase(where)
-
-    def _yank(self) -> None:
-        self._insert(self._killed)
-
-    def _swap(self) -> None:
-        """The characters around the cursor change places; at the end of a line the two before it."""
-        lines, row = self._lines, self._at.row
-        end = right(lines, self._at) if self._at.col < len(lines[row]) else self._at
-        middle = left(lines, end)
-        start = left(lines, middle)
-        if start.row == middle.row == end.row and start < middle < end:
-            self._change(start, end, between(lines, middle, end) + between(lines, start, middle))
-
-    def _leave(self) -> str:
-        if self.is_empty:
-            return "leave"
-        self._erase(right)
+        if self._search and self._press_search(key):
+            return ""
+        menu, self._menu = self._menu, None
+        if key.name in self.ANSWERS or (key.name == "ctrl-d" and self.is_empty):
+            return self.ANSWERS.get(key.name, "leave")
+        breaks = self.text.endswith("\\", 0, self.at) and self.at == line_end(self.text, self.at)
+        if key.name == "enter" and not breaks:
+            return "submit" if self.text.strip() else ""
+        if self.edit(key):
+            return ""
+        if key.name in ("enter", "alt-enter", "shift-enter", "ctrl-j"):
+            self._put(self.at - (key.name == "enter"), self.at, "\n")  # Enter: in place of the backslash
+        elif key.name in ("up", "ctrl-p", "down", "ctrl-n"):
+            self._climb(-1 if key.name in ("up", "ctrl-p") else 1)
+        elif key.name == "tab":
+            self._offer(menu)
+        elif key.name == "ctrl-r":
+            self._search = ("", 1)
+        else:
+            return "" if menu and key.name == "escape" else "ignored"
         return ""
 
-    def _escape(self) -> str:
-        return "" if self._menu else "ignored"
+    def _clean(self, text: str) -> str:
+        return printable(storable(text))
 
     # ---- lines above and below, and the history beyond them ----
 
     def _climb(self, by: int) -> None:
         """A line up or down in the column where this began; beyond the text, an entry of the history."""
-        row = self._at.row + by
-        if not 0 <= row < len(self._lines):
+        text, start, end = self.text, line_start(self.text, self.at), line_end(self.text, self.at)
+        if (by < 0 and start == 0) or (by > 0 and end == len(text)):
             return self._recall(self._place - by)
-        self._goal = self._goal if self._before == "climb" else self._at.col
-        self._at = Spot(row, snapped(self._lines[row], min(self._goal, len(self._lines[row]))))
-        self._now = "climb"
+        self._goal, self._now = self._goal if self._last == "climb" else self.at - start, "climb"
+        start = line_start(text, start - 1) if by < 0 else end + 1
+        self.at = snapped(text, min(start + self._goal, line_end(text, start)))
 
     def _recall(self, place: int) -> None:
         if 0 <= place <= len(self.history):
             self._draft = self._draft if self._place else self.text
             self._place = place
-            text = self.history[-place] if place else self._draft
-            self._change(Spot(0, 0), text_end(self._lines, self._at), text)
+            self._put(0, len(self.text), self._clean(self.history[-place]) if place else self._draft)
 
-    def _look(self, word: str, place: int) -> None:
-        """Search from that place of the history on, backwards in time."""
-        places, low = range(max(1, place), len(self.history) + 1), word.lower()
-        found = next((at for at in places if low in self.history[-at].lower()), 0)
-        self._search = Search(word, found)
+    def _press_search(self, key: KeyPress) -> bool:
+        """Whether the key is for the search; any other takes what was found."""
+        text, place = self._search
+        if key.name in ("text", "paste"):
+            text, place = (text + super()._clean(key.text))[:200], max(place, 1)
+        elif key.name == "backspace":
+            text, place = text[:-1], 1
+        elif key.name == "ctrl-r":
+            place += 1
+        else:
+            self._search = None
+            if place and key.name not in ("escape", "ctrl-g", "ctrl-c"):
+                self._recall(place)
+            return key.name in ("escape", "ctrl-g", "ctrl-c", "enter", "left", "right", "up", "down")
+        older = range(place, len(self.history) + 1)
+        found = next((at for at in older if text.lower() in self.history[-at].lower()), 0)
+        if found or key.name != "ctrl-r":
+            self._search = text, found
+        return True
 
-    def _look_on(self, text: str) -> None:
-        line = printable(storable(text)).partition("\n")[0].replace("\t", " ")
-        self._look((self._search.word + line)[:200], self._search.place)
-
-    def _look_back(self) -> None:
-        self._look(self._search.word[:-1], 1)
-
-    def _look_further(self) -> None:
-        was = self._search
-        self._look(was.word, was.place + 1)
-        self._search = self._search if self._search.place else was
-
-    def _take_found(self) -> None:
-        place, self._search = self._search.place, None
-        if place:
-            self._recall(place)
-
-    def _drop_search(self) -> None:
-        self._search = None
-
-    # ---- completion ----
-
-    def _offer(self, by: int) -> None:
+    def _offer(self, menu: tuple[int, list[str], int] | None) -> None:
         """The first time what all candidates share; then one after another."""
-        self._now = "menu"
-        if self._menu:
-            chosen = (max(self._menu.chosen, -1 if by > 0 else 0) + by) % len(self._menu.words)
-            self._menu = self._menu._replace(chosen=chosen)
-            return self._change(self._menu.start, self._at, self._menu.words[chosen])
-        typed = re.split(r"\s", self._lines[self._at.row][: self._at.col])[-1]
-        start = Spot(self._at.row, self._at.col - len(typed))
-        words = self._complete(between(self._lines, Spot(0, 0), self._at))
+        if menu:
+            start, words, chosen = menu
+            self._menu = start, words, (chosen + 1) % len(words)
+            return self._put(start, self.at, words[self._menu[2]])
+        start, text = self.at, self.text
+        while start and not text[start - 1].isspace():
+            start -= 1
+        words = [self._clean(word) for word in self._complete(text[: self.at])]
         alike = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*words, strict=False))
-        shared = "".join(chars[0] for chars in alike)
-        if len(words) == 1:
-            self._change(start, self._at, f"{words[0]} ")
-        elif len(shared) > len(typed):
-            self._change(start, self._at, shared)
-        self._menu = Menu(start, words) if len(words) > 1 else None
+        shared = f"{words[0]} " if len(words) == 1 else "".join(chars[0] for chars in alike)
+        if len(shared) > self.at - start:
+            self._put(start, self.at, shared)
+        self._menu = (start, words, -1) if len(words) > 1 else None
+
+    # ---- what is shown ----
+
+    def lines(self, columns: int, rows: int, style: Style) -> Lines:
+        """The rows to paint, and where the cursor stands in them."""
+        if self._search:
+            return self._search_row(columns, style)
+        indent = "  " if columns >= 8 else ""
+        width = max(1, columns - len(indent) - 1)  # the last column is the cursor's alone
+        hints = [self._menu_row(width, style)] if self._menu else []
+        hints = [*hints, *([style(fit_cells(self.notice, width), "bad")] if self.notice else [])][: rows - 1]
+        height = rows - len(hints)
+        around, here = rows_around(self.text, self.at, width, height)
+        margin = int(height >= 3)  # the outer rows may say how much is hidden
+        top = sum(start < self._top for start, _ in around)  # as before, unless the cursor would not be seen
+        top = min(max(top, here - height + 1 + margin), here - margin)
+        top = max(0, min(top, len(around) - height))
+        window, self._top = around[top : top + height], around[top][0]
+        shown = [fit_cells(self.text[start:end].replace("\t", TAB), columns) for start, end in window]
+        if margin and window[0][0]:
+            shown[0] = more(self.text.count("\n", 0, window[0][0]) + 1, width, style)
+        if margin and window[-1][1] < len(self.text):
+            shown[-1] = more(self.text.count("\n", window[-1][0]) + 1, width, style)
+        prompt = style("› ", "bold") if indent else ""
+        behind = cells(self.text[around[here][0] : self.at].replace("\t", TAB))
+        cursor = here - top, min(len(indent) + behind, columns - 1)
+        return [(indent if n else prompt) + text for n, text in enumerate(shown)] + hints, cursor
+
+    def _menu_row(self, width: int, style: Style) -> str:
+        """The candidates in a row, from the first one or the chosen one on."""
+        _, words, chosen = self._menu
+        first = 0 if sum(cells(word) + 2 for word in words[: chosen + 1]) <= width else chosen
+        shown = enumerate(map(one_line, words[first : first + width]), first)
+        marked = (style(f"›{word} ", "mark") if n == chosen else style(f" {word} ", "dim") for n, word in shown)
+        return fit_cells("".join(marked), width)
+
+    def _search_row(self, columns: int, style: Style) -> Lines:
+        """What is looked for, and the found entry from a little before that word on."""
+        text, place = self._search
+        head = f"(search) {text}"
+        found = printable(self.history[-place]) if 0 < place <= len(self.history) else "nothing found"
+        start = max(0, found.lower().find(text.lower()) - columns // 4)
+        row = f"{style(head, 'bold')}: {clip(found[start:], columns)}"
+        return [fit_cells(row, max(1, columns - 1))], (0, min(cells(head), columns - 1))
 
 
-Action = tuple[Callable[..., str | None], *tuple[Any, ...]]  # a method and what to call it with
-EDITOR_KEYS: dict[str, Action] = {
-    "text": (Editor._type,),
-    "paste": (Editor._insert,),
-    "enter": (Editor._enter,),
-    **dict.fromkeys(("alt-enter", "shift-enter", "ctrl-j"), (Editor._insert, "\n")),
-    **dict.fromkeys(("left", "ctrl-b"), (Editor._go, left)),
-    **dict.fromkeys(("right", "ctrl-f"), (Editor._go, right)),
-    **dict.fromkeys(("ctrl-left", "alt-left", "alt-b"), (Editor._go, word_left)),
-    **dict.fromkeys(("ctrl-right", "alt-right", "alt-f"), (Editor._go, word_right)),
-    **dict.fromkeys(("home", "ctrl-a"), (Editor._go, line_start)),
-    **dict.fromkeys(("end", "ctrl-e"), (Editor._go, line_end)),
-    **dict.fromkeys(("up", "ctrl-p"), (Editor._climb, -1)),
-    **dict.fromkeys(("down", "ctrl-n"), (Editor._climb, 1)),
-    "backspace": (Editor._erase, left),
-    "delete": (Editor._erase, right),
-    "ctrl-d": (Editor._leave,),
-    "ctrl-w": (Editor._kill, argument_left),
-    "alt-backspace": (Editor._kill, word_left),
-    "alt-d": (Editor._kill, word_right),
-    "ctrl-u": (Editor._kill, to_line_start),
-    "ctrl-k": (Editor._kill, to_line_end),
-    "ctrl-y": (Editor._yank,),
-    "ctrl-t": (Editor._swap,),
-    **dict.fromkeys(("ctrl-_", "ctrl-/"), (Editor._undo,)),
-    "tab": (Editor._offer, 1),
-    "backtab": (Editor._offer, -1),
-    "escape": (Editor._escape,),
-    "ctrl-r": (Editor._look, "", 1),
-    "ctrl-c": (Editor._say, "interrupt"),
-    "ctrl-l": (Editor._say, "clear-screen"),
-    "ctrl-z": (Editor._say, "suspend"),
-}
-SEARCH_KEYS: dict[str, Action] = {
-    **dict.fromkeys(("text", "paste"), (Editor._look_on,)),
-    "backspace": (Editor._look_back,),
-    "ctrl-r": (Editor._look_further,),
-    **dict.fromkeys(("enter", "left", "right", "up", "down"), (Editor._take_found,)),
-    **dict.fromkeys(("escape", "ctrl-g", "ctrl-c"), (Editor._drop_search,)),
-}
+def more(count: int, width: int, style: Style) -> str:
+    """What stands for the lines that are hidden."""
+    return style(fit_cells(f"… {plural(count, 'more line')}", width), "dim")
 
 
 # ---- the look of an answer: styles for the lines of Markdown, which may come from any model in any state ----
@@ -6554,22 +6155,17 @@ FENCE = re.compile(r"\s*(`{3,}|~{3,})([^`]*)\Z")
 QUOTE = re.compile(r"\s{0,3}(?:> ?)+")
 HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
 BULLET = re.compile(r"(\s*)[-*] ")
-RULE = "─" * 20
-MARK = re.compile(
-    r"\\[*_\[\]\\]|https?://[^\s*<>]+"  # not ours: an escaped mark, an address with marks in it
+INLINE_LIMIT = 2_000  # characters; a longer line stays as it is: looking for pairs of marks takes the square of them
+MARKED = re.compile(
+    r"\\[*_\[\]\\`]|https?://[^\s*<>]+"  # not ours: an escaped mark, an address with marks in it
+    r"|(?<!`)(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
     r"|\[(?P<text>[^\[\]]+)\](?P<url>\((?:[^()\s]|\([^()\s]*\))+\))"
-    r"|(?P<run>\*+|_+)"
+    # A letter outside makes a mark a part of a name, product or path; a Korean particle does not, behind a star.
+    r"|(?:(?<![A-Za-z0-9_/\\*])(?P<stars>\*{1,3})(?![\s*])|(?<![\w/\\])(?P<bar>_)(?![\s_]))"
+    r"(?P<inside>(?:[^`]|`[^`]*`)+?)"
+    r"(?(stars)(?<![\s*])(?P=stars)(?![A-Za-z0-9_/\\*])|(?<![\s_])_(?![\w/\\]))"
 )
 EMPHASIS = {"*": ("italic",), "_": ("italic",), "**": ("bold",), "***": ("bold", "italic")}  # __init__ is no mark
-
-
-class Token(NamedTuple):
-    """A stretch of a line; a mark may open or close what it stands for."""
-
-    text: str
-    look: tuple[str, ...] = ()
-    opens: bool = False
-    closes: bool = False
 
 
 class Markdown:
@@ -6605,81 +6201,27 @@ def block(text: str, style: Style) -> str:
     text, head = text[len(quote) :], style(quote.replace(">", "│"), "dim")
     bare = "".join(text.split())
     if len(bare) >= 3 and bare[0] in "-*_" and len(set(bare)) == 1:
-        return head + style(RULE, "dim")
+        return head + style("─" * 20, "dim")
     if heading := HEADING.match(text):
-        return head + inline(text[heading.end() :], style, "head")
+        return head + style(inline(text[heading.end() :], style), "head")
     if bullet := BULLET.match(text):
         return head + bullet[1] + "• " + inline(text[bullet.end() :], style)
     return head + inline(text, style)
 
 
-def inline(text: str, style: Style, *names: str) -> str:
+def inline(text: str, style: Style) -> str:
     """The line with its marks as looks; a mark without its partner stays."""
-    tokens = list(tokens_in(text))
-    turns, depth, on, looks = pairs(tokens), dict.fromkeys(EMPHASIS, 0), names, []
-    for n, token in enumerate(tokens):
-        if n in turns:
-            depth[token.text] += turns[n]
-            inside = {name for mark in EMPHASIS if depth[mark] for name in EMPHASIS[mark]}
-            on = (*names, *sorted(inside))
-        else:
-            looks.append((token.text, (*on, *token.look)))
-    runs = itertools.groupby(looks, key=lambda look: look[1])
-    return "".join(style("".join(text for text, _ in run), *look) for look, run in runs)
 
-
-def tokens_in(text: str) -> Iterator[Token]:
-    """Code first: nothing inside it is a mark. A run of backquotes ends at the next one of its length."""
-    runs, later, at = list(re.finditer("`+", text)), {}, 0
-    for run in reversed(runs):
-        later.setdefault(len(run[0]), []).append(run)
-    for run in runs:
-        same = later[len(run[0])]
-        while same and same[-1].start() <= run.start():
-            same.pop()
-        if same and run.start() >= at and text[run.start() - 1 : run.start()] != "\\":
-            yield from marks_in(text, at, run.start())
-            yield Token(text[run.end() : same[-1].start()], ("code",))
-            at = same[-1].end()
-    yield from marks_in(text, at, len(text))
-
-
-def marks_in(text: str, at: int, end: int) -> Iterator[Token]:
-    """The links and runs of marks between two places, and the text between those."""
-    for match in MARK.finditer(text, at, end):
-        yield Token(text[at : match.start()])
-        at = match.end()
+    def look(match: re.Match) -> str:
+        if match["code"]:
+            return style(match["code"], "code")
         if match["url"]:
-            yield Token(f"{match['text']} ")
-            yield Token(match["url"], ("dim",))
-        elif match["run"] in EMPHASIS:
-            before, after, mark = text[match.start() - 1 : match.start()], text[at : at + 1], match["run"]
-            opens = bool(after.strip()) and not touches(before, mark)
-            yield Token(mark, (), opens, bool(before.strip()) and not touches(after, mark))
-        else:
-            yield Token(match[0])
-    yield Token(text[at:end])
+            return f"{match['text']} {style(match['url'], 'dim')}"
+        if match["inside"]:
+            return style(inline(match["inside"], style), *EMPHASIS[match["stars"] or "_"])
+        return match[0]
 
-
-def touches(outside: str, mark: str) -> bool:
-    """Whether the character outside makes the mark a part of a name, product or path; a Korean particle does not."""
-    return (outside.isalnum() and (mark == "_" or outside.isascii())) or outside in {"_", "/", "\\"}
-
-
-def pairs(tokens: Sequence[Token]) -> dict[int, int]:
-    """The marks that have a partner: 1 where something opens, -1 where it closes."""
-    turns, stack, waiting = {}, [], dict.fromkeys(EMPHASIS, 0)
-    for n, (text, _, opens, closes) in enumerate(tokens):
-        if closes and waiting[text]:
-            partner = -1
-            while partner < 0 or tokens[partner].text != text:  # what opened in between has no partner
-                partner = stack.pop()
-                waiting[tokens[partner].text] -= 1
-            turns[partner], turns[n] = 1, -1
-        elif opens:
-            stack.append(n)
-            waiting[text] += 1
-    return turns
+    return MARKED.sub(look, text) if len(text) <= INLINE_LIMIT else text
 
 
 # ===== 17. Console ============================================================

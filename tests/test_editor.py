@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openpista import EDITOR_KEYS, SEARCH_KEYS, TEXT_LIMIT, Editor, KeyPress, Markdown, Style, cells
+from openpista import ERASES, KILLS, MOVES, Editor, KeyPress, Markdown, Style, cells
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 COLOURS, PLAIN = Style(True), Style(False)
@@ -62,10 +62,7 @@ EDITS = [
     ("'one_two_three ctrl-w ctrl-w ctrl-y", "one two three", (0, 13)),  # in a row they add up
     ("'one_two ctrl-a alt-d alt-d ctrl-y ctrl-y", "one twoone two", (0, 14)),
     ("'one ctrl-w x ctrl-y", "xone", (0, 4)),
-    ("'abc ctrl-t", "acb", (0, 3)),
-    ("'abc ctrl-a right ctrl-t", "bac", (0, 2)),
-    ("a ctrl-t", "a", (0, 1)),
-    ("backspace delete ctrl-w ctrl-k ctrl-y ctrl-t ctrl-_ up down left right", "", (0, 0)),
+    ("backspace delete ctrl-w ctrl-k ctrl-y ctrl-_ up down left right", "", (0, 0)),
     ("a alt-enter b home backspace", "ab", (0, 1)),
     ("a alt-enter b up end delete", "ab", (0, 1)),
     ("a alt-enter b home left", "a\nb", (0, 1)),
@@ -76,7 +73,6 @@ EDITS = [
     (f'"{FLAG}{FLAG} home right x', f"{FLAG}x{FLAG}", (0, 3)),
     (f'"{WAVE}b home right x', f"{WAVE}xb", (0, 3)),
     (f'"{HAN}{HAN} left x', f"{HAN}x{HAN}", (0, 4)),
-    (f'"{E_ACUTE}가 ctrl-t', f"가{E_ACUTE}", (0, 3)),
     ("'가나_다라 ctrl-w", "가나 ", (0, 3)),
     ('"\x1b[31mred\x07\u202e', "red", (0, 3)),  # what would colour or move never comes in
     ('"a\ud800b', "a?b", (0, 3)),
@@ -87,7 +83,8 @@ EDITS = [
 def test_editing(words, text, cursor):
     editor = Editor()
     press(editor, words)
-    assert (editor.text, tuple(editor._at)) == (text, cursor)
+    before = editor.text[: editor.at]
+    assert (editor.text, (before.count("\n"), len(before) - before.rfind("\n") - 1)) == (text, cursor)
 
 
 ANSWERS = [
@@ -202,7 +199,6 @@ COMPLETIONS = [
     ("'/m tab tab", "/model", ["›/model  /models"]),
     ("'/m tab tab tab", "/models", [" /model ›/models"]),
     ("'/m tab tab tab tab", "/model", ["›/model  /models"]),
-    ("'/m tab backtab", "/models", [" /model ›/models"]),
     ("'/m tab tab tab x", "/modelsx", []),
     ("'/m tab escape", "/model", []),
     ("'/m tab ctrl-_", "/m", []),
@@ -266,11 +262,11 @@ def test_painting(words, columns, rows, lines, cursor):
 
 def test_a_text_over_the_limit_is_cut_and_says_so():
     editor = Editor()
-    editor.press(KeyPress("paste", "x" * (TEXT_LIMIT + 5)))
-    assert len(editor.text) == TEXT_LIMIT
+    editor.press(KeyPress("paste", "x" * (Editor.LIMIT + 5)))
+    assert len(editor.text) == Editor.LIMIT
     assert plain(editor, 60, 5)[0][-1] == "cut: the input holds 4,194,304 characters"
     press(editor, "y left")
-    assert len(editor.text) == TEXT_LIMIT
+    assert len(editor.text) == Editor.LIMIT
     press(editor, "ctrl-_ ctrl-_")
     assert editor.is_empty
 
@@ -285,14 +281,26 @@ def test_a_great_paste_is_not_submitted():
     assert press(editor, "x enter") == "submit"
 
 
+@pytest.mark.parametrize("text, width", [("0123456789" * 10_000, 1), ("가나" * 50_000, 2), ("word\n" * 20_000, 0)])
+def test_what_is_painted_costs_what_is_seen(text, width):
+    editor = Editor()
+    editor.text = text
+    press(editor, "home " + "right " * 7 if not width else "left " * 7)
+    started = time.process_time()
+    lines, (row, col) = editor.lines(63, 10, PLAIN)
+    assert time.process_time() - started < 0.05
+    if width:
+        shown = "".join(lines).replace("  ", "")[-7 - (60 // width) :]
+        assert text.endswith(shown) and lines[row][2:][: (col - 2) // width] + text[-7:] == lines[row][2:]
+
+
 LETTERS = st.sampled_from(
     ["a", " ", "\\", "_", "가", "\t", "\u0301", "\u200d", "👩", "🇰", "\u1112", "\u1161", "ﷺ", "\x1b", "\u2028"]
 )
 PASTES = st.text(st.one_of(LETTERS, st.just("\n"), st.characters()), max_size=120)
+OTHERS = "enter alt-enter up down tab ctrl-r ctrl-g escape ctrl-c ctrl-l ctrl-y ctrl-_ f1 resize"
 KEY = st.one_of(
-    st.sampled_from(
-        [KeyPress(name) for name in sorted({*EDITOR_KEYS, *SEARCH_KEYS, "f1", "resize"} - {"text", "paste"})]
-    ),
+    st.sampled_from([KeyPress(name) for name in sorted({*MOVES, *ERASES, *KILLS, *OTHERS.split()})]),
     LETTERS.map(lambda char: KeyPress("text", char)),
     PASTES.map(lambda text: KeyPress("paste", text)),
 )
@@ -307,9 +315,7 @@ def test_whatever_is_pressed_the_frame_holds(pressed, colours):
     for key, (columns, rows) in pressed:
         editor.press(key)
         lines, (row, col) = editor.lines(columns, rows, Style(colours))
-        at = editor._at
-        assert 0 <= at.row < len(editor._lines) and 0 <= at.col <= len(editor._lines[at.row])
-        assert editor._size == len(editor.text)
+        assert 0 <= editor.at <= len(editor.text) <= Editor.LIMIT
         assert len(lines) <= rows and 0 <= row < len(lines) and 0 <= col < columns
         assert all(cells(line) <= columns for line in lines)
         assert not re.search(r"[\x00-\x1f\x7f-\x9f]", SGR.sub("", "".join(lines)))
@@ -322,7 +328,7 @@ def test_whatever_is_pressed_the_frame_holds(pressed, colours):
 def test_undo_restores(text, pressed):
     editor = Editor(["old"], lambda text: WORDS)
     editor.text = text
-    was = editor.text, editor._at
+    was = editor.text, editor.at
     for key in pressed:
         editor.press(key)
     press(editor, "ctrl-r escape " + "ctrl-_ " * 80)
@@ -334,13 +340,13 @@ def test_undo_restores(text, pressed):
 def test_left_and_right_meet_all_the_way(text, columns, rows):
     editor = Editor()
     editor.text = text
-    stops = [editor._at]
+    stops = [editor.at]
     for name in ("left", "right"):
         while True:
             editor.press(KeyPress(name))
-            if editor._at == stops[-1]:
+            if editor.at == stops[-1]:
                 break
-            stops.append(editor._at)
+            stops.append(editor.at)
     assert stops == stops[: len(stops) // 2 + 1] + stops[: len(stops) // 2][::-1]
 
 
@@ -363,16 +369,19 @@ LOOKS = [
     ("a *b* c", "a <italic>b</> c"),
     ("a _b_ c", "a <italic>b</> c"),
     ("***both***", "<bold,italic>both</>"),
-    ("**a *b* c**", "<bold>a </><bold,italic>b</><bold> c</>"),
+    ("**a *b* c**", "<bold>a <italic>b</> c</>"),
     ("**서울**은 *크다*고", "<bold>서울</>은 <italic>크다</>고"),
     ("use `rm *.log` now", "use <code>rm *.log</> now"),
     ("``a ` b``", "<code>a ` b</>"),
-    ("**`x`**", "<bold,code>x</>"),
+    ("**`x`**", "<bold><code>x</></>"),
     (r"`C:\` and `b`", r"<code>C:\</> and <code>b</>"),
     ("snake_case and _a_b", "snake_case and _a_b"),
     ("2*3*4 and 2**3**4", "2*3*4 and 2**3**4"),
     ("__init__.py", "__init__.py"),
     ("rm *.log *.tmp", "rm *.log *.tmp"),
+    ("*.log and `*.tmp`", "*.log and <code>*.tmp</>"),
+    ("*`a*b` c*", "<italic><code>a*b</> c</>"),
+    ("**a** " * 400, "**a** " * 400),  # too long to look for pairs
     ("/a/*/b/*/c", "/a/*/b/*/c"),
     ("**not closed", "**not closed"),
     ("a * b * c", "a * b * c"),
@@ -380,7 +389,7 @@ LOOKS = [
     ("`not closed", "`not closed"),
     (r"\*stars\*", r"\*stars\*"),
     ("https://x.org/_a_/*b", "https://x.org/_a_/*b"),
-    ("# Head **b**", "<head>Head </><head,bold>b</>"),
+    ("# Head **b**", "<head>Head <bold>b</></>"),
     ("###### six", "<head>six</>"),
     ("#hashtag", "#hashtag"),
     ("- one", "• one"),
@@ -393,7 +402,7 @@ LOOKS = [
     ("* * *", f"<dim>{'─' * 20}</>"),
     ("--", "--"),
     ("[docs](https://x.org/a_b_(c))!", "docs <dim>(https://x.org/a_b_(c))</>!"),
-    ("**[a](b)**", "<bold>a </><bold,dim>(b)</>"),
+    ("**[a](b)**", "<bold>a <dim>(b)</></>"),
     ("[a] (b) [c](d e)", "[a] (b) [c](d e)"),
     ("| a | **b** |", "| a | <bold>b</> |"),
 ]
@@ -442,39 +451,13 @@ def test_nothing_is_swallowed(lines):
         assert untouched.line(text) == untouched.partial(text) == text
 
 
-HOSTILE = [
-    "*",
-    "`",
-    "_",
-    "**a ",
-    "a** ",
-    "*a _b ",
-    "`a``b",
-    "[",
-    "[a](",
-    "[a](b",
-    "(b)",
-    "> ",
-    "- ",
-    "\\",
-    "\\`",
-    "#",
-    "~",
-    "![",
-    "https://",
-    "*a* ",
-    "*a **b* c** ",
-    "` `` ``` ",
-]
+HOSTILE = "* ` _ **a· a**· *a·_b· `a``b [ [a]( [a](b (b) >· -· \\ \\` # ~ ![ https:// *a· *a·**b*·c**· `·``·```· *`a`·".split()
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_lines_take_linear_time(text):
-    def seconds(size):
-        line, markdown = text * (size // len(text)), Markdown(COLOURS)
-        start = time.perf_counter()
+def test_hostile_lines_take_little_time(text):
+    for size in (1_999, 100_000):
+        line, markdown = (text.replace("·", " ") * size)[:size], Markdown(COLOURS)
+        started = time.process_time()
         markdown.partial(line)
-        return time.perf_counter() - start
-
-    limit = 40 * max(min(seconds(10_000) for _ in range(2)), 0.0005)
-    assert any(seconds(100_000) < limit for _ in range(3))
+        assert time.process_time() - started < 0.3

@@ -45,7 +45,8 @@ def test_fit_cells_closes_what_it_cut(text, width, fitted):
         ("one two three", 7, ["one two", "three"]),
         ("    indented words", 12, ["    indented", "words"]),
         ("abcdefghij k", 4, ["abcd", "efgh", "ij k"]),
-        ("ab abcdefgh", 4, ["ab a", "bcde", "fgh"]),
+        ("ab abcdefgh", 4, ["ab", "abcd", "efgh"]),
+        ("      abcdef", 8, ["      ab", "cdef"]),
         ("한국어 말", 4, ["한국", "어", "말"]),
         ("a\tb\tc", 20, ["a   b   c"]),
         ("한\tb", 20, ["한  b"]),
@@ -106,13 +107,12 @@ def keys_of(data):
         (b"\x1bOP\x1b[15~\x1b[24~", "f1 f5 f12"),
         (b"\x1b[1;5D\x1b[1;3C\x1b[1;2A\x1b[3;5~", "ctrl-left alt-right shift-up ctrl-delete"),
         (b"\x1b[1;9A\x1b\x1b[A", "alt-up alt-up"),
-        (b"\x1b[Z\x1b[9;2u", "backtab backtab"),
+        (b"\x1b[Z\x1b[9;2u", "shift-tab shift-tab"),
         (b"\x1b[13;2u\x1b[27;2;13~\x1b[13u", "shift-enter shift-enter enter"),
-        (b"\x1b[97;5u\x1b[27;5;97~\x1b[97;3u\x1b[97;2u\x1b[32;5u", "ctrl-a ctrl-a alt-a 'A' ctrl-space"),
-        (b"\x1b[97:65;6:1u\x1b[97;1:3u", "ctrl-a unknown"),  # kitty: another case of the letter; released
-        (b"\x1b[<0;10;10M\x1b[<0;10;10m\x1b[M !!x", "unknown unknown unknown 'x'"),  # the mouse
+        (b"\x1b[97;5u\x1b[27;5;97~\x1b[97;3u\x1b[32;5u", "ctrl-a ctrl-a alt-a ctrl-space"),
+        (b"\x1b[<0;10;10M\x1b[<0;10;10m\x1b[I\x1b[Mx", "unknown unknown unknown unknown 'x'"),  # the mouse, the focus
+        (b"\x1b[1;0A\x1b[;2A\x1b[97:65;6:1u", "up shift-up unknown"),
         (b"\x1b]11;rgb:0/0/0\x1b\\a\x1bP1$r\x07b", "unknown 'a' unknown 'b'"),
-        (b"\x1b]11;rgb\x1b[A", "unknown up"),
         (b"\x1b[?62;4c\x1b[24;80R\x1b[[Ax", "unknown unknown unknown 'x'"),
         (b"\x1b[1;\x1b[A", "unknown up"),
         (b"\x1b[1;", "unknown"),
@@ -168,14 +168,6 @@ def test_half_a_character_waits_longer_than_half_a_sequence():
     decoder = KeyDecoder()
     assert decoder.feed("é".encode()[:1]) + decoder.flush() == []
     assert decoder.feed("é".encode()[1:])[0].text == "é"
-
-
-def test_memory_is_bounded_in_a_string_without_an_end():
-    decoder = KeyDecoder()
-    for _ in range(50):
-        assert decoder.feed(b"\x1b]" + b"x" * 10_000 if _ == 0 else b"x" * 10_000) == []
-    assert len(decoder._text) <= decoder.MARK
-    assert [key.name for key in decoder.flush()] == ["unknown"]
 
 
 PIECES = st.sampled_from(
@@ -414,7 +406,10 @@ if not job:
     os.execv(sys.executable, [sys.executable, "-c", sys.argv[3]])
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-os.setpgid(job, job)
+try:
+    os.setpgid(job, job)
+except PermissionError:  # it has done so itself, and runs already
+    pass
 os.tcsetpgrp(0, job)
 os.write(report, b"job %d\\n" % job)
 while os.WIFSTOPPED(status := os.waitpid(job, os.WUNTRACED)[1]):
@@ -528,9 +523,7 @@ def test_a_paste_that_never_ends_does_not_lock_the_keyboard():
     with Job(KEY_LOOP) as job:
         job.wait("ready")
         job.send(b"\x1b[200~half")
-        deadline = time.monotonic() + 10
-        while struct.unpack("i", fcntl.ioctl(job.slave, termios.FIONREAD, b"\0" * 4))[0]:  # the job has read it
-            assert time.monotonic() < deadline
+        time.sleep(0.3)  # till the job has read it
         job.send(b"\x03")
         job.wait("ended 0")
         assert "key paste half\nkey ctrl-c" in job.said
@@ -666,11 +659,10 @@ class Widget:
         say("pressed", key.name)
         self.text += key.text
         return {"enter": self.text, "ctrl-c": "cancelled"}.get(key.name)
-wake = asyncio.Event()
 widget = Widget()
 with Tty(0, sys.stdout, os.environ) as tty:
-    asyncio.get_running_loop().call_later(0.01, wake.set)
-    say("result", await converse(tty, widget, Style(True), wake), len(asyncio.all_tasks()))
+    asyncio.get_running_loop().call_later(0.01, tty.press, KeyPress("wake"))
+    say("result", await converse(tty, widget, Style(True)), len(asyncio.all_tasks()))
 """
 
 
