@@ -8340,7 +8340,7 @@ SAID = {
     Decision.ALWAYS: "yes, and always this command in this session",
     Decision.DENY: "no, and nothing risky in this turn",
 }
-CHOICES = "Run it?  [y]es, once   [a]lways in this session   [n]o"
+ONE_KEY = "Run it?  [y]es, once   [a]lways in this session   [n]o"
 
 
 class Question(NamedTuple):
@@ -8427,12 +8427,19 @@ class ScreenChat(Chat):
         return key.name == "gone"
 
     async def _end(self) -> None:
-        if self.turn:
-            self.turn.cancel()
+        try:
+            if self.turn:
+                self.turn.cancel()
+                await asyncio.wait([self.turn])
+        except (
+            asyncio.CancelledError
+        ):  # SIGHUP, behind the end of the terminal: the turn still has to close its transcript
             await asyncio.wait([self.turn])
-        if self._paint_due:
-            self._paint_due.cancel()
-        self.painter.clear()
+            raise
+        finally:
+            if self._paint_due:
+                self._paint_due.cancel()
+            self.painter.clear()
 
     async def _tick(self) -> None:
         """Keep the seconds true while something runs."""
@@ -8645,7 +8652,7 @@ class ScreenChat(Chat):
         """The lines between the answer and the input."""
         lines = []
         if self.question:
-            lines.append(self.style(CHOICES, "ask"))
+            lines.append(self.style(ONE_KEY, "ask"))
         elif self.turn:
             lines.append(self.style(self._status(), "dim"))
         waiting = [f"queued: {clip(self.redact(printable(text)), 200)}" for text in self.queue]

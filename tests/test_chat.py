@@ -181,13 +181,14 @@ def test_a_risky_call_is_asked_about_with_one_key(model, chat, tmp_path):
     tty.send("\x7f")
     tty.spend(SETTLE)
     tty.send("x")  # no answer at all
-    tty.spend(0.1)
-    assert "Run it?" in tty.text
+    tty.send(paste("a") + ENTER)  # what is pasted is none either, and waits
+    tty.wait("queued: a")
+    assert "Run it?" in tty.text and runs("log") == 0
+    tty.spend(SETTLE)
     tty.send("y")
     tty.wait("  yes, once")
     answered(tty, 1)
-    assert runs("log") == 1 and "Run it?" not in tty.text and prompts(tty)[-1] == "›"
-    tty.send("two" + ENTER)
+    assert runs("log") == 1 and questions(model)[-1] == "a" and prompts(tty)[-1] == "›"
     tty.wait("Run it?")
     tty.spend(SETTLE)
     tty.send("ㅁ")  # the key of the a on a Korean keyboard
@@ -503,7 +504,9 @@ def test_a_resize_during_an_answer(model, chat, reflow, sizes):
     answered(tty, 1)
     tty.send(" on")
     tty.wait("› typed on")
-    assert "\n› go\n" in tty.scrolled and tty.scrolled.count("typed") == 1
+    if reflow or sizes is LOW:  # where lines are cut instead of wrapped, too many are taken away in a narrower window
+        assert "\n› go\n" in tty.scrolled
+    assert tty.scrolled.count("typed") == 1
     assert len(re.findall(r"^openai/gpt-4o · c", tty.scrolled, re.M)) == 1
     found = re.findall(r"w\d{3}", tty.scrolled)
     if sizes is LOW:  # what was painted and went out at the top cannot be taken back, and is printed once more
@@ -585,7 +588,7 @@ def test_the_terminal_goes_away_during_a_turn(model, chat, tmp_path):
         pid = started(tty, tmp_path / "pid")
         assert tty.hang_up() == 130
     assert not is_alive(pid)
-    assert "Traceback" not in (tmp_path / "err").read_text()
+    assert (tmp_path / "err").read_text() == "openpista: interrupted\n"
 
 
 def test_a_signal_in_a_picker(model, chat):
@@ -713,6 +716,21 @@ def test_piped_lines(model, openpista, openai):
     assert done.stdout == "then this\n" and "answered 400" in done.stderr
     assert openpista("tui", env=openai, input="").returncode == 0
     assert openpista("tui", "-s", "\x1b[35m", env=openai).returncode == 2
+    lines = [
+        "/sessions",
+        "/models",
+        "/model m2",
+        "/connection",
+        "/stop",
+        "/help",
+        "/skills",
+        "/new",
+        "/clear",
+        "/tools",
+    ]
+    done = openpista("tui", env=openai, input="\n".join(lines))
+    assert done.returncode == 2 and "BEGINS WITH" in done.stdout and "gpt-5-codex" in done.stdout
+    assert "auth login" in done.stderr and not foreign(done.stdout.encode() + done.stderr.encode())
     done = openpista("tui", env=openai, input=f"/model {EVIL}\n/nope\x1b[35m\n")
     assert not foreign(done.stdout.encode() + done.stderr.encode())
 
