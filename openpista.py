@@ -55,6 +55,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -6276,6 +6277,7 @@ class Console:
         else:
             self._break()
             self._print(reply.text + "\n")
+        self._said = ""
         self._note(took(reply, seconds))
 
     def close(self) -> None:
@@ -6486,6 +6488,18 @@ def interruptible() -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
+@contextlib.contextmanager
+def logging_to(stream: Any) -> Iterator[None]:
+    """What is logged meanwhile goes to this stream."""
+    handlers = [one for one in logging.getLogger().handlers if isinstance(one, logging.StreamHandler)]
+    former = [handler.setStream(stream) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, one in zip(handlers, former, strict=True):
+            handler.setStream(one)
+
+
 def print_json(value: Any) -> None:
     """One JSON value on stdout, readable."""
     print(json_safe(json.dumps(value, ensure_ascii=False, indent=2)))
@@ -6693,7 +6707,7 @@ async def beside(tty: Tty, widget: Any, work: asyncio.Task) -> Chosen:
     person = asyncio.create_task(converse(tty, widget, tty.style))
     try:
         await asyncio.wait({person, work}, return_when=asyncio.FIRST_COMPLETED)
-        return Chosen("done") if work.done() else person.result()
+        return person.result() if person.done() else Chosen("done")
     finally:
         person.cancel()
         await asyncio.wait([person])
@@ -6703,6 +6717,8 @@ async def end_task(work: asyncio.Task) -> None:
     """Stop what is no longer waited for."""
     work.cancel()
     await asyncio.wait([work])
+    if not work.cancelled():
+        work.exception()  # it ended by itself meanwhile; nobody asks how
 
 
 async def choose(tty: Tty, title: str, choices: Sequence[tuple[str, str]], note: str = "") -> str:
@@ -6888,7 +6904,8 @@ async def browse_models(tty: Tty, provider: str, fetch: Callable[..., Awaitable[
                 work = None
             elif outcome.kind == "refresh":
                 picker.note = "fetching …"
-                work = work or asyncio.create_task(fetch(True))
+                if not work or work.done():
+                    work = asyncio.create_task(fetch(True))
             else:
                 return outcome.value if outcome.kind == "picked" else ""
     finally:
@@ -7248,15 +7265,14 @@ class Chat:
 
     async def open(self, given: bool) -> None:
         """Take up the session: its model, and if it was named what was said last."""
+        known = given
         try:
-            await (self.desk.resume(self.session) if given else self.desk.use(""))
-            known = given
-        except StoreError:
-            known = False
-            with contextlib.suppress(CredentialError, ConfigError):
+            try:
+                await (self.desk.resume(self.session) if given else self.desk.use(""))
+            except StoreError:  # there is no such session yet
+                known = False
                 await self.desk.use("")
         except (CredentialError, ConfigError) as error:
-            known = given
             self.complain(error)
         self.greet("" if known else "new ")
         if known:
@@ -7613,7 +7629,7 @@ SAID = {
     Decision.ALWAYS: "yes, and always this command in this session",
     Decision.DENY: "no, and nothing risky in this turn",
 }
-RUN_IT = "Run it?  [y]es, once   [a]lways in this session   [n]o"
+ONE_KEY = "Run it?  [y]es, once   [a]lways in this session   [n]o"
 
 
 class Question(NamedTuple):
@@ -7661,7 +7677,7 @@ class ScreenChat(Chat):
 
     async def run(self, given: bool) -> int:
         """Keys in, answers out, until the person leaves."""
-        with interruptible(), self.tty, self._notes():
+        with interruptible(), self.tty, logging_to(self):  # above the input, and not in it
             ticking = asyncio.create_task(self._tick())
             try:
                 await self.open(given)
@@ -7700,12 +7716,19 @@ class ScreenChat(Chat):
         return key.name == "gone"
 
     async def _end(self) -> None:
-        if self.turn:
-            self.turn.cancel()
+        try:
+            if self.turn:
+                self.turn.cancel()
+                await asyncio.wait([self.turn])
+        except (
+            asyncio.CancelledError
+        ):  # SIGHUP, behind the end of the terminal: the turn still has to close its transcript
             await asyncio.wait([self.turn])
-        if self._paint_due:
-            self._paint_due.cancel()
-        self.painter.clear()
+            raise
+        finally:
+            if self._paint_due:
+                self._paint_due.cancel()
+            self.painter.clear()
 
     async def _tick(self) -> None:
         """Keep the seconds true while something runs."""
@@ -7713,17 +7736,6 @@ class ScreenChat(Chat):
             await asyncio.sleep(self.TICK)
             if self.turn and self._covered is None:
                 self._soon()
-
-    @contextlib.contextmanager
-    def _notes(self) -> Iterator[None]:
-        """What is logged meanwhile stands above the input, and not in it."""
-        handlers = [one for one in logging.getLogger().handlers if isinstance(one, logging.StreamHandler)]
-        streams = [handler.setStream(self) for handler in handlers]
-        try:
-            yield
-        finally:
-            for handler, stream in zip(handlers, streams, strict=True):
-                handler.setStream(stream)
 
     def write(self, text: str) -> None:
         """Of a stream: for the log."""
@@ -7932,7 +7944,7 @@ class ScreenChat(Chat):
         """The lines between the answer and the input."""
         lines = []
         if self.question:
-            lines += [self.style(row, "ask") for row in wrap_cells(RUN_IT, columns - 1)]
+            lines += [self.style(row, "ask") for row in wrap_cells(ONE_KEY, columns - 1)]
         elif self.turn:
             lines.append(self.style(self._status(), "dim"))
         waiting = [f"queued: {clip(self.redact(printable(text)), 200)}" for text in self.queue]
@@ -7957,7 +7969,8 @@ class ScreenChat(Chat):
         """The screen for somebody else; what is said meanwhile is printed afterwards."""
         self._covered = []
         try:
-            yield
+            with self.tty.full_screen():
+                yield
         finally:
             lines, self._covered = self._covered, None
             self._print(lines)
@@ -8228,8 +8241,12 @@ async def log_in(ctx: Context) -> int:
     """Sign in with pickers; 0 if something was stored."""
     if ctx.args.provider:
         provider_spec(ctx.args.provider)
-    with interruptible(), Tty(0, sys.stdout, ctx.environ) as tty:
-        provider = await sign_in(tty, ctx, ctx.args.provider or "")
+    notes = io.StringIO()
+    try:
+        with interruptible(), Tty(0, sys.stdout, ctx.environ) as tty, logging_to(notes), tty.full_screen():
+            provider = await sign_in(tty, ctx, ctx.args.provider or "")
+    finally:
+        print(notes.getvalue(), end="", file=sys.stderr, flush=True)
     if not provider:
         return complain("nothing was stored", 130)
     login = ctx.credentials.logins()[provider]

@@ -181,13 +181,14 @@ def test_a_risky_call_is_asked_about_with_one_key(model, chat, tmp_path):
     tty.send("\x7f")
     tty.spend(SETTLE)
     tty.send("x")  # no answer at all
-    tty.spend(0.1)
-    assert "Run it?" in tty.text
+    tty.send(paste("a") + ENTER)  # what is pasted is none either, and waits
+    tty.wait("queued: a")
+    assert "Run it?" in tty.text and runs("log") == 0
+    tty.spend(SETTLE)
     tty.send("y")
     tty.wait("  yes, once")
     answered(tty, 1)
-    assert runs("log") == 1 and "Run it?" not in tty.text and prompts(tty)[-1] == "›"
-    tty.send("two" + ENTER)
+    assert runs("log") == 1 and questions(model)[-1] == "a" and prompts(tty)[-1] == "›"
     tty.wait("Run it?")
     tty.spend(SETTLE)
     tty.send("ㅁ")  # the key of the a on a Korean keyboard
@@ -248,7 +249,7 @@ def test_ctrl_c_during_a_tool(model, chat, tmp_path, openpista, openai):
     assert roles[1:4] == ["user", "assistant", "tool"] and roles[-1] == "user"
     leave(tty)
     shown = openpista("sessions", "show", "work")
-    assert shown.returncode == 0 and "works again" in shown.stdout and "late" not in shown.stdout.partition("tool")[2]
+    assert shown.returncode == 0 and "works again" in shown.stdout and "late\n" not in shown.stdout
 
 
 def test_a_turn_that_is_stopped_before_it_began(model, chat):
@@ -359,8 +360,7 @@ def test_every_command(model, chat, home):
     says("/new", "new session chat-")
     says("/stop", "nothing runs")
     tty.send("/clear" + ENTER)
-    tty.gone("nothing runs")
-    assert tty.lines[0] == "›" and len(tty.lines) == 2
+    tty.until(lambda: tty.lines[:1] == ["›"] and len(tty.lines) == 2)
     tty.send("/HELP" + ENTER)
     tty.wait("/exit")
     tty.send("\x0c")  # Ctrl-L
@@ -388,7 +388,7 @@ def test_tab_completes(model, chat, home, openpista, openai):
     tty.send("\x15/mo\t")
     shown = tty.wait("/models")
     assert "› /model\n" in shown and re.search(r"^ /models  /model$", shown, re.M)
-    tty.send("\t\t")
+    tty.send("\t")
     tty.wait("› /models")
     tty.send("\x15/model gpt-5-c\t")
     tty.wait("› /model gpt-5-codex")
@@ -483,11 +483,13 @@ def test_korean(model, chat):
 
 # Sizes
 
-SIZES = [(100, 40), (60, 40), (20, 40), (20, 3), (80, 3), (80, 24)]
+SIZES = [(100, 40), (60, 40), (20, 40), (80, 40), (80, 24)]
+LOW = [(80, 3), (20, 3), (20, 24), (80, 24)]
 
 
 @pytest.mark.parametrize("reflow", [True, False])
-def test_a_resize_during_an_answer(model, chat, reflow):
+@pytest.mark.parametrize("sizes", [SIZES, LOW], ids=["wide", "low"])
+def test_a_resize_during_an_answer(model, chat, reflow, sizes):
     words = [f"w{n:03}" for n in range(120)]
     model.script({"text": " ".join(words), "deltas": 40, "pace": 0.03})
     tty = chat(reflow=reflow)
@@ -495,16 +497,21 @@ def test_a_resize_during_an_answer(model, chat, reflow):
     tty.wait("w001")
     tty.send("typed")
     tty.wait("› typed")
-    for columns, rows in SIZES:
+    for columns, rows in sizes:
         tty.resize(columns, rows)
         before = len(tty.frames)
         tty.until(lambda before=before: len(tty.frames) > before)
     answered(tty, 1)
     tty.send(" on")
     tty.wait("› typed on")
-    assert len(prompts(tty)) <= 2 and tty.scrolled.count("typed") == 1
+    if reflow or sizes is LOW:  # where lines are cut instead of wrapped, too many are taken away in a narrower window
+        assert "\n› go\n" in tty.scrolled
+    assert tty.scrolled.count("typed") == 1
     assert len(re.findall(r"^openai/gpt-4o · c", tty.scrolled, re.M)) == 1
-    assert re.findall(r"w\d{3}", tty.scrolled) == words
+    found = re.findall(r"w\d{3}", tty.scrolled)
+    if sizes is LOW:  # what was painted and went out at the top cannot be taken back, and is printed once more
+        found = sorted(set(found))
+    assert found == words
     assert tty.cursor[1] == 2 + len("typed on")
     leave(tty, "\x15\x04")
 
@@ -519,7 +526,7 @@ def test_a_resize_of_a_picker(model, chat, reflow):
     tty.wait("model-01")
     tty.send(DOWN * 5)
     tty.wait("6/60")
-    for columns, rows in SIZES:
+    for columns, rows in SIZES + LOW:
         tty.resize(columns, rows)
         tty.until(
             lambda: any(line.startswith("›") and tty.screen.buffer[y][0].reverse for y, line in enumerate(tty.lines)),
@@ -581,7 +588,7 @@ def test_the_terminal_goes_away_during_a_turn(model, chat, tmp_path):
         pid = started(tty, tmp_path / "pid")
         assert tty.hang_up() == 130
     assert not is_alive(pid)
-    assert "Traceback" not in (tmp_path / "err").read_text()
+    assert (tmp_path / "err").read_text() == "openpista: interrupted\n"
 
 
 def test_a_signal_in_a_picker(model, chat):
@@ -659,7 +666,7 @@ def test_a_terminal_that_can_do_little(model, terminal, settings):
     tty.send("n\n")
     tty.wait("so be it")
     tty.send("one \\\n")
-    tty.wait("… ")
+    tty.wait("…")
     tty.send("two\n/usage\n/nope\n/login\n")
     tty.wait("auth login")
     assert questions(model)[-1] == "one \ntwo"
@@ -709,6 +716,21 @@ def test_piped_lines(model, openpista, openai):
     assert done.stdout == "then this\n" and "answered 400" in done.stderr
     assert openpista("tui", env=openai, input="").returncode == 0
     assert openpista("tui", "-s", "\x1b[35m", env=openai).returncode == 2
+    lines = [
+        "/sessions",
+        "/models",
+        "/model m2",
+        "/connection",
+        "/stop",
+        "/help",
+        "/skills",
+        "/new",
+        "/clear",
+        "/tools",
+    ]
+    done = openpista("tui", env=openai, input="\n".join(lines))
+    assert done.returncode == 2 and "BEGINS WITH" in done.stdout and "gpt-5-codex" in done.stdout
+    assert "auth login" in done.stderr and not foreign(done.stdout.encode() + done.stderr.encode())
     done = openpista("tui", env=openai, input=f"/model {EVIL}\n/nope\x1b[35m\n")
     assert not foreign(done.stdout.encode() + done.stderr.encode())
 
@@ -922,7 +944,7 @@ def test_a_provider_that_cannot_be_reached(model, login, home, keys, is_stored):
         pick_zen(tty)
         tty.send(KEY + ENTER)
         tty.wait("opencode could not be asked")
-        assert "127.0.0.1" in tty.text
+        tty.wait("127.0.0.1")
         tty.send(keys)
         if not is_stored:
             tty.wait("whose models?")

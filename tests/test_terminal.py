@@ -370,11 +370,11 @@ def test_the_second_on_a_session_waits_and_says_so(model, terminal):
     assert "first answer" in str(model.bodies()[-1]["messages"])
 
 
-# A key, typed
+# A key, typed where pickers cannot be painted
 
 
 def test_a_key_is_typed_without_echo(terminal, home):
-    tty = terminal("auth", "login", "--provider", "groq")
+    tty = terminal("auth", "login", "--provider", "groq", TERM="dumb")
     tty.wait("Key for groq:")
     tty.send("typed-key-0123456789\n")
     assert tty.end() == 0
@@ -384,7 +384,7 @@ def test_a_key_is_typed_without_echo(terminal, home):
 
 @pytest.mark.parametrize(("keys", "code"), [("\x03", 130), ("\x04", 2), ("\n", 2), ("a b\n", 2)], ids=repr)
 def test_no_key_is_typed(terminal, home, keys, code):
-    tty = terminal("auth", "login", "--provider", "groq")
+    tty = terminal("auth", "login", "--provider", "groq", TERM="dumb")
     tty.wait("Key for groq:")
     tty.send(keys)
     assert tty.end() == code
