@@ -2130,10 +2130,12 @@ def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
 
     # For plain http a context that trusts nobody: it costs nothing.
     context = trusted_context() if url.lower().startswith("https:") else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    limits = httpx.Timeout(idle_timeout, connect=min(idle_timeout, LONGEST_CONNECT))
+    timeouts = httpx.Timeout(idle_timeout, connect=min(idle_timeout, LONGEST_CONNECT))
+    limits = httpx.Limits(keepalive_expiry=60)  # seconds; at the usual 5 s each turn of a chat would connect anew
     headers = {"user-agent": f"openpista/{__version__}"}
     try:
-        return httpx.AsyncClient(verify=context, timeout=limits, headers=headers, follow_redirects=False)
+        settings = {"verify": context, "timeout": timeouts, "limits": limits, "headers": headers}
+        return httpx.AsyncClient(**settings, follow_redirects=False)
     except (ImportError, ValueError, httpx.InvalidURL) as error:  # no package for SOCKS, or no address at all
         raise ConfigError(
             f"the proxy of the environment cannot be used: {error}", "see HTTPS_PROXY, ALL_PROXY"
@@ -2183,7 +2185,8 @@ def our_errors(base_url: str, idle_timeout: float) -> Iterator[None]:
     except httpx.ConnectError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise ProviderError(f"{host} has a certificate that is not trusted", "see SSL_CERT_FILE") from None
-        why = "connection refused" if "All connection attempts" in str(error) else error
+        why = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
+        why = "connection refused" if "All connection attempts" in why else why
         raise Unavailable(f"cannot reach {host}: {why}") from None
     except httpx.TransportError as error:
         raise Unavailable(f"the connection to {host} broke: {error or type(error).__name__}") from None
@@ -2301,6 +2304,13 @@ class HttpProvider:
         """Close the connections."""
         if self._client:
             await self._client.aclose()
+
+    def warm(self) -> None:
+        """Load what the first request needs, which takes 0.2 s; for a thread, while a person types."""
+        import anyio._backends._asyncio  # noqa: F401 - httpx loads it when it sends
+
+        client = open_http(self.endpoint.base_url, self.idle_timeout)
+        self._client = self._client or client
 
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The model's answer. Errors: Unavailable after TRIES, CredentialError, ContextTooLong, ProviderError."""
@@ -2479,6 +2489,9 @@ class OfflineProvider:
 
     async def aclose(self) -> None:
         """Nothing to close."""
+
+    def warm(self) -> None:
+        """Nothing to load."""
 
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The next line as a call; when all have run, their output."""
@@ -5034,10 +5047,13 @@ class Style:
         return begin + text.replace(PLAIN, PLAIN + begin) + PLAIN  # a style inside ends, and this one goes on
 
 
+NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+
+
 def cells(text: str) -> int:
     """Columns that the text takes on a terminal; SGR codes take none."""
     text = SGR.sub("", text) if "\x1b" in text else text
-    return len(text) if text.isascii() else sum(map(cell_width, text))
+    return len(text) + sum(cell_width(char) - 1 for char in NOT_ASCII.findall(text))
 
 
 @functools.lru_cache(4096)
@@ -7016,12 +7032,12 @@ class BrowserLogin:
     def _hear(self, target: str) -> bool:
         """Take what a callback brings, a code or a refusal; False if it is not ours. What came first counts."""
         import secrets
-        from urllib.parse import parse_qsl, urlsplit
+        from urllib.parse import parse_qsl
 
-        parts = urlsplit(target)
-        if not secrets.compare_digest(parts.path.encode("utf-8", "replace"), self._path.encode()):
+        path, _, query = target.partition("?")
+        if not secrets.compare_digest(path.encode("utf-8", "replace"), self._path.encode()):
             return False
-        fields = dict(parse_qsl(parts.query))
+        fields = dict(parse_qsl(query))
         if "error" not in fields and not re.fullmatch(r"[\w.~+=/-]{6,1024}", fields.get("code", ""), re.ASCII):
             return False
         if not self._brought.done():
@@ -7030,21 +7046,29 @@ class BrowserLogin:
 
     async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection: its request is heard and answered. Nothing of it is in the page."""
+        import h11
+
         visit = asyncio.current_task()
         if len(self._visits) >= self.MOST_VISITS:  # the oldest goes, or silent ones would keep the browser out
             self._visits.pop(0).cancel()
         self._visits.append(visit)
         try:
             async with asyncio.timeout(self.LONGEST_VISIT):
-                method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split(" ", 2)
-                if method == "GET" and target.startswith("/callback/") and self._hear(target):
-                    status, words = "200 OK", "openpista has its answer. You can close this window."
-                else:
-                    status, words = "404 Not Found", "This is no address of this login. Open the one openpista shows."
-                head = f"HTTP/1.1 {status}\r\ncontent-type: text/plain\r\ncontent-length: {len(words)}"
-                writer.write(f"{head}\r\ncache-control: no-store\r\nconnection: close\r\n\r\n{words}".encode())
+                http = h11.Connection(h11.SERVER, max_incomplete_event_size=self.LONGEST_REQUEST)
+                while (event := http.next_event()) is h11.NEED_DATA:
+                    http.receive_data(await reader.read(4_096))
+                if not isinstance(event, h11.Request):
+                    return
+                status, words = 404, "This is no address of this login. Open the one openpista shows."
+                if event.method == b"GET" and self._hear(event.target.decode("latin-1")):
+                    status, words = 200, "openpista has its answer. You can close this window."
+                headers = {"content-type": "text/plain", "cache-control": "no-store", "connection": "close"}
+                headers["content-length"] = str(len(words))
+                answer = h11.Response(status_code=status, headers=list(headers.items()))
+                for part in (answer, h11.Data(data=words.encode()), h11.EndOfMessage()):
+                    writer.write(http.send(part) or b"")
                 await writer.drain()
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):  # no request, or none in time
+        except (OSError, h11.ProtocolError):  # no request, or none in time
             pass
         finally:
             writer.close()
@@ -7107,6 +7131,12 @@ class Local:
     def provider(self) -> str:
         """Whose models are offered; OpenCode Zen's, whose list is public, while there is none."""
         return self.model.partition("/")[0] if self.app.models.providers else "opencode"
+
+    def warm(self) -> None:
+        """Load what the first turn needs; what is wrong will be said there."""
+        for provider in self.app.models.providers[:1]:
+            with contextlib.suppress(PistaError):
+                provider.warm()
 
     async def use(self, chosen: str) -> None:
         """Ask this provider/model from now on; '' is the configured one. An error leaves the old one."""
