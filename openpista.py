@@ -7360,7 +7360,7 @@ class Chat:
     # ---- the commands ----
 
     async def _help(self, rest: str) -> None:
-        width = max(len(name) + len(entry.takes) for name, entry in CHAT_COMMANDS.items()) + 3
+        width = max(len(name) + len(entry.takes) for name, entry in CHAT_COMMANDS.items()) + 4
         for name, entry in CHAT_COMMANDS.items():
             self.say(f"  {f'/{name} {entry.takes}':<{width}}{entry.help}")
         self.say(self.KEYS, "dim")
@@ -7708,16 +7708,18 @@ class ScreenChat(Chat):
     async def run(self, given: bool) -> int:
         """Keys in, answers out, until the person leaves."""
         with interruptible(), self.tty, logging_to(self):  # above the input, and not in it
-            ticking = asyncio.create_task(self._tick())
+            helpers = [asyncio.create_task(self._tick())]
             try:
                 await self.open(given)
+                helpers.append(asyncio.create_task(asyncio.to_thread(self.desk.warm)))
                 while not self.left:
                     await self._settle_turn()
                     self._soon()
                     if self.left or await self._press(await self.tty.key()):
                         break
             finally:
-                ticking.cancel()
+                for helper in helpers:
+                    helper.cancel()
                 await self._end()
         return 0
 
