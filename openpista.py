@@ -18,7 +18,7 @@ Map. Each section uses only those above it, so read on from any point.
      3. Helpers       clock, text, private files, secrets, logging
      4. Config        config.toml and the environment
      5. Credentials   keys: where they come from, where they are kept
-     6. Store         SQLite: sessions, messages, the journal, usage
+     6. Store         SQLite: sessions, messages, the journal, usage; inbox, outbox, jobs
      7. Wire          three formats of model APIs: values to JSON and back, no I/O
      8. Providers     language models over HTTP; who they are, retries, fallback
      9. Risk          which command lines need a person's yes
@@ -69,6 +69,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from pathlib import Path, PureWindowsPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ log = logging.getLogger("openpista")
 #     WrongFormat                          ... it does not speak this format
 #   ToolError                              a tool failed: the model is told
 #   SkillError                             a skill is missing or malformed
+#   ChannelError                           a channel does not deliver, for good
+#     ChannelBusy                          ... for now: worth another try
 #   MissingPackage                         a package that should be shipped
 #
 # A message says what, and where; the hint says what to do. `main` prints them.
@@ -157,6 +160,18 @@ class ToolError(PistaError):
 
 class SkillError(PistaError):
     """A skill is missing, malformed or out of bounds."""
+
+
+class ChannelError(PistaError):
+    """A channel cannot deliver this, now or ever."""
+
+
+class ChannelBusy(ChannelError):
+    """A channel cannot deliver now: cut off, overloaded, or told to wait."""
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds the channel asked for
 
 
 class MissingPackage(PistaError):
@@ -280,6 +295,35 @@ class Reply(NamedTuple):
     usage: Usage
     tool_calls: tuple[tuple[ToolCall, ToolResult], ...] = ()
     problem: str = ""  # what went wrong after the answer was there
+
+
+class Event(NamedTuple):
+    """Something said to a session, by a person, a machine or a job."""
+
+    channel: str  # from whom, and to whom the answer goes: telegram:42, quic:laptop
+    identity: str  # the channel's own name for it: what comes twice is taken once
+    session: str
+    text: str
+    sender: str = ""
+    reply_to: Mapping[str, Any] = MappingProxyType({})  # what else the channel needs for the answer
+    metadata: Mapping[str, Any] = MappingProxyType({})
+
+
+class Receipt(NamedTuple):
+    """What a sender is told of an Event."""
+
+    answer: str  # accepted, duplicate, full, closing; the last two: it was not taken, keep it
+    id: int = 0  # of the inbox row, accepted or found
+    ahead: int = 0  # how many are before it in its session
+
+
+class Answer(NamedTuple):
+    """What became of an Event."""
+
+    state: str  # waiting, running, done, stopped, failed
+    text: str = ""
+    is_error: bool = False
+    metadata: Mapping[str, Any] = MappingProxyType({})  # session, model, usage
 
 
 class Decision(StrEnum):
@@ -828,7 +872,9 @@ class Credentials:
         for provider, table in load_toml(self.path).items():
             fields = table if isinstance(table, dict) else {"": table}
             if not set(fields) <= {"api_key", "base_url"} or not all(isinstance(v, str) for v in fields.values()):
-                raise ConfigError(f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside")
+                raise ConfigError(
+                    f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside"
+                )
             found[provider] = Login(provider, **fields)
         return found
 
@@ -1026,6 +1072,9 @@ class Store:
             session = self.find_session(name)
             if (owner := self.lease_holder(session)) and owner != self.owner:
                 raise StoreError(f"session {name!r} is in use by {owner}", "try again when it is done")
+            over = "SELECT id FROM inbox WHERE session = ? AND done_at IS NOT NULL"  # what waits is still answered
+            self._run(f"DELETE FROM outbox WHERE state NOT IN ('waiting', 'sending') AND inbox_id IN ({over})", name)
+            self._run(f"UPDATE inbox SET text = '', sender = '', metadata = '{{}}' WHERE id IN ({over})", name)
             self._run("DELETE FROM sessions WHERE id = ?", session.id)
 
     # ---- the lease: one process at a time works on a session ----
@@ -1110,9 +1159,15 @@ class Store:
                 break
         return found[::-1]
 
-    def transcript(self, session: Session) -> Iterator[Entry]:
-        """All messages of a session, oldest first."""
-        return self._messages("session_id = ? ORDER BY id", session.id)
+    def transcript(self, session: Session, after: int = 0) -> Iterator[Entry]:
+        """The messages of a session after an id, oldest first."""
+        return self._messages("session_id = ? AND id > ? ORDER BY id", session.id, after)
+
+    def message(self, session: Session, number: int) -> Entry:
+        """One message of a session; StoreError if it is not there."""
+        for entry in self._messages("session_id = ? AND id = ?", session.id, number):
+            return entry
+        raise StoreError(f"message {number} of session {session.name!r} is gone", "say it again")
 
     def _messages(self, where: str, *values: Any) -> Iterator[Entry]:
         columns = "id, role, text, tool_calls, call_id, is_error, echo, created_at"
@@ -1279,6 +1334,405 @@ class Store:
 def new_session_name(now: datetime) -> str:
     """A name for a run of its own, such as run-20260301-090000-1f3a."""
     return f"run-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
+# ---- messages in and out, jobs, devices: a small class for each table, given the Store ----
+
+
+class Item(NamedTuple):
+    """An Event in the inbox."""
+
+    id: int
+    event: Event
+    state: str
+    attempts: int  # how often its turn was begun or taken up again
+    message_id: int | None  # the person's words in the transcript; None: the turn has not begun
+    received_at: str
+
+
+class Delivery(NamedTuple):
+    """A piece of text in the outbox."""
+
+    id: int
+    inbox_id: int | None
+    channel: str
+    reply_to: dict[str, Any]
+    piece: int
+    text: str
+    metadata: dict[str, Any]
+    attempts: int
+    created_at: str
+    next_at: str
+
+
+class Job(NamedTuple):
+    """A prompt on a schedule."""
+
+    id: int
+    name: str
+    schedule: str
+    tz: str
+    prompt: str
+    session: str
+    channel: str
+    reply_to: dict[str, Any]
+    catch_up: str  # skip, once, all
+    origin: str  # command, config, agent
+    state: str  # active, paused, done
+    next_at: str | None
+
+
+class JobRun(NamedTuple):
+    """A line of `cron history`."""
+
+    due_at: str
+    fired_at: str
+    state: str  # as in the inbox; '' if it was not taken, or long ago
+    note: str
+    answer: str
+
+
+class Device(NamedTuple):
+    """Who may speak to the gateway."""
+
+    name: str
+    created_at: str
+    last_seen: str | None
+    revoked_at: str | None
+
+
+class Table:
+    """Statements about one matter."""
+
+    def __init__(self, store: Store):
+        self.store, self._run, self.atomic = store, store._run, store.atomic
+
+    def stamp(self, **ago: float) -> str:
+        """The time now, or so long ago, as it is written down."""
+        return iso(self.store.now() - timedelta(**ago))
+
+
+class Inbox(Table):
+    """What came in and what became of it."""
+
+    COLUMNS = """id, channel, identity, session, text, sender, reply_to, metadata, state, attempts, message_id,
+                 received_at"""
+    OPEN = "state IN ('waiting', 'running')"  # word for word the condition of the index
+
+    def add(self, event: Event, limit: int = sys.maxsize) -> Receipt:
+        """Take an event, unless it is there already or its session has so many waiting."""
+        with self.atomic():
+            if known := self.find(event.channel, event.identity):
+                return Receipt("duplicate", known.id)
+            sql = f"SELECT count(*), coalesce(sum(state = 'waiting'), 0) FROM inbox WHERE session = ? AND {self.OPEN}"
+            ahead, waiting = self._run(sql, event.session).fetchone()
+            if waiting >= limit:
+                return Receipt("full", ahead=ahead)
+            values = (storable(text) for text in (event.channel, event.identity, event.session, event.text))
+            row = self._run(
+                """INSERT INTO inbox (channel, identity, session, text, sender, reply_to, metadata, received_at)
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                *values,
+                storable(event.sender),
+                storable(to_json(dict(event.reply_to))),
+                storable(to_json(dict(event.metadata))),
+                self.stamp(),
+            )
+            return Receipt("accepted", row.lastrowid, ahead)
+
+    def find(self, channel: str, identity: str) -> Item | None:
+        """The event of this identity."""
+        return self._one("channel = ? AND identity = ?", storable(channel), storable(identity))
+
+    def get(self, number: int) -> Item | None:
+        """The event in this row."""
+        return self._one("id = ?", number)
+
+    def next(self, session: str) -> Item | None:
+        """The oldest event of a session that has no answer."""
+        return self._one(f"session = ? AND {self.OPEN} ORDER BY id LIMIT 1", session)
+
+    def _one(self, where: str, *values: Any) -> Item | None:
+        row = self._run(f"SELECT {self.COLUMNS} FROM inbox WHERE {where}", *values).fetchone()
+        if row is None:
+            return None
+        number, channel, identity, session, text, sender, reply_to, metadata, *rest = row
+        event = Event(channel, identity, session, text, sender, json.loads(reply_to), json.loads(metadata))
+        return Item(number, event, *rest)
+
+    def waiting(self) -> dict[str, int]:
+        """The sessions with events that have no answer, and how many."""
+        return dict(self._run(f"SELECT session, count(*) FROM inbox WHERE {self.OPEN} GROUP BY session"))
+
+    def attempt(self, number: int) -> None:
+        """Note that the turn is begun or taken up again."""
+        self._run("UPDATE inbox SET attempts = attempts + 1 WHERE id = ?", number)
+
+    def begin(self, number: int, message_id: int) -> None:
+        """Note which message has the words, in the transaction that writes it. StoreError if it was answered."""
+        sql = f"UPDATE inbox SET state = 'running', message_id = ? WHERE id = ? AND {self.OPEN}"
+        if self._run(sql, message_id, number).rowcount != 1:
+            raise StoreError(f"message {number} of the inbox was answered meanwhile")
+
+    def finish(self, number: int, state: str) -> bool:
+        """Note how it ended; False if it had ended before."""
+        sql = f"UPDATE inbox SET state = ?, done_at = ? WHERE id = ? AND {self.OPEN}"
+        return self._run(sql, state, self.stamp(), number).rowcount == 1
+
+    def prune(self, days: float, most: int = 500) -> int:
+        """Forget at most so many events, with their answers, that ended so many days ago; how many were."""
+        old = "SELECT id FROM inbox WHERE done_at < ? ORDER BY done_at LIMIT ?"
+        return self._run(f"DELETE FROM inbox WHERE id IN ({old})", self.stamp(days=days), most).rowcount
+
+
+class Outbox(Table):
+    """What goes out, each channel's in order."""
+
+    COLUMNS = "id, inbox_id, channel, reply_to, piece, text, metadata, attempts, created_at, next_at"
+    OPEN = "state IN ('waiting', 'sending')"  # word for word the condition of the index
+
+    def add(
+        self,
+        channel: str,
+        reply_to: Mapping[str, Any],
+        pieces: Iterable[str],
+        metadata: Mapping[str, Any] = MappingProxyType({}),
+        inbox_id: int | None = None,
+    ) -> None:
+        """Write a text down to be sent, in its pieces."""
+        with self.atomic():
+            for piece, text in enumerate(pieces):
+                self._run(
+                    """INSERT INTO outbox (inbox_id, channel, reply_to, piece, text, metadata, created_at, next_at)
+                       VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                    inbox_id,
+                    channel,
+                    storable(to_json(dict(reply_to))),
+                    piece,
+                    storable(text),
+                    storable(to_json(dict(metadata))),
+                    *[self.stamp()] * 2,
+                )
+
+    def channels(self) -> list[str]:
+        """For whom something lies here."""
+        return [row[0] for row in self._run(f"SELECT DISTINCT channel FROM outbox WHERE {self.OPEN}")]
+
+    def next(self, channel: str) -> Delivery | None:
+        """The oldest piece for a channel that was not sent."""
+        sql = f"SELECT {self.COLUMNS} FROM outbox WHERE channel = ? AND {self.OPEN} ORDER BY id LIMIT 1"
+        row = self._run(sql, channel).fetchone()
+        return row and Delivery(*row[:3], json.loads(row[3]), *row[4:6], json.loads(row[6]), *row[7:])
+
+    def start(self, number: int) -> bool:
+        """Note that sending begins: after this it may have arrived. False if somebody else does it."""
+        sql = "UPDATE outbox SET state = 'sending', attempts = attempts + 1 WHERE id = ? AND state = 'waiting'"
+        return self._run(sql, number).rowcount == 1
+
+    def sent(self, number: int) -> None:
+        """Note that it arrived."""
+        self._run("UPDATE outbox SET state = 'sent', error = '', sent_at = ? WHERE id = ?", self.stamp(), number)
+
+    def later(self, number: int, seconds: float, error: str) -> None:
+        """Note that it did not go, and when to try again."""
+        sql = "UPDATE outbox SET state = 'waiting', next_at = ?, error = ? WHERE id = ?"
+        self._run(sql, self.stamp(seconds=-seconds), storable(error), number)
+
+    def drop(self, number: int, state: str, error: str) -> None:
+        """Note that it is not tried again: `dead`, or `unknown` if it may have arrived."""
+        self._run("UPDATE outbox SET state = ?, error = ? WHERE id = ?", state, storable(error), number)
+
+    def interrupted(self) -> list[tuple[int, str]]:
+        """What was being sent when the last process ended: (row, channel)."""
+        return self._run(f"SELECT id, channel FROM outbox WHERE {self.OPEN} AND state = 'sending'").fetchall()
+
+    def collected(self, inbox_id: int) -> None:
+        """Note that the channel itself has fetched the answer to this event."""
+        sql = f"UPDATE outbox SET state = 'sent', sent_at = ? WHERE inbox_id = ? AND {self.OPEN}"
+        self._run(sql, self.stamp(), inbox_id)
+
+    def answer(self, item: Item) -> Answer:
+        """What became of an event: its pieces joined again."""
+        sql = "SELECT text, metadata FROM outbox WHERE inbox_id = ? ORDER BY id"
+        rows = self._run(sql, item.id).fetchall()
+        metadata = json.loads(rows[0][1]) if rows else {}
+        text = "\n\n".join(row[0] for row in rows)
+        return Answer(item.state, text, bool(metadata.pop("is_error", False)), metadata)
+
+    def prune(self, days: float, most: int = 500) -> int:
+        """Forget at most so many texts that nobody asked for and that are so many days old; how many were."""
+        old = "SELECT id FROM outbox WHERE inbox_id IS NULL AND created_at < ? LIMIT ?"
+        return self._run(f"DELETE FROM outbox WHERE id IN ({old})", self.stamp(days=days), most).rowcount
+
+
+class Jobs(Table):
+    """Prompts on a schedule. When one is due is for the caller to say: this knows no cron."""
+
+    COLUMNS = "id, name, schedule, tz, prompt, session, channel, reply_to, catch_up, origin, state, next_at"
+    KEPT = 100  # runs of a job that are remembered
+
+    def add(self, job: Job) -> Job:
+        """Write a new job down, whatever its id says; StoreError if the name is taken."""
+        with self.atomic():
+            if self.find(job.name):
+                raise StoreError(f"there is a job named {job.name!r} already", "remove it, or choose another --name")
+            columns = self.COLUMNS.removeprefix("id, ")
+            row = self._run(
+                f"INSERT INTO jobs ({columns}, created_at) VALUES ({', '.join('?' * 12)})",
+                *[storable(text) for text in job[1:7]],
+                storable(to_json(dict(job.reply_to))),
+                *job[8:],
+                self.stamp(),
+            )
+            return job._replace(id=row.lastrowid)
+
+    def list(self) -> list[Job]:
+        """All jobs, the next one first."""
+        return self._jobs("1 ORDER BY next_at IS NULL, next_at, id")
+
+    def find(self, name: str) -> Job | None:
+        """The job of this name."""
+        return next(iter(self._jobs("name = ?", storable(name))), None)
+
+    def due(self, most: int = 100) -> list[Job]:
+        """The active jobs whose time has come, the oldest first."""
+        return self._jobs("state = 'active' AND next_at <= ? ORDER BY next_at LIMIT ?", self.stamp(), most)
+
+    def next_at(self) -> str | None:
+        """When the next active job is due; None if there is none."""
+        sql = "SELECT next_at FROM jobs WHERE state = 'active' AND next_at IS NOT NULL ORDER BY next_at LIMIT 1"
+        row = self._run(sql).fetchone()
+        return row and row[0]
+
+    def _jobs(self, where: str, *values: Any) -> list[Job]:
+        rows = self._run(f"SELECT {self.COLUMNS} FROM jobs WHERE {where}", *values)
+        return [Job(*row[:7], json.loads(row[7]), *row[8:]) for row in rows]
+
+    def remove(self, name: str) -> bool:
+        """Forget a job and its runs; False if there is none of this name."""
+        return self._run("DELETE FROM jobs WHERE name = ?", storable(name)).rowcount == 1
+
+    def pause(self, name: str) -> bool:
+        """Let it not fire any more until it is resumed; False if there is none active of this name."""
+        sql = "UPDATE jobs SET state = 'paused' WHERE name = ? AND state = 'active'"
+        return self._run(sql, storable(name)).rowcount == 1
+
+    def resume(self, name: str, next_at: datetime | None) -> bool:
+        """Let it fire again, next at this time; False if there is none paused of this name."""
+        sql = "UPDATE jobs SET state = 'active', next_at = ? WHERE name = ? AND state = 'paused'"
+        return self._run(sql, next_at and iso(next_at), storable(name)).rowcount == 1
+
+    def fire(self, job: Job, next_at: datetime | None, limit: int = sys.maxsize) -> Receipt | None:
+        """Put a due job into the inbox and move its time, at once; None if another process was quicker.
+
+        No next_at: it was the last time.
+        """
+        with self.atomic():
+            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
+            state = "active" if next_at else "done"
+            if self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount != 1:
+                return None
+            return self.run(job, job.next_at, limit)
+
+    def run(self, job: Job, due_at: str, limit: int = sys.maxsize) -> Receipt:
+        """Put a job into the inbox for this time, and note that in its history."""
+        with self.atomic():
+            metadata = {"job": job.name, "due_at": due_at}
+            identity = f"job:{job.id}:{due_at}"
+            event = Event(job.channel or "job", identity, job.session, job.prompt, "cron", job.reply_to, metadata)
+            receipt = Inbox(self.store).add(event, limit)
+            self.note(job, due_at, receipt.id or None, "" if receipt.id else "left out: the session's queue is full")
+            return receipt
+
+    def skip(self, job: Job, next_at: datetime | None, note: str) -> bool:
+        """Move a due job's time without firing, and note why; False if another process was quicker."""
+        with self.atomic():
+            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
+            state = "active" if next_at else "done"
+            moved = self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount == 1
+            if moved:
+                self.note(job, job.next_at, None, note)
+            return moved
+
+    def note(self, job: Job, due_at: str, inbox_id: int | None, note: str) -> None:
+        """Write down that a job ran, or why it did not; the oldest runs are forgotten."""
+        sql = "INSERT OR IGNORE INTO job_runs (job_id, due_at, fired_at, inbox_id, note) VALUES (?, ?, ?, ?, ?)"
+        self._run(sql, job.id, due_at, self.stamp(), inbox_id, storable(note))
+        old = "SELECT due_at FROM job_runs WHERE job_id = ? ORDER BY due_at DESC LIMIT 1 OFFSET ?"
+        self._run(f"DELETE FROM job_runs WHERE job_id = ? AND due_at <= ({old})", job.id, job.id, self.KEPT)
+
+    def history(self, name: str, limit: int = 20) -> list[JobRun]:
+        """The last runs of a job, the newest first."""
+        rows = self._run(
+            """SELECT r.due_at, r.fired_at, coalesce(i.state, ''), r.note,
+                      coalesce((SELECT text FROM outbox WHERE inbox_id = i.id ORDER BY id LIMIT 1), '')
+                 FROM jobs j JOIN job_runs r ON r.job_id = j.id LEFT JOIN inbox i ON i.id = r.inbox_id
+                WHERE j.name = ? ORDER BY r.due_at DESC LIMIT ?""",
+            storable(name),
+            limit,
+        )
+        return [JobRun(*row) for row in rows]
+
+
+class Devices(Table):
+    """Who may speak to the gateway; a revoked one stays in the list."""
+
+    def add(self, name: str, token_hash: str) -> None:
+        """Let a new device in, or a revoked one with a new token; StoreError if the name is taken."""
+        with self.atomic():
+            if self._run("SELECT 1 FROM devices WHERE name = ? AND revoked_at IS NULL", name).fetchone():
+                raise StoreError(f"there is a device named {name!r} already", "revoke it, or choose another name")
+            self._run("DELETE FROM devices WHERE name = ?", name)
+            sql = "INSERT INTO devices (name, token_hash, created_at) VALUES (?, ?, ?)"
+            self._run(sql, name, token_hash, self.stamp())
+
+    def list(self) -> list[Device]:
+        """All devices, by name."""
+        rows = self._run("SELECT name, created_at, last_seen, revoked_at FROM devices ORDER BY name")
+        return [Device(*row) for row in rows]
+
+    def find(self, token_hash: str) -> str | None:
+        """The name of the device with this token, in a time that does not tell how near a guess was."""
+        import hmac
+
+        found = None
+        for name, known in self._run("SELECT name, token_hash FROM devices WHERE revoked_at IS NULL"):
+            if hmac.compare_digest(known.encode(), token_hash.encode("utf-8", "replace")):
+                found = name
+        return found
+
+    def seen(self, name: str) -> None:
+        """Note that a device was here, at most once a minute."""
+        sql = "UPDATE devices SET last_seen = ? WHERE name = ? AND coalesce(last_seen, '') < ?"
+        self._run(sql, self.stamp(), name, self.stamp(minutes=1))
+
+    def revoke(self, name: str) -> bool:
+        """Let a device in no more; False if there is none of this name that may."""
+        sql = "UPDATE devices SET revoked_at = ? WHERE name = ? AND revoked_at IS NULL"
+        return self._run(sql, self.stamp(), name).rowcount == 1
+
+
+class Tickets(Table):
+    """Session tickets, each good for once."""
+
+    KEPT = 10_000  # the newest; a client whose ticket is gone makes a whole handshake
+
+    def add(self, label: bytes, body: Mapping[str, Any], seconds: float) -> None:
+        """Keep a ticket for so long."""
+        sql = "INSERT OR REPLACE INTO tickets (label, body, expires_at) VALUES (?, ?, ?)"
+        self._run(sql, label.hex(), to_json(dict(body)), self.stamp(seconds=-seconds))
+
+    def pop(self, label: bytes) -> dict[str, Any] | None:
+        """Take a ticket out; None if there is none that is still good."""
+        with self.atomic():
+            row = self._run("SELECT body, expires_at FROM tickets WHERE label = ?", label.hex()).fetchone()
+            self._run("DELETE FROM tickets WHERE label = ?", label.hex())
+        return json.loads(row[0]) if row and row[1] > self.stamp() else None
+
+    def prune(self) -> None:
+        """Forget what has expired, and what is more than is kept."""
+        newest = "SELECT expires_at FROM tickets ORDER BY expires_at DESC LIMIT 1 OFFSET ?"
+        self._run(f"DELETE FROM tickets WHERE expires_at <= max(?, coalesce(({newest}), ''))", self.stamp(), self.KEPT)
 
 
 # ===== 7. Wire ================================================================
