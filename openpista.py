@@ -4571,8 +4571,9 @@ UNKNOWN = (
     "interrupted by a restart; its outcome is unknown: it may have run in part or whole, or run still. "
     "Check before you repeat it"
 )
-STOPPED = "stopped while it ran, by the person or a time limit; it may have run in part"
+STOPPED = "stopped while it ran, by the person, a time limit or a restart; it may have run in part"
 GAP = "(interrupted)"
+AGAIN = "(A restart interrupted this request, which stands further up. Go on with it; do not repeat what was done.)"
 
 
 def build_prompt(prompt: str, skills: Sequence[Skill], where: str, today: str) -> str:
@@ -4666,19 +4667,36 @@ def weight(messages: Iterable[Message]) -> int:
     )
 
 
+class Record(NamedTuple):
+    """What else is written in the transactions that begin and end a turn."""
+
+    began: Callable[[int], None] = lambda message_id: None  # beside the person's words
+    ended: Callable[[Reply], None] = lambda reply: None  # beside the answer
+
+
 class Agent:
-    """Answers for one model, one toolbox and one database; `turn` is all there is to call."""
+    """Answers for one model, one toolbox and one database; `turn` and `resume` are all there is to call."""
 
     def __init__(self, models: Models, toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str):
         self.models, self.toolbox, self.store = models, toolbox, store
         self.settings, self.system = settings, system
         self.bytes_per_token = 3.2  # a careful guess until a provider reports its count
 
-    async def turn(self, session: Session, text: str, gate: Gate, tell: Tell) -> Reply:
+    async def turn(self, session: Session, text: str, gate: Gate, tell: Tell, record: Record | None = None) -> Reply:
         """Take the person's words and answer them. One process at a time works on a session; others wait."""
+        async with self._turn(session, gate, tell, record) as turn:
+            return await turn.run(text)
+
+    async def resume(self, session: Session, asked: int, gate: Gate, tell: Tell, record: Record | None = None) -> Reply:
+        """Go on with the turn whose words are message `asked`, cut off by a restart: nothing is run again."""
+        async with self._turn(session, gate, tell, record) as turn:
+            return await turn.resume(self.store.message(turn.session, asked))
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, session: Session, gate: Gate, tell: Tell, record: Record | None) -> AsyncIterator[Turn]:
         async with hold(self.store, session, tell):
             session = self.store.find_session(session.name)  # whoever had it may have elided more, or deleted it
-            return await Turn(self, session, gate, tell).run(text)
+            yield Turn(self, session, gate, tell, record or Record())
 
 
 LONGEST_QUEUE = 3_600.0  # seconds to wait for another process that works on the session
@@ -4726,8 +4744,9 @@ class Turn:
 
     NOTE_AT, END_AT = 3, 5  # equal calls with equal results
 
-    def __init__(self, agent: Agent, session: Session, gate: Gate, tell: Tell):
+    def __init__(self, agent: Agent, session: Session, gate: Gate, tell: Tell, record: Record):
         self.agent, self.store, self.session, self.gate, self.tell = agent, agent.store, session, gate, tell
+        self.record = record
         self.usage, self.model = Usage(), agent.models.name
         self.done: list[tuple[ToolCall, ToolResult]] = []
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
@@ -4737,12 +4756,32 @@ class Turn:
         self._ceiling = sys.maxsize  # bytes that messages may have; less after an overflow
 
     async def run(self, text: str) -> Reply:
-        """Rounds of asking and acting, until the answer is words."""
+        """Write the person's words down, and answer them."""
         self._settle()
         message = Message(Role.USER, storable(text))
-        self._asked = Entry(self.store.append(self.session, message), message)
+        with self.store.atomic():
+            self._asked = Entry(self.store.append(self.session, message), message)
+            self.record.began(self._asked.id)
+        return await self._rounds()
+
+    async def resume(self, asked: Entry) -> Reply:
+        """Answer words that are written down, going on from what was done for them."""
+        self._settle()
+        self._asked = asked
+        later = [entry.message for entry in self.store.transcript(self.session, after=asked.id)]
+        if any(message.role is Role.USER for message in later):  # another process had a turn meanwhile
+            return await self.run(f"{AGAIN}\n{asked.message.text}")
+        if later and later[-1].role is Role.ASSISTANT and not later[-1].tool_calls:
+            reply = Reply(later[-1].text, self.session.name, self.model, self.usage)
+            self.record.ended(reply)
+            return reply
+        return await self._rounds(used=sum(message.role is Role.ASSISTANT for message in later))
+
+    async def _rounds(self, used: int = 0) -> Reply:
+        """Rounds of asking and acting, until the answer is words."""
+        # Those before a restart count: a command that kills openpista would else be asked for for ever.
         rounds = self.agent.settings.max_tool_rounds or AgentConfig().max_tool_rounds
-        for _ in range(rounds):
+        for _ in range(used, rounds):
             answer = await self._ask()
             if not answer.message.tool_calls:
                 return self._reply(answer)
@@ -4771,14 +4810,17 @@ class Turn:
         message = answer.message
         if answer.cut:
             message = message._replace(text=f"{message.text}\n\n(Cut off: the model reached its limit of output.)")
-        text, problem = self.agent.toolbox.redact(message.text), ""
+        text = self.agent.toolbox.redact(message.text)
         if text != message.text:
             message = message._replace(text=text, echo=None)  # the vendor's form of it has the secret too
+        reply = Reply(message.text, self.session.name, self.model, self.usage, tuple(self.done))
         try:
-            self.store.append(self.session, message)
+            with self.store.atomic():
+                self.store.append(self.session, message)
+                self.record.ended(reply)
         except StoreError as error:  # the person still gets the answer
-            problem = f"the answer could not be stored: {error}"
-        return Reply(message.text, self.session.name, self.model, self.usage, tuple(self.done), problem)
+            return reply._replace(problem=f"the answer could not be stored: {error}")
+        return reply
 
     # ---- asking ----
 
