@@ -26,9 +26,10 @@ Map. Each section uses only those above it, so read on from any point.
     11. Skills        SKILL.md folders
     12. Tools         what the model may do, and who is asked first
     13. Agent         the loop: ask, act, repeat; what fits into the window
-    14. Terminal      progress, questions, what may be printed
-    15. App           the one place where the objects meet
-    16. Commands      the command line
+    14. Hub           the life of a message: inbox, workers, outbox
+    15. Terminal      progress, questions, what may be printed
+    16. App           the one place where the objects meet
+    17. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -46,6 +47,7 @@ import argparse
 import asyncio
 import codecs
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -5026,7 +5028,489 @@ def spoken(message: Message) -> str:
     return "\n".join(filter(None, [message.text, *calls]))
 
 
-# ===== 14. Terminal ===========================================================
+# ===== 14. Hub ================================================================
+#
+# The life of a message: an Event is written to the inbox before its sender hears
+# that it was taken; one worker a session has the Agent answer it; the answer and
+# the end of the inbox row are one transaction; the Courier carries it out. Memory
+# holds no message: after a kill -9 the two tables say where to go on. One Hub a
+# database: whoever starts it sees to that.
+
+
+class Outlet(NamedTuple):
+    """How a kind of channel takes what goes out. Its name is what stands before the colon of a channel."""
+
+    send: Callable[[Delivery], Awaitable[None]] | None = None  # None: it fetches answers itself, see Hub.reply_for
+    approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
+    split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
+    repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
+
+
+async def keep(delivery: Delivery) -> None:
+    """What a job says that has no channel: it stays in the database, for its history."""
+
+
+class Patience(NamedTuple):
+    """How long the Courier tries, in seconds."""
+
+    first: float = 1.0  # until the second attempt; then twice as long, and so on
+    most: float = 300.0  # between two attempts
+    longest: float = 3_600.0  # the same, if the channel asks for it
+    sending: float = 60.0  # one attempt
+    give_up: float = 86_400.0  # all of them, and
+    attempts: int = 12  # no fewer than these, since a clock may jump by a day
+
+
+async def paused(closing: asyncio.Event, seconds: float) -> bool:
+    """Wait so long; True if all is to end meanwhile."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(closing.wait(), seconds)
+    return closing.is_set()
+
+
+async def surely(write: Callable[[], object], closing: asyncio.Event) -> bool:
+    """Write, and if the database cannot take it try until it can; False if all ended before."""
+    for seconds in itertools.chain((0.1, 0.5, 2.0, 5.0), itertools.repeat(30.0)):
+        try:
+            write()
+            return True
+        except StoreError as error:
+            log.warning("%s; trying again in %g s", error, seconds)
+        if await paused(closing, seconds):
+            return False
+    raise AssertionError("unreachable")
+
+
+class Courier:
+    """Carries what lies in the outbox to its channels: to each in order, side by side."""
+
+    SIDE_BY_SIDE = 16
+
+    def __init__(self, outbox: Outbox, outlets: Mapping[str, Outlet], closing: asyncio.Event, patience: Patience):
+        self.outbox, self.outlets, self.closing, self.patience = outbox, outlets, closing, patience
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # channel -> who carries for it
+        self._places = asyncio.Semaphore(self.SIDE_BY_SIDE)
+
+    def outlet(self, channel: str) -> Outlet | None:
+        """How this channel takes what goes out; None if it is not there now."""
+        return self.outlets.get(channel.partition(":")[0])
+
+    def open(self) -> None:
+        """Take up what the last process left."""
+        for number, channel in self.outbox.interrupted():
+            if outlet := self.outlet(channel):
+                self._doubt(number, channel, outlet, "interrupted by a restart")
+        self.look()
+
+    def look(self) -> None:
+        """Carry whatever lies there."""
+        for channel in self.outbox.channels():
+            self.wake(channel)
+
+    def wake(self, channel: str) -> None:
+        """Something lies there for this channel."""
+        outlet = self.outlet(channel)
+        if outlet and outlet.send and channel not in self._tasks:
+            self._tasks[channel] = asyncio.create_task(self._carry(channel, outlet))
+
+    async def close(self, seconds: float) -> None:
+        """Send what can be sent within so many seconds; the rest stays for the next start."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=seconds)
+        for task in (rest := list(self._tasks.values())):
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _carry(self, channel: str, outlet: Outlet) -> None:
+        try:
+            while True:
+                try:
+                    delivery = self.outbox.next(channel)
+                    if delivery is None or not await self._send(delivery, outlet):
+                        return
+                except StoreError as error:
+                    log.warning("nothing goes to %s: %s", channel, error)
+                    if await paused(self.closing, 5.0):
+                        return
+        finally:
+            del self._tasks[channel]
+
+    async def _send(self, delivery: Delivery, outlet: Outlet) -> bool:
+        """One attempt, when its time has come, and what came of it; False if it is not ours to make."""
+        # Bounded: the clock may have been set back by a day since next_at was written.
+        seconds = min(self._until(delivery.next_at), self.patience.longest)
+        if seconds > 0 and await paused(self.closing, seconds):
+            return False
+        async with self._places:
+            if not self.outbox.start(delivery.id):
+                return False
+            attempt = asyncio.wait_for(outlet.send(delivery), self.patience.sending)
+            (fault,) = await asyncio.gather(attempt, return_exceptions=True)
+        return await surely(lambda: self._note(delivery, outlet, fault), self.closing)
+
+    def _until(self, moment: str) -> float:
+        return (datetime.fromisoformat(moment) - self.outbox.store.now()).total_seconds()
+
+    def _note(self, delivery: Delivery, outlet: Outlet, fault: BaseException | None) -> None:
+        """Write down how an attempt went."""
+        number, channel = delivery.id, delivery.channel
+        in_doubt = isinstance(fault, (OSError, asyncio.CancelledError))  # TimeoutError is an OSError
+        if not isinstance(fault, BaseException):
+            self.outbox.sent(number)
+        elif in_doubt and not outlet.repeats:
+            self._doubt(number, channel, outlet, repr(fault))
+        elif not (in_doubt or isinstance(fault, (ChannelBusy, Unavailable))) or self._is_hopeless(delivery):
+            self._drop(number, channel, fault)
+        else:
+            seconds = self._pause(delivery.attempts + 1, getattr(fault, "retry_after", None))
+            self.outbox.later(number, seconds, str(fault) or repr(fault))
+
+    def _is_hopeless(self, delivery: Delivery) -> bool:
+        old = self._until(delivery.created_at) < -self.patience.give_up
+        return old and delivery.attempts + 1 >= self.patience.attempts
+
+    def _pause(self, attempts: int, wanted: float | None) -> float:
+        """Seconds until the next attempt: what the channel asks for, else longer and longer, and never in step."""
+        if wanted is not None:
+            return min(max(wanted, 0.0), self.patience.longest)
+        return min(self.patience.first * 2 ** min(attempts - 1, 30), self.patience.most) * random.uniform(0.5, 1.0)
+
+    def _drop(self, number: int, channel: str, fault: BaseException) -> None:
+        unforeseen = None if isinstance(fault, PistaError) else fault  # a bug is worth a traceback
+        log.error("outbox %d cannot be delivered to %s: %r", number, channel, fault, exc_info=unforeseen)
+        self.outbox.drop(number, "dead", str(fault) or repr(fault))
+
+    def _doubt(self, number: int, channel: str, outlet: Outlet, why: str) -> None:
+        """It may have arrived or not."""
+        if outlet.repeats:
+            self.outbox.later(number, 0.0, why)
+            return
+        log.warning("outbox %d may have reached %s or not (%s): it is not sent again", number, channel, why)
+        self.outbox.drop(number, "unknown", why)
+
+
+class Place:
+    """One of the places for turns side by side; given back while a person is asked."""
+
+    def __init__(self, places: asyncio.Semaphore):
+        self.places, self._held = places, False
+
+    async def __aenter__(self) -> Place:
+        await self._take()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._give()
+
+    async def lend(self, question: Awaitable[Decision]) -> Decision:
+        """Let others go on until the question is answered."""
+        self._give()
+        decision = await question  # cancelled, the place stays given back
+        await self._take()
+        return decision
+
+    async def _take(self) -> None:
+        await self.places.acquire()
+        self._held = True
+
+    def _give(self) -> None:
+        if self._held:
+            self.places.release()
+        self._held = False
+
+
+class Run:
+    """A turn that a worker waits for."""
+
+    def __init__(self, item: Item):
+        self.item, self.task = item, None
+        self.begun = item.message_id is not None  # the person's words are in the transcript
+        self.calls = 0  # tools that were started
+        self.stopped = ""  # what is said to the person who stopped it
+
+
+class Hub:
+    """Takes events, has them answered in order, and sees that the answers go out."""
+
+    ATTEMPTS = 20  # times that a turn is taken up again before it is given up: something in it may end the process
+    ASKING = 3_600.0  # seconds for a person to answer a question; then it counts as a no
+    STOPPING = 0.9  # seconds until a person who stops a turn hears of it
+    ENDING, FLUSHING = 5.0, 5.0  # seconds at the end for cancelled turns, and for the last answers
+    KEPT_DAYS = 30.0  # that an event is known again if it comes twice, and its answer can be fetched
+
+    def __init__(
+        self,
+        store: Store,
+        agent: Agent,
+        outlets: dict[str, Outlet],
+        *,
+        approval: str = "risky",
+        redact: Callable[[str], str] = str,
+        queue: int = 20,
+        side_by_side: int = 8,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
+    ):
+        outlets.setdefault("job", Outlet(keep))
+        self.store, self.agent, self.outlets = store, agent, outlets
+        self.approval, self.redact, self.queue = approval, redact, queue
+        self.inbox, self.outbox, self.closing = Inbox(store), Outbox(store), asyncio.Event()
+        self.courier = Courier(self.outbox, outlets, self.closing, patience)
+        self._places = asyncio.Semaphore(side_by_side)
+        self._workers: dict[str, asyncio.Task[None]] = {}  # session -> who answers its events
+        self._running: dict[str, Run] = {}  # session -> what it answers now
+        self._watchers: dict[int, list[tuple[Tell, asyncio.Future[Answer]]]] = {}  # inbox row -> who waits for it
+        self._always: dict[str, set[str]] = {}  # session -> calls that need no more asking
+        self._hurry = asyncio.Event()
+        self._tidying: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Hub:
+        self.open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def open(self) -> None:
+        """Take up what the last process left: turns that were cut off, events, answers."""
+        self.courier.open()
+        self.look()
+        self._tidying = asyncio.create_task(self._tidy())
+
+    def look(self) -> None:
+        """Take up whatever lies in the tables, such as what another process put there."""
+        self.courier.look()
+        for session in self.inbox.waiting():
+            self.wake(session)
+
+    @property
+    def running(self) -> dict[str, int]:
+        """The sessions that are in a turn, or wait for a place for one, and the inbox row that it answers."""
+        return {session: run.item.id for session, run in self._running.items()}
+
+    # ---- what channels call ----
+
+    def submit(self, event: Event) -> Receipt:
+        """Write an event down; it is answered in its turn. StoreError: it was not taken, the sender keeps it."""
+        if self.closing.is_set():
+            known = self.inbox.find(event.channel, event.identity)
+            return Receipt("duplicate", known.id) if known else Receipt("closing")
+        receipt = self.inbox.add(event, self.queue)
+        self.wake(event.session)
+        return receipt
+
+    def wake(self, session: str) -> None:
+        """Something lies in the inbox for this session."""
+        if session not in self._workers and not self.closing.is_set():
+            self._workers[session] = asyncio.create_task(self._work(session))
+
+    async def watch(self, number: int, tell: Tell) -> Answer:
+        """What becomes of an event; until then `tell`, which must not raise, hears how it goes.
+
+        Cancelled, the turn goes on all the same.
+        """
+        item = self.inbox.get(number)
+        if item is None:
+            raise StoreError(f"there is no message {number} in the inbox")
+        if item.state not in ("waiting", "running"):
+            return self.outbox.answer(item)
+        if self.closing.is_set() and item.event.session not in self._workers:
+            raise self._ends()
+        watcher = (tell, asyncio.get_running_loop().create_future())
+        watchers = self._watchers.setdefault(number, [])
+        watchers.append(watcher)
+        try:
+            return await watcher[1]
+        finally:
+            watchers.remove(watcher)
+            if not watchers:
+                self._watchers.pop(number, None)
+
+    def reply_for(self, channel: str, identity: str) -> Answer | None:
+        """What became of an event so far, for a channel that fetches its answers; None if there was none."""
+        item = self.inbox.find(channel, identity)
+        return item and self.outbox.answer(item)
+
+    def collected(self, channel: str, identity: str) -> None:
+        """The channel has handed the answer over."""
+        if item := self.inbox.find(channel, identity):
+            self.outbox.collected(item.id)
+
+    async def stop(self, session: str) -> str:
+        """End the turn that a session is in; what waits behind it goes on. In words what was done, within a second."""
+        run = self._running.get(session)
+        if run is None or run.task.done():
+            return "Nothing is running."
+        run.stopped = f"Stopped ({plural(run.calls, 'command')} had been started)."
+        with contextlib.suppress(StoreError):  # the worker will try again. First: a kill now must not resume it
+            self._end(run.item, "stopped", run.stopped, {"is_error": True})
+        run.task.cancel()
+        await asyncio.wait([run.task], timeout=self.STOPPING)
+        return run.stopped
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Take nothing more, give running turns so many seconds, then cut them off: the next start goes on with them.
+
+        A second call ends the first one's waiting.
+        """
+        if self.closing.is_set():
+            self._hurry.set()
+        self.closing.set()
+        runs = list(self._running.values())
+        for run in runs:
+            if not run.begun:
+                run.task.cancel()
+        if tasks := {run.task for run in runs}:
+            await self._until_done(tasks, grace)
+        for task in tasks:
+            task.cancel()
+        if workers := list(self._workers.values()):
+            await asyncio.wait(workers, timeout=self.ENDING)
+        await self.courier.close(0.0 if self._hurry.is_set() else self.FLUSHING)
+        rest = [task for task in (*self._workers.values(), self._tidying) if task]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        for _, done in itertools.chain(*self._watchers.values()):
+            if not done.done():
+                done.set_exception(self._ends())
+
+    async def _until_done(self, tasks: Iterable[asyncio.Task[Any]], seconds: float) -> None:
+        """Wait until they are done, or so long, or until somebody is in a hurry."""
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        done = asyncio.ensure_future(asyncio.wait(tasks))
+        await asyncio.wait([hurry, done], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        done.cancel()
+
+    @staticmethod
+    def _ends() -> ChannelBusy:
+        return ChannelBusy("openpista is shutting down; what it has taken it answers after the next start")
+
+    # ---- a session's worker ----
+
+    async def _work(self, session: str) -> None:
+        """Answer the events of a session, one after the other, until there is none."""
+        try:
+            while not self.closing.is_set():
+                try:
+                    item = self.inbox.next(session)
+                except StoreError as error:
+                    log.warning("session %s waits: %s", session, error)
+                    await paused(self.closing, 5.0)
+                    continue
+                if item is None:
+                    return
+                await self._serve(item)
+        finally:
+            del self._workers[session]
+
+    async def _serve(self, item: Item) -> None:
+        """Have one event answered, or say why it was not."""
+        run = self._running[item.event.session] = Run(item)
+        run.task = asyncio.create_task(self._turn(run))
+        try:
+            (result,) = await asyncio.gather(run.task, return_exceptions=True)
+        finally:
+            del self._running[item.event.session]
+            if not self._always.get(item.event.session, True):
+                del self._always[item.event.session]
+        ending = self._ending(run, result)
+        if ending is None:
+            return
+        state, text, metadata = ending
+        shown = dict(metadata)
+        answer = Answer(state, text, shown.pop("is_error", False), shown)
+        self._announce(item, answer)
+        if not isinstance(result, Reply) or result.problem:  # else it was written together with the answer
+            await surely(lambda: self._end(item, state, text, metadata), self.closing)
+            self._announce(item, answer)  # to who came meanwhile
+        self.courier.wake(item.event.channel)
+
+    async def _turn(self, run: Run) -> Reply:
+        item = run.item
+        async with Place(self._places) as place:
+            if item.attempts >= self.ATTEMPTS:
+                raise PistaError(f"given up: openpista ended {item.attempts} times in the middle of it", "see the log")
+            if item.state == "running" and item.message_id is None:
+                raise StoreError("given up: its session was deleted while openpista was not running", "say it again")
+            self.inbox.attempt(item.id)
+            session = self.store.session(item.event.session)
+            gate = Gate(self.approval, self._approve(item, place), self._always.setdefault(session.name, set()))
+            tell = functools.partial(self._tell, run)
+            record = Record(functools.partial(self._begin, run), functools.partial(self._answer, item))
+            if item.message_id is None:
+                return await self.agent.turn(session, item.event.text, gate, tell, record)
+            return await self.agent.resume(session, item.message_id, gate, tell, record)
+
+    def _begin(self, run: Run, message_id: int) -> None:
+        self.inbox.begin(run.item.id, message_id)
+        run.begun = True
+
+    def _answer(self, item: Item, reply: Reply) -> None:
+        self._end(item, "done", reply.text, reply_metadata(reply))
+
+    def _end(self, item: Item, state: str, text: str, metadata: Mapping[str, Any]) -> None:
+        """Close the inbox row and write the answer into the outbox, at once; nothing if it is closed."""
+        outlet, event = self.courier.outlet(item.event.channel), item.event
+        pieces = list(outlet.split(text)) if outlet else []
+        with self.store.atomic():
+            if self.inbox.finish(item.id, state):
+                self.outbox.add(event.channel, event.reply_to, pieces or [text], metadata, item.id)
+
+    def _ending(self, run: Run, result: Reply | BaseException) -> tuple[str, str, dict[str, Any]] | None:
+        """State, text and metadata of the answer; None if the next start is to go on with it."""
+        if isinstance(result, Reply):
+            return "done", result.text, reply_metadata(result)
+        if run.stopped:
+            return "stopped", run.stopped, {"is_error": True}
+        if isinstance(result, asyncio.CancelledError):
+            return None
+        if not isinstance(result, PistaError):
+            log.error("session %s: a turn failed", run.item.event.session, exc_info=result)
+            result = PistaError(f"openpista failed: {result!r}", "this is a bug; the log has more")
+        return "failed", self.redact(str(result)), {"is_error": True}
+
+    def _approve(self, item: Item, place: Place) -> Approve | None:
+        """Whom this turn asks about a risky call, for a limited time."""
+        outlet = self.courier.outlet(item.event.channel)
+        approve = outlet and outlet.approver(item)
+        if approve is None:
+            return None
+
+        async def ask(call: ToolCall, danger: str) -> Decision:
+            try:
+                return await place.lend(asyncio.wait_for(approve(call, danger), self.ASKING))
+            except TimeoutError:
+                return Decision.DENY
+
+        return ask
+
+    def _tell(self, run: Run, progress: Progress) -> None:
+        run.calls += progress.kind == "tool_started"
+        for tell, _ in tuple(self._watchers.get(run.item.id, ())):
+            tell(progress)
+
+    def _announce(self, item: Item, answer: Answer) -> None:
+        for _, done in self._watchers.get(item.id, ()):
+            if not done.done():
+                done.set_result(answer)
+
+    async def _tidy(self) -> None:
+        """Forget what is old, some at a time, now and four times a day."""
+        while True:
+            with contextlib.suppress(StoreError):
+                while self.inbox.prune(self.KEPT_DAYS) + self.outbox.prune(self.KEPT_DAYS):
+                    await asyncio.sleep(0.1)
+            await asyncio.sleep(21_600)
+
+
+def reply_metadata(reply: Reply) -> dict[str, Any]:
+    """What is kept of a reply beside its text."""
+    known = {"session": reply.session, "model": reply.model, "usage": reply.usage._asdict()}
+    return known | ({"problem": reply.problem} if reply.problem else {})
+
+
+# ===== 15. Terminal ===========================================================
 #
 # What a person sees while a turn runs: a line of progress, the answer as it
 # comes, a question before a risky call. Nothing a model or a tool says reaches
@@ -5292,7 +5776,7 @@ async def read_line(handle: int) -> str:
     return found.decode("utf-8", "replace")
 
 
-# ===== 15. App ================================================================
+# ===== 16. App ================================================================
 #
 # The one place where the objects meet.
 
@@ -5399,7 +5883,7 @@ def is_own_home(folder: Path) -> bool:
     return ours or folder.name == ".openpista" or not any(folder.iterdir())
 
 
-# ===== 16. Commands ===========================================================
+# ===== 17. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
