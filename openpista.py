@@ -1533,7 +1533,8 @@ class Outbox(Table):
 
     def sent(self, number: int) -> None:
         """Note that it arrived."""
-        self._run("UPDATE outbox SET state = 'sent', error = '', sent_at = ? WHERE id = ?", self.stamp(), number)
+        sql = "UPDATE outbox SET state = 'sent', error = '', sent_at = ? WHERE id = ? AND state = 'sending'"
+        self._run(sql, self.stamp(), number)
 
     def later(self, number: int, seconds: float, error: str) -> None:
         """Note that it did not go, and when to try again."""
@@ -5144,9 +5145,14 @@ class Courier:
         async with self._places:
             if not self.outbox.start(delivery.id):
                 return False
-            attempt = asyncio.wait_for(outlet.send(delivery), self.patience.sending)
-            (fault,) = await asyncio.gather(attempt, return_exceptions=True)
+            (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
         return await surely(lambda: self._note(delivery, outlet, fault), self.closing)
+
+    async def _attempt(self, delivery: Delivery, outlet: Outlet) -> None:
+        async with asyncio.timeout(self.patience.sending):
+            await outlet.send(delivery)
+        with contextlib.suppress(StoreError):  # tried again by `surely`. At once: a kill in between leaves it in doubt
+            self.outbox.sent(delivery.id)
 
     def _until(self, moment: str) -> float:
         return (datetime.fromisoformat(moment) - self.outbox.store.now()).total_seconds()
@@ -5234,7 +5240,7 @@ class Hub:
 
     ATTEMPTS = 20  # times that a turn is taken up again before it is given up: something in it may end the process
     ASKING = 3_600.0  # seconds for a person to answer a question; then it counts as a no
-    STOPPING = 0.9  # seconds until a person who stops a turn hears of it
+    STOPPING = 0.8  # seconds until a person who stops a turn hears of it
     ENDING, FLUSHING = 5.0, 5.0  # seconds at the end for cancelled turns, and for the last answers
     KEPT_DAYS = 30.0  # that an event is known again if it comes twice, and its answer can be fetched
 
