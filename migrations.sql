@@ -74,3 +74,94 @@ CREATE INDEX usage_by_session ON usage (session_id);
 -- step 2: a session may have a model of its own
 
 ALTER TABLE sessions ADD COLUMN model TEXT NOT NULL DEFAULT '';  -- provider/model; '' is the configured one
+
+-- step 3: messages on their way in and out, jobs, devices of the gateway
+
+-- What came in. A row is written before the sender is told that it was taken.
+CREATE TABLE inbox (
+    id          INTEGER PRIMARY KEY,
+    channel     TEXT NOT NULL,               -- from whom, and to whom the answer goes: telegram:42, quic:laptop
+    identity    TEXT NOT NULL,               -- the channel's own name for it: what comes twice is taken once
+    session     TEXT NOT NULL,               -- by name: it is made when the turn begins
+    sender      TEXT NOT NULL DEFAULT '',
+    reply_to    TEXT NOT NULL DEFAULT '{}',  -- JSON: what else the channel needs for the answer
+    text        TEXT NOT NULL,
+    metadata    TEXT NOT NULL DEFAULT '{}',  -- JSON
+    state       TEXT NOT NULL DEFAULT 'waiting'
+                CHECK (state IN ('waiting', 'running', 'done', 'stopped', 'failed')),
+    attempts    INTEGER NOT NULL DEFAULT 0,  -- how often its turn was begun or taken up again
+    message_id  INTEGER REFERENCES messages ON DELETE SET NULL,  -- the same words in the transcript, once running
+    received_at TEXT NOT NULL,
+    done_at     TEXT,
+    UNIQUE (channel, identity)
+);
+CREATE INDEX inbox_open ON inbox (session, id) WHERE state IN ('waiting', 'running');
+CREATE INDEX inbox_by_session ON inbox (session) WHERE done_at IS NOT NULL;
+CREATE INDEX inbox_by_message ON inbox (message_id) WHERE message_id IS NOT NULL;
+CREATE INDEX inbox_by_end ON inbox (done_at) WHERE done_at IS NOT NULL;
+
+-- What goes out. The answer to a message is written together with the end of its turn.
+CREATE TABLE outbox (
+    id         INTEGER PRIMARY KEY,
+    inbox_id   INTEGER REFERENCES inbox ON DELETE CASCADE,  -- NULL: nobody asked for it
+    channel    TEXT NOT NULL,
+    reply_to   TEXT NOT NULL DEFAULT '{}',   -- JSON
+    piece      INTEGER NOT NULL DEFAULT 0,   -- of a text that the channel cannot take whole
+    text       TEXT NOT NULL,
+    metadata   TEXT NOT NULL DEFAULT '{}',   -- JSON: is_error, model, usage
+    state      TEXT NOT NULL DEFAULT 'waiting'
+               CHECK (state IN ('waiting', 'sending', 'sent', 'unknown', 'dead')),
+    attempts   INTEGER NOT NULL DEFAULT 0,
+    error      TEXT NOT NULL DEFAULT '',     -- why the last attempt failed
+    created_at TEXT NOT NULL,
+    next_at    TEXT NOT NULL,                -- not tried before
+    sent_at    TEXT
+);
+CREATE INDEX outbox_open ON outbox (channel, id) WHERE state IN ('waiting', 'sending');
+CREATE INDEX outbox_by_inbox ON outbox (inbox_id, created_at);
+
+CREATE TABLE jobs (
+    id         INTEGER PRIMARY KEY,
+    name       TEXT NOT NULL UNIQUE,
+    schedule   TEXT NOT NULL,                -- cron's fields, or one moment
+    tz         TEXT NOT NULL DEFAULT '',     -- IANA name; '' is the machine's
+    prompt     TEXT NOT NULL,
+    session    TEXT NOT NULL,
+    channel    TEXT NOT NULL DEFAULT '',     -- where the answer goes
+    reply_to   TEXT NOT NULL DEFAULT '{}',   -- JSON
+    catch_up   TEXT NOT NULL DEFAULT 'once' CHECK (catch_up IN ('skip', 'once', 'all')),
+    origin     TEXT NOT NULL DEFAULT 'command' CHECK (origin IN ('command', 'config', 'agent')),
+    state      TEXT NOT NULL DEFAULT 'active' CHECK (state IN ('active', 'paused', 'done')),
+    next_at    TEXT,                         -- when it is due; NULL: never again
+    created_at TEXT NOT NULL
+);
+CREATE INDEX jobs_due ON jobs (next_at) WHERE state = 'active';
+
+CREATE TABLE job_runs (
+    id       INTEGER PRIMARY KEY,
+    job_id   INTEGER NOT NULL REFERENCES jobs ON DELETE CASCADE,
+    due_at   TEXT NOT NULL,
+    fired_at TEXT NOT NULL,
+    inbox_id INTEGER REFERENCES inbox ON DELETE SET NULL,  -- what became of it; NULL: see note
+    note     TEXT NOT NULL DEFAULT '',
+    UNIQUE (job_id, due_at)
+);
+CREATE INDEX job_runs_by_inbox ON job_runs (inbox_id);
+
+-- Who may speak to the gateway. Of a token only its hash is kept.
+CREATE TABLE devices (
+    id         INTEGER PRIMARY KEY,
+    name       TEXT NOT NULL UNIQUE,
+    token_hash TEXT NOT NULL UNIQUE,         -- SHA-256, hexadecimal
+    created_at TEXT NOT NULL,
+    last_seen  TEXT,
+    revoked_at TEXT
+);
+
+-- Session tickets of TLS: each is taken out when it is redeemed, and so is good for once.
+CREATE TABLE tickets (
+    label      TEXT PRIMARY KEY,             -- hexadecimal
+    body       TEXT NOT NULL,                -- JSON
+    expires_at TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX tickets_by_end ON tickets (expires_at);

@@ -18,7 +18,7 @@ Map. Each section uses only those above it, so read on from any point.
      3. Helpers       clock, text, private files, secrets, logging
      4. Config        config.toml and the environment
      5. Credentials   keys: where they come from, where they are kept
-     6. Store         SQLite: sessions, messages, the journal, usage
+     6. Store         SQLite: sessions, messages, the journal, usage; inbox, outbox, jobs
      7. Wire          three formats of model APIs: values to JSON and back, no I/O
      8. Providers     language models over HTTP; who they are, retries, fallback
      9. Catalogue     which models a provider has; whether a key is good
@@ -27,13 +27,17 @@ Map. Each section uses only those above it, so read on from any point.
     12. Skills        SKILL.md folders
     13. Tools         what the model may do, and who is asked first
     14. Agent         the loop: ask, act, repeat; what fits into the window
-    15. Terminal      cells, keys, painting, raw mode
-    16. Widgets       picker, fields, editor, Markdown: fed with keys, asked for lines
-    17. Console       a turn in lines; questions, tables, complaints
-    18. App           the one place where the objects meet
-    19. Login         signing in to a provider, browsing its models
-    20. Chat          the conversation at a terminal
-    21. Commands      the command line
+    15. Hub           the life of a message: inbox, workers, outbox
+    16. Cron          cron expressions, time zones, moments
+    17. Frames        the gateway's frames: values to bytes and back, no I/O
+    18. Quic          a server and a client for frames over QUIC
+    19. Terminal      cells, keys, painting, raw mode
+    20. Widgets       picker, fields, editor, Markdown: fed with keys, asked for lines
+    21. Console       a turn in lines; questions, tables, complaints
+    22. App           the one place where the objects meet
+    23. Login         signing in to a provider, browsing its models
+    24. Chat          the conversation at a terminal
+    25. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -50,9 +54,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
+import calendar
 import codecs
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -74,14 +81,18 @@ import tempfile
 import time
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path, PureWindowsPath
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import httpx
+    from aioquic.quic.configuration import QuicConfiguration
+    from aioquic.quic.connection import QuicConnection
+    from aioquic.tls import SessionTicket
 
 __version__ = "0.1.0"
 
@@ -100,6 +111,8 @@ log = logging.getLogger("openpista")
 #     WrongFormat                          ... it does not speak this format
 #   ToolError                              a tool failed: the model is told
 #   SkillError                             a skill is missing or malformed
+#   ChannelError                           a channel does not deliver, for good
+#     ChannelBusy                          ... for now: worth another try
 #   MissingPackage                         a package that should be shipped
 #
 # A message says what, and where; the hint says what to do. `main` prints them.
@@ -166,6 +179,48 @@ class ToolError(PistaError):
 
 class SkillError(PistaError):
     """A skill is missing, malformed or out of bounds."""
+
+
+class ChannelError(PistaError):
+    """A channel cannot deliver this, now or ever."""
+
+
+class ChannelBusy(ChannelError):
+    """A channel cannot deliver now: cut off, overloaded, or told to wait."""
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds the channel asked for
+
+
+class CronError(PistaError):
+    """A schedule, a time zone or a moment that cannot be understood."""
+
+    exit_code = 2
+
+
+class GatewayError(PistaError):
+    """The other side cannot be reached, or is gone."""
+
+    def __init__(self, message: str, hint: str = "", code: int = 0):
+        super().__init__(message, hint)
+        self.code = code  # the other side's, when it closed with one
+
+
+class WrongServer(GatewayError):
+    """Somebody else than the pinned server answered."""
+
+    def __init__(self, message: str, hint: str, seen: str):
+        super().__init__(message, hint)
+        self.seen = seen  # the fingerprint of who answered
+
+
+class WireError(GatewayError):
+    """The other side said what the protocol does not allow; `word` is the code of the error frame."""
+
+    def __init__(self, word: str, message: str):
+        super().__init__(message)
+        self.word = word
 
 
 class MissingPackage(PistaError):
@@ -289,6 +344,35 @@ class Reply(NamedTuple):
     usage: Usage
     tool_calls: tuple[tuple[ToolCall, ToolResult], ...] = ()
     problem: str = ""  # what went wrong after the answer was there
+
+
+class Event(NamedTuple):
+    """Something said to a session, by a person, a machine or a job."""
+
+    channel: str  # from whom, and to whom the answer goes: telegram:42, quic:laptop
+    identity: str  # the channel's own name for it: what comes twice is taken once
+    session: str
+    text: str
+    sender: str = ""
+    reply_to: Mapping[str, Any] = MappingProxyType({})  # what else the channel needs for the answer
+    metadata: Mapping[str, Any] = MappingProxyType({})
+
+
+class Receipt(NamedTuple):
+    """What a sender is told of an Event."""
+
+    answer: str  # accepted, duplicate, full, closing; the last two: it was not taken, keep it
+    id: int = 0  # of the inbox row, accepted or found
+    ahead: int = 0  # how many are before it in its session
+
+
+class Answer(NamedTuple):
+    """What became of an Event."""
+
+    state: str  # waiting, running, done, stopped, failed
+    text: str = ""
+    is_error: bool = False
+    metadata: Mapping[str, Any] = MappingProxyType({})  # session, model, usage
 
 
 class Decision(StrEnum):
@@ -1037,6 +1121,9 @@ class Store:
             session = self.find_session(name)
             if (owner := self.lease_holder(session)) and owner != self.owner:
                 raise StoreError(f"session {name!r} is in use by {owner}", "try again when it is done")
+            over = "SELECT id FROM inbox WHERE session = ? AND done_at IS NOT NULL"  # what waits is still answered
+            self._run(f"DELETE FROM outbox WHERE state NOT IN ('waiting', 'sending') AND inbox_id IN ({over})", name)
+            self._run(f"UPDATE inbox SET text = '', sender = '', metadata = '{{}}' WHERE id IN ({over})", name)
             self._run("DELETE FROM sessions WHERE id = ?", session.id)
 
     # ---- the lease: one process at a time works on a session ----
@@ -1121,9 +1208,15 @@ class Store:
                 break
         return found[::-1]
 
-    def transcript(self, session: Session) -> Iterator[Entry]:
-        """All messages of a session, oldest first."""
-        return self._messages("session_id = ? ORDER BY id", session.id)
+    def transcript(self, session: Session, after: int = 0) -> Iterator[Entry]:
+        """The messages of a session after an id, oldest first."""
+        return self._messages("session_id = ? AND id > ? ORDER BY id", session.id, after)
+
+    def message(self, session: Session, number: int) -> Entry:
+        """One message of a session; StoreError if it is not there."""
+        for entry in self._messages("session_id = ? AND id = ?", session.id, number):
+            return entry
+        raise StoreError(f"message {number} of session {session.name!r} is gone", "say it again")
 
     def _messages(self, where: str, *values: Any) -> Iterator[Entry]:
         columns = "id, role, text, tool_calls, call_id, is_error, echo, created_at"
@@ -1290,6 +1383,406 @@ class Store:
 def new_session_name(now: datetime, kind: str) -> str:
     """A name for a new session, such as run-20260301-090000-1f3a."""
     return f"{kind}-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
+# ---- messages in and out, jobs, devices: a small class for each table, given the Store ----
+
+
+class Item(NamedTuple):
+    """An Event in the inbox."""
+
+    id: int
+    event: Event
+    state: str
+    attempts: int  # how often its turn was begun or taken up again
+    message_id: int | None  # the person's words in the transcript; None: the turn has not begun
+    received_at: str
+
+
+class Delivery(NamedTuple):
+    """A piece of text in the outbox."""
+
+    id: int
+    inbox_id: int | None
+    channel: str
+    reply_to: dict[str, Any]
+    piece: int
+    text: str
+    metadata: dict[str, Any]
+    attempts: int
+    created_at: str
+    next_at: str
+
+
+class Job(NamedTuple):
+    """A prompt on a schedule."""
+
+    id: int
+    name: str
+    schedule: str
+    tz: str
+    prompt: str
+    session: str
+    channel: str
+    reply_to: dict[str, Any]
+    catch_up: str  # skip, once, all
+    origin: str  # command, config, agent
+    state: str  # active, paused, done
+    next_at: str | None
+
+
+class JobRun(NamedTuple):
+    """A line of `cron history`."""
+
+    due_at: str
+    fired_at: str
+    state: str  # as in the inbox; '' if it was not taken, or long ago
+    note: str
+    answer: str
+
+
+class Device(NamedTuple):
+    """Who may speak to the gateway."""
+
+    name: str
+    created_at: str
+    last_seen: str | None
+    revoked_at: str | None
+
+
+class Table:
+    """Statements about one matter."""
+
+    def __init__(self, store: Store):
+        self.store, self._run, self.atomic = store, store._run, store.atomic
+
+    def stamp(self, **ago: float) -> str:
+        """The time now, or so long ago, as it is written down."""
+        return iso(self.store.now() - timedelta(**ago))
+
+
+class Inbox(Table):
+    """What came in and what became of it."""
+
+    COLUMNS = """id, channel, identity, session, text, sender, reply_to, metadata, state, attempts, message_id,
+                 received_at"""
+    OPEN = "state IN ('waiting', 'running')"  # word for word the condition of the index
+
+    def add(self, event: Event, limit: int = sys.maxsize) -> Receipt:
+        """Take an event, unless it is there already or its session has so many waiting."""
+        with self.atomic():
+            if known := self.find(event.channel, event.identity):
+                return Receipt("duplicate", known.id)
+            sql = f"SELECT count(*), coalesce(sum(state = 'waiting'), 0) FROM inbox WHERE session = ? AND {self.OPEN}"
+            ahead, waiting = self._run(sql, event.session).fetchone()
+            if waiting >= limit:
+                return Receipt("full", ahead=ahead)
+            values = (storable(text) for text in (event.channel, event.identity, event.session, event.text))
+            row = self._run(
+                """INSERT INTO inbox (channel, identity, session, text, sender, reply_to, metadata, received_at)
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                *values,
+                storable(event.sender),
+                storable(to_json(dict(event.reply_to))),
+                storable(to_json(dict(event.metadata))),
+                self.stamp(),
+            )
+            return Receipt("accepted", row.lastrowid, ahead)
+
+    def find(self, channel: str, identity: str) -> Item | None:
+        """The event of this identity."""
+        return self._one("channel = ? AND identity = ?", storable(channel), storable(identity))
+
+    def get(self, number: int) -> Item | None:
+        """The event in this row."""
+        return self._one("id = ?", number)
+
+    def next(self, session: str) -> Item | None:
+        """The oldest event of a session that has no answer."""
+        return self._one(f"session = ? AND {self.OPEN} ORDER BY id LIMIT 1", session)
+
+    def _one(self, where: str, *values: Any) -> Item | None:
+        row = self._run(f"SELECT {self.COLUMNS} FROM inbox WHERE {where}", *values).fetchone()
+        if row is None:
+            return None
+        number, channel, identity, session, text, sender, reply_to, metadata, *rest = row
+        event = Event(channel, identity, session, text, sender, json.loads(reply_to), json.loads(metadata))
+        return Item(number, event, *rest)
+
+    def waiting(self) -> dict[str, int]:
+        """The sessions with events that have no answer, and how many."""
+        return dict(self._run(f"SELECT session, count(*) FROM inbox WHERE {self.OPEN} GROUP BY session"))
+
+    def attempt(self, number: int) -> None:
+        """Note that the turn is begun or taken up again."""
+        self._run("UPDATE inbox SET attempts = attempts + 1 WHERE id = ?", number)
+
+    def begin(self, number: int, message_id: int) -> None:
+        """Note which message has the words, in the transaction that writes it. StoreError if it was answered."""
+        sql = f"UPDATE inbox SET state = 'running', message_id = ? WHERE id = ? AND {self.OPEN}"
+        if self._run(sql, message_id, number).rowcount != 1:
+            raise StoreError(f"message {number} of the inbox was answered meanwhile")
+
+    def finish(self, number: int, state: str) -> bool:
+        """Note how it ended; False if it had ended before."""
+        sql = f"UPDATE inbox SET state = ?, done_at = ? WHERE id = ? AND {self.OPEN}"
+        return self._run(sql, state, self.stamp(), number).rowcount == 1
+
+    def prune(self, days: float, most: int = 500) -> int:
+        """Forget at most so many events, with their answers, that ended so many days ago; how many were."""
+        old = "SELECT id FROM inbox WHERE done_at < ? ORDER BY done_at LIMIT ?"
+        return self._run(f"DELETE FROM inbox WHERE id IN ({old})", self.stamp(days=days), most).rowcount
+
+
+class Outbox(Table):
+    """What goes out, each channel's in order."""
+
+    COLUMNS = "id, inbox_id, channel, reply_to, piece, text, metadata, attempts, created_at, next_at"
+    OPEN = "state IN ('waiting', 'sending')"  # word for word the condition of the index
+
+    def add(
+        self,
+        channel: str,
+        reply_to: Mapping[str, Any],
+        pieces: Iterable[str],
+        metadata: Mapping[str, Any] = MappingProxyType({}),
+        inbox_id: int | None = None,
+    ) -> None:
+        """Write a text down to be sent, in its pieces."""
+        with self.atomic():
+            for piece, text in enumerate(pieces):
+                self._run(
+                    """INSERT INTO outbox (inbox_id, channel, reply_to, piece, text, metadata, created_at, next_at)
+                       VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                    inbox_id,
+                    channel,
+                    storable(to_json(dict(reply_to))),
+                    piece,
+                    storable(text),
+                    storable(to_json(dict(metadata))),
+                    *[self.stamp()] * 2,
+                )
+
+    def channels(self) -> list[str]:
+        """For whom something lies here."""
+        return [row[0] for row in self._run(f"SELECT DISTINCT channel FROM outbox WHERE {self.OPEN}")]
+
+    def next(self, channel: str) -> Delivery | None:
+        """The oldest piece for a channel that was not sent."""
+        sql = f"SELECT {self.COLUMNS} FROM outbox WHERE channel = ? AND {self.OPEN} ORDER BY id LIMIT 1"
+        row = self._run(sql, channel).fetchone()
+        return row and Delivery(*row[:3], json.loads(row[3]), *row[4:6], json.loads(row[6]), *row[7:])
+
+    def start(self, number: int) -> bool:
+        """Note that sending begins: after this it may have arrived. False if somebody else does it."""
+        sql = "UPDATE outbox SET state = 'sending', attempts = attempts + 1 WHERE id = ? AND state = 'waiting'"
+        return self._run(sql, number).rowcount == 1
+
+    def sent(self, number: int) -> None:
+        """Note that it arrived."""
+        sql = "UPDATE outbox SET state = 'sent', error = '', sent_at = ? WHERE id = ? AND state = 'sending'"
+        self._run(sql, self.stamp(), number)
+
+    def later(self, number: int, seconds: float, error: str) -> None:
+        """Note that it did not go, and when to try again."""
+        sql = "UPDATE outbox SET state = 'waiting', next_at = ?, error = ? WHERE id = ?"
+        self._run(sql, self.stamp(seconds=-seconds), storable(error), number)
+
+    def drop(self, number: int, state: str, error: str) -> None:
+        """Note that it is not tried again: `dead`, or `unknown` if it may have arrived."""
+        self._run("UPDATE outbox SET state = ?, error = ? WHERE id = ?", state, storable(error), number)
+
+    def interrupted(self) -> list[tuple[int, str]]:
+        """What was being sent when the last process ended: (row, channel)."""
+        return self._run(f"SELECT id, channel FROM outbox WHERE {self.OPEN} AND state = 'sending'").fetchall()
+
+    def collected(self, inbox_id: int) -> None:
+        """Note that the channel itself has fetched the answer to this event."""
+        sql = f"UPDATE outbox SET state = 'sent', sent_at = ? WHERE inbox_id = ? AND {self.OPEN}"
+        self._run(sql, self.stamp(), inbox_id)
+
+    def answer(self, item: Item) -> Answer:
+        """What became of an event: its pieces joined again."""
+        sql = "SELECT text, metadata FROM outbox WHERE inbox_id = ? ORDER BY id"
+        rows = self._run(sql, item.id).fetchall()
+        metadata = json.loads(rows[0][1]) if rows else {}
+        text = "\n\n".join(row[0] for row in rows)
+        return Answer(item.state, text, bool(metadata.pop("is_error", False)), metadata)
+
+    def prune(self, days: float, most: int = 500) -> int:
+        """Forget at most so many texts that nobody asked for and that are so many days old; how many were."""
+        old = "SELECT id FROM outbox WHERE inbox_id IS NULL AND created_at < ? LIMIT ?"
+        return self._run(f"DELETE FROM outbox WHERE id IN ({old})", self.stamp(days=days), most).rowcount
+
+
+class Jobs(Table):
+    """Prompts on a schedule. When one is due is for the caller to say: this knows no cron."""
+
+    COLUMNS = "id, name, schedule, tz, prompt, session, channel, reply_to, catch_up, origin, state, next_at"
+    KEPT = 100  # runs of a job that are remembered
+
+    def add(self, job: Job) -> Job:
+        """Write a new job down, whatever its id says; StoreError if the name is taken."""
+        with self.atomic():
+            if self.find(job.name):
+                raise StoreError(f"there is a job named {job.name!r} already", "remove it, or choose another --name")
+            columns = self.COLUMNS.removeprefix("id, ")
+            row = self._run(
+                f"INSERT INTO jobs ({columns}, created_at) VALUES ({', '.join('?' * 12)})",
+                *[storable(text) for text in job[1:7]],
+                storable(to_json(dict(job.reply_to))),
+                *job[8:],
+                self.stamp(),
+            )
+            return job._replace(id=row.lastrowid)
+
+    def list(self) -> list[Job]:
+        """All jobs, the next one first."""
+        return self._jobs("1 ORDER BY next_at IS NULL, next_at, id")
+
+    def find(self, name: str) -> Job | None:
+        """The job of this name."""
+        return next(iter(self._jobs("name = ?", storable(name))), None)
+
+    def due(self, most: int = 100) -> list[Job]:
+        """The active jobs whose time has come, the oldest first."""
+        return self._jobs("state = 'active' AND next_at <= ? ORDER BY next_at LIMIT ?", self.stamp(), most)
+
+    def next_at(self) -> str | None:
+        """When the next active job is due; None if there is none."""
+        sql = "SELECT next_at FROM jobs WHERE state = 'active' AND next_at IS NOT NULL ORDER BY next_at LIMIT 1"
+        row = self._run(sql).fetchone()
+        return row and row[0]
+
+    def _jobs(self, where: str, *values: Any) -> list[Job]:
+        rows = self._run(f"SELECT {self.COLUMNS} FROM jobs WHERE {where}", *values)
+        return [Job(*row[:7], json.loads(row[7]), *row[8:]) for row in rows]
+
+    def remove(self, name: str) -> bool:
+        """Forget a job and its runs; False if there is none of this name."""
+        return self._run("DELETE FROM jobs WHERE name = ?", storable(name)).rowcount == 1
+
+    def pause(self, name: str) -> bool:
+        """Let it not fire any more until it is resumed; False if there is none active of this name."""
+        sql = "UPDATE jobs SET state = 'paused' WHERE name = ? AND state = 'active'"
+        return self._run(sql, storable(name)).rowcount == 1
+
+    def resume(self, name: str, next_at: datetime | None) -> bool:
+        """Let it fire again, next at this time; False if there is none paused of this name."""
+        sql = "UPDATE jobs SET state = 'active', next_at = ? WHERE name = ? AND state = 'paused'"
+        return self._run(sql, next_at and iso(next_at), storable(name)).rowcount == 1
+
+    def fire(self, job: Job, next_at: datetime | None, limit: int = sys.maxsize) -> Receipt | None:
+        """Put a due job into the inbox and move its time, at once; None if another process was quicker.
+
+        No next_at: it was the last time.
+        """
+        with self.atomic():
+            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
+            state = "active" if next_at else "done"
+            if self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount != 1:
+                return None
+            return self.run(job, job.next_at, limit)
+
+    def run(self, job: Job, due_at: str, limit: int = sys.maxsize) -> Receipt:
+        """Put a job into the inbox for this time, and note that in its history."""
+        with self.atomic():
+            metadata = {"job": job.name, "due_at": due_at}
+            identity = f"job:{job.id}:{due_at}"
+            event = Event(job.channel or "job", identity, job.session, job.prompt, "cron", job.reply_to, metadata)
+            receipt = Inbox(self.store).add(event, limit)
+            self.note(job, due_at, receipt.id or None, "" if receipt.id else "left out: the session's queue is full")
+            return receipt
+
+    def skip(self, job: Job, next_at: datetime | None, note: str) -> bool:
+        """Move a due job's time without firing, and note why; False if another process was quicker."""
+        with self.atomic():
+            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
+            state = "active" if next_at else "done"
+            moved = self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount == 1
+            if moved:
+                self.note(job, job.next_at, None, note)
+            return moved
+
+    def note(self, job: Job, due_at: str, inbox_id: int | None, note: str) -> None:
+        """Write down that a job ran, or why it did not; the oldest runs are forgotten."""
+        sql = "INSERT OR IGNORE INTO job_runs (job_id, due_at, fired_at, inbox_id, note) VALUES (?, ?, ?, ?, ?)"
+        self._run(sql, job.id, due_at, self.stamp(), inbox_id, storable(note))
+        old = "SELECT due_at FROM job_runs WHERE job_id = ? ORDER BY due_at DESC LIMIT 1 OFFSET ?"
+        self._run(f"DELETE FROM job_runs WHERE job_id = ? AND due_at <= ({old})", job.id, job.id, self.KEPT)
+
+    def history(self, name: str, limit: int = 20) -> list[JobRun]:
+        """The last runs of a job, the newest first."""
+        rows = self._run(
+            """SELECT r.due_at, r.fired_at, coalesce(i.state, ''), r.note,
+                      coalesce((SELECT text FROM outbox WHERE inbox_id = i.id ORDER BY id LIMIT 1), '')
+                 FROM jobs j JOIN job_runs r ON r.job_id = j.id LEFT JOIN inbox i ON i.id = r.inbox_id
+                WHERE j.name = ? ORDER BY r.due_at DESC LIMIT ?""",
+            storable(name),
+            limit,
+        )
+        return [JobRun(*row) for row in rows]
+
+
+class Devices(Table):
+    """Who may speak to the gateway; a revoked one stays in the list."""
+
+    def add(self, name: str, token_hash: str) -> None:
+        """Let a new device in, or a revoked one with a new token; StoreError if the name is taken."""
+        with self.atomic():
+            if self._run("SELECT 1 FROM devices WHERE name = ? AND revoked_at IS NULL", name).fetchone():
+                raise StoreError(f"there is a device named {name!r} already", "revoke it, or choose another name")
+            self._run("DELETE FROM devices WHERE name = ?", name)
+            sql = "INSERT INTO devices (name, token_hash, created_at) VALUES (?, ?, ?)"
+            self._run(sql, name, token_hash, self.stamp())
+
+    def list(self) -> list[Device]:
+        """All devices, by name."""
+        rows = self._run("SELECT name, created_at, last_seen, revoked_at FROM devices ORDER BY name")
+        return [Device(*row) for row in rows]
+
+    def find(self, token_hash: str) -> str | None:
+        """The name of the device with this token, in a time that does not tell how near a guess was."""
+        import hmac
+
+        found = None
+        for name, known in self._run("SELECT name, token_hash FROM devices WHERE revoked_at IS NULL"):
+            if hmac.compare_digest(known.encode(), token_hash.encode("utf-8", "replace")):
+                found = name
+        return found
+
+    def seen(self, name: str) -> None:
+        """Note that a device was here, at most once a minute."""
+        sql = "UPDATE devices SET last_seen = ? WHERE name = ? AND coalesce(last_seen, '') < ?"
+        self._run(sql, self.stamp(), name, self.stamp(minutes=1))
+
+    def revoke(self, name: str) -> bool:
+        """Let a device in no more; False if there is none of this name that may."""
+        sql = "UPDATE devices SET revoked_at = ? WHERE name = ? AND revoked_at IS NULL"
+        return self._run(sql, self.stamp(), name).rowcount == 1
+
+
+class Tickets(Table):
+    """Session tickets, each good for once."""
+
+    KEPT = 10_000  # the newest; a client whose ticket is gone makes a whole handshake
+
+    def add(self, label: bytes, body: Mapping[str, Any], seconds: float) -> None:
+        """Keep a ticket for so long."""
+        sql = "INSERT OR REPLACE INTO tickets (label, body, expires_at) VALUES (?, ?, ?)"
+        self._run(sql, label.hex(), to_json(dict(body)), self.stamp(seconds=-seconds))
+
+    def pop(self, label: bytes) -> dict[str, Any] | None:
+        """Take a ticket out; None if there is none that is still good."""
+        with self.atomic():
+            row = self._run("SELECT body, expires_at FROM tickets WHERE label = ?", label.hex()).fetchone()
+            self._run("DELETE FROM tickets WHERE label = ?", label.hex())
+        return json.loads(row[0]) if row and row[1] > self.stamp() else None
+
+    def prune(self) -> None:
+        """Forget what has expired, and what is more than is kept."""
+        newest = "SELECT expires_at FROM tickets ORDER BY expires_at DESC LIMIT 1 OFFSET ?"
+        self._run(f"DELETE FROM tickets WHERE expires_at <= max(?, coalesce(({newest}), ''))", self.stamp(), self.KEPT)
 
 
 # ===== 7. Wire ================================================================
@@ -4606,8 +5099,9 @@ UNKNOWN = (
     "interrupted by a restart; its outcome is unknown: it may have run in part or whole, or run still. "
     "Check before you repeat it"
 )
-STOPPED = "stopped while it ran, by the person or a time limit; it may have run in part"
+STOPPED = "stopped while it ran, by the person, a time limit or a restart; it may have run in part"
 GAP = "(interrupted)"
+AGAIN = "(A restart interrupted this request, which stands further up. Go on with it; do not repeat what was done.)"
 
 
 def build_prompt(prompt: str, skills: Sequence[Skill], where: str, today: str) -> str:
@@ -4701,19 +5195,36 @@ def weight(messages: Iterable[Message]) -> int:
     )
 
 
+class Record(NamedTuple):
+    """What else is written in the transactions that begin and end a turn."""
+
+    began: Callable[[int], None] = lambda message_id: None  # beside the person's words
+    ended: Callable[[Reply], None] = lambda reply: None  # beside the answer
+
+
 class Agent:
-    """Answers for one model, one toolbox and one database; `turn` is all there is to call."""
+    """Answers for one model, one toolbox and one database; `turn` and `resume` are all there is to call."""
 
     def __init__(self, models: Models, toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str):
         self.models, self.toolbox, self.store = models, toolbox, store
         self.settings, self.system = settings, system
         self.bytes_per_token = 3.2  # a careful guess until a provider reports its count
 
-    async def turn(self, session: Session, text: str, gate: Gate, tell: Tell) -> Reply:
+    async def turn(self, session: Session, text: str, gate: Gate, tell: Tell, record: Record | None = None) -> Reply:
         """Take the person's words and answer them. One process at a time works on a session; others wait."""
+        async with self._turn(session, gate, tell, record) as turn:
+            return await turn.run(text)
+
+    async def resume(self, session: Session, asked: int, gate: Gate, tell: Tell, record: Record | None = None) -> Reply:
+        """Go on with the turn whose words are message `asked`, cut off by a restart: nothing is run again."""
+        async with self._turn(session, gate, tell, record) as turn:
+            return await turn.resume(self.store.message(turn.session, asked))
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, session: Session, gate: Gate, tell: Tell, record: Record | None) -> AsyncIterator[Turn]:
         async with hold(self.store, session, tell):
             session = self.store.find_session(session.name)  # whoever had it may have elided more, or deleted it
-            return await Turn(self, session, gate, tell).run(text)
+            yield Turn(self, session, gate, tell, record or Record())
 
 
 LONGEST_QUEUE = 3_600.0  # seconds to wait for another process that works on the session
@@ -4761,8 +5272,9 @@ class Turn:
 
     NOTE_AT, END_AT = 3, 5  # equal calls with equal results
 
-    def __init__(self, agent: Agent, session: Session, gate: Gate, tell: Tell):
+    def __init__(self, agent: Agent, session: Session, gate: Gate, tell: Tell, record: Record):
         self.agent, self.store, self.session, self.gate, self.tell = agent, agent.store, session, gate, tell
+        self.record = record
         self.usage, self.model = Usage(), agent.models.name
         self.done: list[tuple[ToolCall, ToolResult]] = []
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
@@ -4772,12 +5284,32 @@ class Turn:
         self._ceiling = sys.maxsize  # bytes that messages may have; less after an overflow
 
     async def run(self, text: str) -> Reply:
-        """Rounds of asking and acting, until the answer is words."""
+        """Write the person's words down, and answer them."""
         self._settle()
         message = Message(Role.USER, storable(text))
-        self._asked = Entry(self.store.append(self.session, message), message)
+        with self.store.atomic():
+            self._asked = Entry(self.store.append(self.session, message), message)
+            self.record.began(self._asked.id)
+        return await self._rounds()
+
+    async def resume(self, asked: Entry) -> Reply:
+        """Answer words that are written down, going on from what was done for them."""
+        self._settle()
+        self._asked = asked
+        later = [entry.message for entry in self.store.transcript(self.session, after=asked.id)]
+        if any(message.role is Role.USER for message in later):  # another process had a turn meanwhile
+            return await self.run(f"{AGAIN}\n{asked.message.text}")
+        if later and later[-1].role is Role.ASSISTANT and not later[-1].tool_calls:
+            reply = Reply(later[-1].text, self.session.name, self.model, self.usage)
+            self.record.ended(reply)
+            return reply
+        return await self._rounds(used=sum(message.role is Role.ASSISTANT for message in later))
+
+    async def _rounds(self, used: int = 0) -> Reply:
+        """Rounds of asking and acting, until the answer is words."""
+        # Those before a restart count: a command that kills openpista would else be asked for for ever.
         rounds = self.agent.settings.max_tool_rounds or AgentConfig().max_tool_rounds
-        for _ in range(rounds):
+        for _ in range(used, rounds):
             answer = await self._ask()
             if not answer.message.tool_calls:
                 return self._reply(answer)
@@ -4806,14 +5338,17 @@ class Turn:
         message = answer.message
         if answer.cut:
             message = message._replace(text=f"{message.text}\n\n(Cut off: the model reached its limit of output.)")
-        text, problem = self.agent.toolbox.redact(message.text), ""
+        text = self.agent.toolbox.redact(message.text)
         if text != message.text:
             message = message._replace(text=text, echo=None)  # the vendor's form of it has the secret too
+        reply = Reply(message.text, self.session.name, self.model, self.usage, tuple(self.done))
         try:
-            self.store.append(self.session, message)
+            with self.store.atomic():
+                self.store.append(self.session, message)
+                self.record.ended(reply)
         except StoreError as error:  # the person still gets the answer
-            problem = f"the answer could not be stored: {error}"
-        return Reply(message.text, self.session.name, self.model, self.usage, tuple(self.done), problem)
+            return reply._replace(problem=f"the answer could not be stored: {error}")
+        return reply
 
     # ---- asking ----
 
@@ -5019,7 +5554,2446 @@ def spoken(message: Message) -> str:
     return "\n".join(filter(None, [message.text, *calls]))
 
 
-# ===== 15. Terminal ===========================================================
+# ===== 15. Hub ================================================================
+#
+# The life of a message: an Event is written to the inbox before its sender hears
+# that it was taken; one worker a session has the Agent answer it; the answer and
+# the end of the inbox row are one transaction; the Courier carries it out. Memory
+# holds no message: after a kill -9 the two tables say where to go on. One Hub a
+# database: whoever starts it sees to that.
+
+
+class Outlet(NamedTuple):
+    """How a kind of channel takes what goes out. Its name is what stands before the colon of a channel."""
+
+    send: Callable[[Delivery], Awaitable[None]] | None = None  # None: it fetches answers itself, see Hub.reply_for
+    approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
+    split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
+    repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
+
+
+async def keep(delivery: Delivery) -> None:
+    """What a job says that has no channel: it stays in the database, for its history."""
+
+
+class Patience(NamedTuple):
+    """How long the Courier tries, in seconds."""
+
+    first: float = 1.0  # until the second attempt; then twice as long, and so on
+    most: float = 300.0  # between two attempts
+    longest: float = 3_600.0  # the same, if the channel asks for it
+    sending: float = 60.0  # one attempt
+    give_up: float = 86_400.0  # all of them, and
+    attempts: int = 12  # no fewer than these, since a clock may jump by a day
+
+
+async def paused(closing: asyncio.Event, seconds: float) -> bool:
+    """Wait so long; True if all is to end meanwhile."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(closing.wait(), seconds)
+    return closing.is_set()
+
+
+async def surely(write: Callable[[], object], closing: asyncio.Event) -> bool:
+    """Write, and if the database cannot take it try until it can; False if all ended before."""
+    for seconds in itertools.chain((0.1, 0.5, 2.0, 5.0), itertools.repeat(30.0)):
+        try:
+            write()
+            return True
+        except StoreError as error:
+            log.warning("%s; trying again in %g s", error, seconds)
+        if await paused(closing, seconds):
+            return False
+    raise AssertionError("unreachable")
+
+
+class Courier:
+    """Carries what lies in the outbox to its channels: to each in order, side by side."""
+
+    SIDE_BY_SIDE = 16
+
+    def __init__(self, outbox: Outbox, outlets: Mapping[str, Outlet], closing: asyncio.Event, patience: Patience):
+        self.outbox, self.outlets, self.closing, self.patience = outbox, outlets, closing, patience
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # channel -> who carries for it
+        self._places = asyncio.Semaphore(self.SIDE_BY_SIDE)
+
+    def outlet(self, channel: str) -> Outlet | None:
+        """How this channel takes what goes out; None if it is not there now."""
+        return self.outlets.get(channel.partition(":")[0])
+
+    def open(self) -> None:
+        """Take up what the last process left."""
+        for number, channel in self.outbox.interrupted():
+            if outlet := self.outlet(channel):
+                self._doubt(number, channel, outlet, "interrupted by a restart")
+        self.look()
+
+    def look(self) -> None:
+        """Carry whatever lies there."""
+        for channel in self.outbox.channels():
+            self.wake(channel)
+
+    def wake(self, channel: str) -> None:
+        """Something lies there for this channel."""
+        outlet = self.outlet(channel)
+        if outlet and outlet.send and channel not in self._tasks:
+            self._tasks[channel] = asyncio.create_task(self._carry(channel, outlet))
+
+    async def close(self, seconds: float) -> None:
+        """Send what can be sent within so many seconds; the rest stays for the next start."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=seconds)
+        for task in (rest := list(self._tasks.values())):
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _carry(self, channel: str, outlet: Outlet) -> None:
+        try:
+            while True:
+                try:
+                    delivery = self.outbox.next(channel)
+                    if delivery is None or not await self._send(delivery, outlet):
+                        return
+                except StoreError as error:
+                    log.warning("nothing goes to %s: %s", channel, error)
+                    if await paused(self.closing, 5.0):
+                        return
+        finally:
+            del self._tasks[channel]
+
+    async def _send(self, delivery: Delivery, outlet: Outlet) -> bool:
+        """One attempt, when its time has come, and what came of it; False if it is not ours to make."""
+        # Bounded: the clock may have been set back by a day since next_at was written.
+        seconds = min(self._until(delivery.next_at), self.patience.longest)
+        if seconds > 0 and await paused(self.closing, seconds):
+            return False
+        async with self._places:
+            if not self.outbox.start(delivery.id):
+                return False
+            (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
+        return await surely(lambda: self._note(delivery, outlet, fault), self.closing)
+
+    async def _attempt(self, delivery: Delivery, outlet: Outlet) -> None:
+        async with asyncio.timeout(self.patience.sending):
+            await outlet.send(delivery)
+        with contextlib.suppress(StoreError):  # tried again by `surely`. At once: a kill in between leaves it in doubt
+            self.outbox.sent(delivery.id)
+
+    def _until(self, moment: str) -> float:
+        return (datetime.fromisoformat(moment) - self.outbox.store.now()).total_seconds()
+
+    def _note(self, delivery: Delivery, outlet: Outlet, fault: BaseException | None) -> None:
+        """Write down how an attempt went."""
+        number, channel = delivery.id, delivery.channel
+        in_doubt = isinstance(fault, (OSError, asyncio.CancelledError))  # TimeoutError is an OSError
+        if not isinstance(fault, BaseException):
+            self.outbox.sent(number)
+        elif in_doubt and not outlet.repeats:
+            self._doubt(number, channel, outlet, repr(fault))
+        elif not (in_doubt or isinstance(fault, (ChannelBusy, Unavailable))) or self._is_hopeless(delivery):
+            self._drop(number, channel, fault)
+        else:
+            seconds = self._pause(delivery.attempts + 1, getattr(fault, "retry_after", None))
+            self.outbox.later(number, seconds, str(fault) or repr(fault))
+
+    def _is_hopeless(self, delivery: Delivery) -> bool:
+        old = self._until(delivery.created_at) < -self.patience.give_up
+        return old and delivery.attempts + 1 >= self.patience.attempts
+
+    def _pause(self, attempts: int, wanted: float | None) -> float:
+        """Seconds until the next attempt: what the channel asks for, else longer and longer, and never in step."""
+        if wanted is not None:
+            return min(max(wanted, 0.0), self.patience.longest)
+        return min(self.patience.first * 2 ** min(attempts - 1, 30), self.patience.most) * random.uniform(0.5, 1.0)
+
+    def _drop(self, number: int, channel: str, fault: BaseException) -> None:
+        unforeseen = None if isinstance(fault, PistaError) else fault  # a bug is worth a traceback
+        log.error("outbox %d cannot be delivered to %s: %r", number, channel, fault, exc_info=unforeseen)
+        self.outbox.drop(number, "dead", str(fault) or repr(fault))
+
+    def _doubt(self, number: int, channel: str, outlet: Outlet, why: str) -> None:
+        """It may have arrived or not."""
+        if outlet.repeats:
+            self.outbox.later(number, 0.0, why)
+            return
+        log.warning("outbox %d may have reached %s or not (%s): it is not sent again", number, channel, why)
+        self.outbox.drop(number, "unknown", why)
+
+
+class Place:
+    """One of the places for turns side by side; given back while a person is asked."""
+
+    def __init__(self, places: asyncio.Semaphore):
+        self.places, self._held = places, False
+
+    async def __aenter__(self) -> Place:
+        await self._take()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._give()
+
+    async def lend(self, question: Awaitable[Decision]) -> Decision:
+        """Let others go on until the question is answered."""
+        self._give()
+        decision = await question  # cancelled, the place stays given back
+        await self._take()
+        return decision
+
+    async def _take(self) -> None:
+        await self.places.acquire()
+        self._held = True
+
+    def _give(self) -> None:
+        if self._held:
+            self.places.release()
+        self._held = False
+
+
+class Run:
+    """A turn that a worker waits for."""
+
+    def __init__(self, item: Item):
+        self.item, self.task = item, None
+        self.begun = item.message_id is not None  # the person's words are in the transcript
+        self.calls = 0  # tools that were started
+        self.stopped = ""  # what is said to the person who stopped it
+
+
+class Hub:
+    """Takes events, has them answered in order, and sees that the answers go out."""
+
+    ATTEMPTS = 20  # times that a turn is taken up again before it is given up: something in it may end the process
+    ASKING = 3_600.0  # seconds for a person to answer a question; then it counts as a no
+    STOPPING = 0.8  # seconds until a person who stops a turn hears of it
+    ENDING, FLUSHING = 5.0, 5.0  # seconds at the end for cancelled turns, and for the last answers
+    KEPT_DAYS = 30.0  # that an event is known again if it comes twice, and its answer can be fetched
+
+    def __init__(
+        self,
+        store: Store,
+        agent: Agent,
+        outlets: dict[str, Outlet],
+        *,
+        approval: str = "risky",
+        redact: Callable[[str], str] = str,
+        queue: int = 20,
+        side_by_side: int = 8,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
+    ):
+        outlets.setdefault("job", Outlet(keep))
+        self.store, self.agent, self.outlets = store, agent, outlets
+        self.approval, self.redact, self.queue = approval, redact, queue
+        self.inbox, self.outbox, self.closing = Inbox(store), Outbox(store), asyncio.Event()
+        self.courier = Courier(self.outbox, outlets, self.closing, patience)
+        self._places = asyncio.Semaphore(side_by_side)
+        self._workers: dict[str, asyncio.Task[None]] = {}  # session -> who answers its events
+        self._running: dict[str, Run] = {}  # session -> what it answers now
+        self._watchers: dict[int, list[tuple[Tell, asyncio.Future[Answer]]]] = {}  # inbox row -> who waits for it
+        self._always: dict[str, set[str]] = {}  # session -> calls that need no more asking
+        self._hurry = asyncio.Event()
+        self._tidying: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Hub:
+        self.open()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def open(self) -> None:
+        """Take up what the last process left: turns that were cut off, events, answers."""
+        self.courier.open()
+        self.look()
+        self._tidying = asyncio.create_task(self._tidy())
+
+    def look(self) -> None:
+        """Take up whatever lies in the tables, such as what another process put there."""
+        self.courier.look()
+        for session in self.inbox.waiting():
+            self.wake(session)
+
+    @property
+    def running(self) -> dict[str, int]:
+        """The sessions that are in a turn, or wait for a place for one, and the inbox row that it answers."""
+        return {session: run.item.id for session, run in self._running.items()}
+
+    # ---- what channels call ----
+
+    def submit(self, event: Event) -> Receipt:
+        """Write an event down; it is answered in its turn. StoreError: it was not taken, the sender keeps it."""
+        if self.closing.is_set():
+            known = self.inbox.find(event.channel, event.identity)
+            return Receipt("duplicate", known.id) if known else Receipt("closing")
+        receipt = self.inbox.add(event, self.queue)
+        self.wake(event.session)
+        return receipt
+
+    def wake(self, session: str) -> None:
+        """Something lies in the inbox for this session."""
+        if session not in self._workers and not self.closing.is_set():
+            self._workers[session] = asyncio.create_task(self._work(session))
+
+    async def watch(self, number: int, tell: Tell) -> Answer:
+        """What becomes of an event; until then `tell`, which must not raise, hears how it goes.
+
+        Cancelled, the turn goes on all the same.
+        """
+        item = self.inbox.get(number)
+        if item is None:
+            raise StoreError(f"there is no message {number} in the inbox")
+        if item.state not in ("waiting", "running"):
+            return self.outbox.answer(item)
+        if self.closing.is_set() and item.event.session not in self._workers:
+            raise self._ends()
+        watcher = (tell, asyncio.get_running_loop().create_future())
+        watchers = self._watchers.setdefault(number, [])
+        watchers.append(watcher)
+        try:
+            return await watcher[1]
+        finally:
+            watchers.remove(watcher)
+            if not watchers:
+                self._watchers.pop(number, None)
+
+    def reply_for(self, channel: str, identity: str) -> Answer | None:
+        """What became of an event so far, for a channel that fetches its answers; None if there was none."""
+        item = self.inbox.find(channel, identity)
+        return item and self.outbox.answer(item)
+
+    def collected(self, channel: str, identity: str) -> None:
+        """The channel has handed the answer over."""
+        if item := self.inbox.find(channel, identity):
+            self.outbox.collected(item.id)
+
+    async def stop(self, session: str) -> str:
+        """End the turn that a session is in; what waits behind it goes on. In words what was done, within a second."""
+        run = self._running.get(session)
+        if run is None or run.task.done():
+            return "Nothing is running."
+        run.stopped = f"Stopped ({plural(run.calls, 'command')} had been started)."
+        with contextlib.suppress(StoreError):  # the worker will try again. First: a kill now must not resume it
+            self._end(run.item, "stopped", run.stopped, {"is_error": True})
+        run.task.cancel()
+        await asyncio.wait([run.task], timeout=self.STOPPING)
+        return run.stopped
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Take nothing more, give running turns so many seconds, then cut them off: the next start goes on with them.
+
+        A second call ends the first one's waiting.
+        """
+        if self.closing.is_set():
+            self._hurry.set()
+        self.closing.set()
+        runs = list(self._running.values())
+        for run in runs:
+            if not run.begun:
+                run.task.cancel()
+        if tasks := {run.task for run in runs}:
+            await self._until_done(tasks, grace)
+        for task in tasks:
+            task.cancel()
+        if workers := list(self._workers.values()):
+            await asyncio.wait(workers, timeout=self.ENDING)
+        await self.courier.close(0.0 if self._hurry.is_set() else self.FLUSHING)
+        rest = [task for task in (*self._workers.values(), self._tidying) if task]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        for _, done in itertools.chain(*self._watchers.values()):
+            if not done.done():
+                done.set_exception(self._ends())
+
+    async def _until_done(self, tasks: Iterable[asyncio.Task[Any]], seconds: float) -> None:
+        """Wait until they are done, or so long, or until somebody is in a hurry."""
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        done = asyncio.ensure_future(asyncio.wait(tasks))
+        await asyncio.wait([hurry, done], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        done.cancel()
+
+    @staticmethod
+    def _ends() -> ChannelBusy:
+        return ChannelBusy("openpista is shutting down; what it has taken it answers after the next start")
+
+    # ---- a session's worker ----
+
+    async def _work(self, session: str) -> None:
+        """Answer the events of a session, one after the other, until there is none."""
+        try:
+            while not self.closing.is_set():
+                try:
+                    item = self.inbox.next(session)
+                except StoreError as error:
+                    log.warning("session %s waits: %s", session, error)
+                    await paused(self.closing, 5.0)
+                    continue
+                if item is None:
+                    return
+                await self._serve(item)
+        finally:
+            del self._workers[session]
+
+    async def _serve(self, item: Item) -> None:
+        """Have one event answered, or say why it was not."""
+        run = self._running[item.event.session] = Run(item)
+        run.task = asyncio.create_task(self._turn(run))
+        try:
+            (result,) = await asyncio.gather(run.task, return_exceptions=True)
+        finally:
+            del self._running[item.event.session]
+            if not self._always.get(item.event.session, True):
+                del self._always[item.event.session]
+        ending = self._ending(run, result)
+        if ending is None:
+            return
+        state, text, metadata = ending
+        shown = dict(metadata)
+        answer = Answer(state, text, shown.pop("is_error", False), shown)
+        self._announce(item, answer)
+        if not isinstance(result, Reply) or result.problem:  # else it was written together with the answer
+            await surely(lambda: self._end(item, state, text, metadata), self.closing)
+            self._announce(item, answer)  # to who came meanwhile
+        self.courier.wake(item.event.channel)
+
+    async def _turn(self, run: Run) -> Reply:
+        item = run.item
+        async with Place(self._places) as place:
+            if item.attempts >= self.ATTEMPTS:
+                raise PistaError(f"given up: openpista ended {item.attempts} times in the middle of it", "see the log")
+            if item.state == "running" and item.message_id is None:
+                raise StoreError("given up: its session was deleted while openpista was not running", "say it again")
+            self.inbox.attempt(item.id)
+            session = self.store.session(item.event.session)
+            gate = Gate(self.approval, self._approve(item, place), self._always.setdefault(session.name, set()))
+            tell = functools.partial(self._tell, run)
+            record = Record(functools.partial(self._begin, run), functools.partial(self._answer, item))
+            if item.message_id is None:
+                return await self.agent.turn(session, item.event.text, gate, tell, record)
+            return await self.agent.resume(session, item.message_id, gate, tell, record)
+
+    def _begin(self, run: Run, message_id: int) -> None:
+        self.inbox.begin(run.item.id, message_id)
+        run.begun = True
+
+    def _answer(self, item: Item, reply: Reply) -> None:
+        self._end(item, "done", reply.text, reply_metadata(reply))
+
+    def _end(self, item: Item, state: str, text: str, metadata: Mapping[str, Any]) -> None:
+        """Close the inbox row and write the answer into the outbox, at once; nothing if it is closed."""
+        outlet, event = self.courier.outlet(item.event.channel), item.event
+        pieces = list(outlet.split(text)) if outlet else []
+        with self.store.atomic():
+            if self.inbox.finish(item.id, state):
+                self.outbox.add(event.channel, event.reply_to, pieces or [text], metadata, item.id)
+
+    def _ending(self, run: Run, result: Reply | BaseException) -> tuple[str, str, dict[str, Any]] | None:
+        """State, text and metadata of the answer; None if the next start is to go on with it."""
+        if isinstance(result, Reply):
+            return "done", result.text, reply_metadata(result)
+        if run.stopped:
+            return "stopped", run.stopped, {"is_error": True}
+        if isinstance(result, asyncio.CancelledError):
+            return None
+        if not isinstance(result, PistaError):
+            log.error("session %s: a turn failed", run.item.event.session, exc_info=result)
+            result = PistaError(f"openpista failed: {result!r}", "this is a bug; the log has more")
+        return "failed", self.redact(str(result)), {"is_error": True}
+
+    def _approve(self, item: Item, place: Place) -> Approve | None:
+        """Whom this turn asks about a risky call, for a limited time."""
+        outlet = self.courier.outlet(item.event.channel)
+        approve = outlet and outlet.approver(item)
+        if approve is None:
+            return None
+
+        async def ask(call: ToolCall, danger: str) -> Decision:
+            try:
+                return await place.lend(asyncio.wait_for(approve(call, danger), self.ASKING))
+            except TimeoutError:
+                return Decision.DENY
+
+        return ask
+
+    def _tell(self, run: Run, progress: Progress) -> None:
+        run.calls += progress.kind == "tool_started"
+        for tell, _ in tuple(self._watchers.get(run.item.id, ())):
+            tell(progress)
+
+    def _announce(self, item: Item, answer: Answer) -> None:
+        for _, done in self._watchers.get(item.id, ()):
+            if not done.done():
+                done.set_result(answer)
+
+    async def _tidy(self) -> None:
+        """Forget what is old, some at a time, now and four times a day."""
+        while True:
+            with contextlib.suppress(StoreError):
+                while self.inbox.prune(self.KEPT_DAYS) + self.outbox.prune(self.KEPT_DAYS):
+                    await asyncio.sleep(0.1)
+            await asyncio.sleep(21_600)
+
+
+def reply_metadata(reply: Reply) -> dict[str, Any]:
+    """What is kept of a reply beside its text."""
+    known = {"session": reply.session, "model": reply.model, "usage": reply.usage._asdict()}
+    return known | ({"problem": reply.problem} if reply.problem else {})
+
+
+# ===== 16. Cron ===============================================================
+#
+# A Cron is a set of numbers for each field; `next_after` goes from field to
+# field, never from minute to minute. All of it is pure: no clock, no database.
+#
+# Two rules are those of Debian's cron (3.0pl1: entry.c, cron.c; crontab(5) and
+# the notes of cron(8)), and both look at the first character of a field:
+#
+# - Day of month and day of week are joined by "or" if neither begins with "*",
+#   else by "and": `1,15 * fri` is the 1st, the 15th and each Friday, while
+#   `*/2 * fri` is the Fridays on an odd day. `?` is `*`, `1-31` is not.
+# - Where a zone's clock moves by less than three hours, a job whose minute and
+#   hour both begin with something else than "*" keeps its appointment: in the
+#   skipped hour it runs once, right after it; in the repeated hour the first
+#   time only. Jobs with "*" there go by what the clock shows: they skip what it
+#   skips and repeat what it repeats. So does every job when the clock moves by
+#   three hours or more (Samoa left out a day). Seconds, which Debian does not
+#   have, change nothing: `* 30 2 * * *` runs once after the skipped hour.
+
+
+class CronField(NamedTuple):
+    """A field of a schedule: what it is called, and what may stand in it."""
+
+    name: str
+    low: int
+    high: int
+    steps: int  # the widest step
+    names: tuple[str, ...] = ()  # of its numbers, from the lowest on
+    forms: tuple[str, ...] = ("span",)
+    also: str = ""  # what is allowed beside numbers, in words
+
+
+MONTH_NAMES = tuple("jan feb mar apr may jun jul aug sep oct nov dec".split())
+WEEKDAY_NAMES = tuple("sun mon tue wed thu fri sat".split())
+CRON_FIELDS = (
+    CronField("second", 0, 59, 60),
+    CronField("minute", 0, 59, 60),
+    CronField("hour", 0, 23, 24),
+    CronField("day of month", 1, 31, 31, (), ("span", "last", "workday"), ", ?, L, L-3, 15W, LW"),
+    CronField("month", 1, 12, 12, MONTH_NAMES, ("span",), ", jan-dec"),
+    CronField("day of week", 0, 7, 7, WEEKDAY_NAMES, ("span", "nth"), ", sun-sat, ?, fri#2, 5L"),
+)
+CRON_FORMS = {
+    "span": re.compile(r"(?:\*|([0-9]+|[a-z]{3})(?:-([0-9]+|[a-z]{3}))?)(?:/([0-9]+))?"),
+    "last": re.compile(r"l(?:-([0-9]+))?"),
+    "workday": re.compile(r"([0-9]+|l)w"),
+    "nth": re.compile(r"([0-9]+|[a-z]{3})(?:l|#([0-9]+))"),
+}
+CRON_MACROS = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+CRON_LENGTH = 200  # characters
+DAYLIGHT_SAVING = timedelta(hours=3)  # a clock that moves by less does so for daylight saving
+EVERY_CALENDAR = range(2000, 2028)  # common and leap years that begin on each of the weekdays
+RAREST = 41  # years: 29 February is a Sunday in 2088, and then, as 2100 is no leap year, in 2128
+
+
+class Cron(NamedTuple):
+    """When a job runs: the numbers that each field allows."""
+
+    seconds: tuple[int, ...] = ()
+    minutes: tuple[int, ...] = ()
+    hours: tuple[int, ...] = ()
+    days: frozenset[int] = frozenset()  # of the month; 0 is its last, -3 the third before that
+    workdays: frozenset[int] = frozenset()  # 15 for 15W, the day from Monday to Friday nearest to the 15th; 0 for LW
+    months: tuple[int, ...] = ()
+    weekdays: frozenset[int] = frozenset()  # 0 is Sunday
+    nth_weekdays: frozenset[tuple[int, int]] = frozenset()  # (5, 2) is the second Friday, (5, 0) the last
+    either: bool = False  # a day of the month or a day of the week is enough
+    fixed: bool = False  # keeps its appointment when the clock moves
+    reboot: bool = False  # @reboot: whenever the daemon starts, at no time of day
+
+    @classmethod
+    def parse(cls, text: str) -> Cron:
+        """The schedule; CronError names the field and the character that do not fit."""
+        words = cron_words(text)
+        if not words:
+            return cls(reboot=True)
+        found = [cron_items(field, word, at) for field, (word, at) in zip(CRON_FIELDS, words, strict=True)]
+        stars = [word[0] in "*?" for word, _ in words]
+        seconds, minutes, hours = (tuple(sorted(items["span"])) for items in found[:3])
+        cron = cls(
+            seconds,
+            minutes,
+            hours,
+            days=frozenset(found[3]["span"] | found[3]["last"]),
+            workdays=frozenset(found[3]["workday"]),
+            months=tuple(sorted(found[4]["span"])),
+            weekdays=frozenset(day % 7 for day in found[5]["span"]),  # 7 is Sunday too
+            nth_weekdays=frozenset(found[5]["nth"]),
+            either=not (stars[3] or stars[5]),
+            fixed=not (stars[1] or stars[2]),
+        )
+        if not any(cron.days_in(year, month) for year in EVERY_CALENDAR for month in cron.months):
+            day, month, weekday = (word for word, _ in words[3:])
+            raise CronError(f"no year has such a day: day of month {day}, month {month}, day of week {weekday}")
+        return cron
+
+    def next_after(self, moment: datetime, zone: tzinfo) -> datetime | None:
+        """The first time after the moment, in UTC; None if there is none, as for @reboot."""
+        if self.reboot:
+            return None
+        start = moment.astimezone(UTC).replace(microsecond=0) + timedelta(seconds=1)
+        last_year = min(start.year + RAREST, 9998)
+        while True:  # once more only where the clock moves, and from there on
+            here = start.astimezone(zone)
+            wall, back = here.replace(tzinfo=None), clock_move(here, zone)  # what has come is not skipped, but repeated
+            if back and self.keeps(back):
+                wall, back = (back.caught_up(zone) if here.fold else wall), None
+            found = self.first_from(wall, last_year)
+            if found is None:
+                return None
+            gap = clock_move(found, zone)
+            if gap and gap.skips:
+                if self.keeps(gap):
+                    return gap.turn
+                start = gap.turn
+                continue
+            passes = (found.replace(tzinfo=zone, fold=fold).astimezone(UTC) for fold in (0, 1))
+            due = next(one for one in passes if one >= start)
+            if not back or not start < back.turn <= due:
+                return due
+            start = back.turn  # in the second pass come times that were before `here` in the first
+
+    def keeps(self, move: ClockMove) -> bool:
+        """Whether this job runs once all the same when the clock skips or repeats its time."""
+        return self.fixed and abs(move.shift) < DAYLIGHT_SAVING
+
+    def first_from(self, wall: datetime, last_year: int) -> datetime | None:
+        """The first match that a clock on the wall comes to, from this time on."""
+        day, clock = self.day_from(wall.date(), last_year), (self.hours[0], self.minutes[0], self.seconds[0])
+        if day == wall.date() and not (later := self.clock_from(wall.hour, wall.minute, wall.second)):
+            day = self.day_from(day + timedelta(days=1), last_year)
+        elif day == wall.date():
+            clock = later
+        return day and datetime(day.year, day.month, day.day, *clock)
+
+    def clock_from(self, hour: int, minute: int, second: int) -> tuple[int, int, int] | None:
+        """The first hour, minute and second of a day that match, from these on."""
+        if hour in self.hours:
+            if minute in self.minutes and (later := at_least(second, self.seconds)) is not None:
+                return hour, minute, later
+            if (later := at_least(minute + 1, self.minutes)) is not None:
+                return hour, later, self.seconds[0]
+        later = at_least(hour + 1, self.hours)
+        return None if later is None else (later, self.minutes[0], self.seconds[0])
+
+    def day_from(self, first: date, last_year: int) -> date | None:
+        """The first day that matches, from this one on."""
+        for year in range(first.year, last_year + 1):
+            for month in self.months:
+                if (year, month) >= (first.year, first.month):
+                    for day in self.days_in(year, month):
+                        if (year, month, day) >= (first.year, first.month, first.day):
+                            return date(year, month, day)
+        return None
+
+    def days_in(self, year: int, month: int) -> list[int]:
+        """The days of a month that match."""
+        before, length = calendar.monthrange(year, month)  # (before + day) % 7 is a weekday, 0 is Sunday
+        dated = {day if day > 0 else length + day for day in self.days}
+        dated |= {nearest_workday(day or length, before, length) for day in self.workdays if day <= length}
+        named = {day for day in range(1, length + 1) if (before + day) % 7 in self.weekdays}
+        for weekday, nth in self.nth_weekdays:
+            same = [day for day in range(1, length + 1) if (before + day) % 7 == weekday]
+            named.update(same[nth - 1 : nth] if nth else same[-1:])
+        chosen = dated | named if self.either else dated & named
+        return sorted(day for day in chosen if 1 <= day <= length)
+
+
+def at_least(low: int, numbers: tuple[int, ...]) -> int | None:
+    """The first of the numbers that is not lower."""
+    return next((number for number in numbers if number >= low), None)
+
+
+def nearest_workday(day: int, before: int, length: int) -> int:
+    """The day from Monday to Friday nearest to this one, in the same month."""
+    weekday = (before + day) % 7
+    if weekday == 6:
+        return day - 1 if day > 1 else day + 2
+    if weekday == 0:
+        return day + 1 if day < length else day - 2
+    return day
+
+
+def cron_words(text: str) -> list[tuple[str, int]]:
+    """The six fields of a schedule, each with the number of its first character; none for @reboot."""
+    if len(text) > CRON_LENGTH:
+        raise CronError(f"a schedule of {len(text):,} characters, the limit is {CRON_LENGTH}")
+    text = text.lower()
+    macro = text.strip()
+    if macro == "@reboot":
+        return []
+    if macro.startswith("@") and macro not in CRON_MACROS:
+        known = [*CRON_MACROS, "@reboot"]
+        raise CronError(f"there is no schedule {clip(macro, 60)!r}{near(macro, known)}", f"known: {', '.join(known)}")
+    words = [(word[0], word.start() + 1) for word in re.finditer(r"\S+", CRON_MACROS.get(macro, text))]
+    if len(words) not in (5, 6):
+        what = "[second] minute hour day-of-month month day-of-week"
+        raise CronError(f"a schedule has five fields, or six, not {len(words)}", f"{what}, such as 0 9 * * mon-fri")
+    return words if len(words) == 6 else [("0", 1), *words]
+
+
+def cron_items(field: CronField, word: str, at: int) -> dict[str, set]:
+    """What the parts of a field mean, for each of its forms."""
+    items: dict[str, set] = {form: set() for form in CRON_FORMS}
+    if word == "?" and len(field.forms) > 1:  # the two fields of days
+        word = "*"
+    for part in word.split(","):
+        matches = ((form, CRON_FORMS[form].fullmatch(part)) for form in field.forms)
+        form, match = next((pair for pair in matches if pair[1]), ("", None))
+        if match is None:
+            raise cron_misfit(field, part, at)
+        items[form] |= CRON_READERS[form](CronPart(field, match, at))
+        at += len(part) + 1
+    return items
+
+
+def cron_misfit(field: CronField, part: str, at: int) -> CronError:
+    """What is wrong with a part that has none of the forms of its field: it fits up to some character."""
+    fits = max(match.end() for form in field.forms if (match := re.match(f"(?:{CRON_FORMS[form].pattern})?", part)))
+    what = f"{part[fits]!r} (character {at + fits}) does not fit in {part!r}" if part else f"nothing at character {at}"
+    return CronError(f"{field.name}: {what}{near(part, field.names)}", f"allowed: {cron_allowed(field)}")
+
+
+def cron_allowed(field: CronField) -> str:
+    """What may stand in a field."""
+    return f"{field.low}-{field.high}, *, lists, ranges and steps such as 1,5 1-5 */5 5/2{field.also}"
+
+
+class CronPart(NamedTuple):
+    """A part of a field whose form is known."""
+
+    field: CronField
+    match: re.Match[str]
+    at: int
+
+    def number(self, group: int, low: int, high: int, names: tuple[str, ...] = ()) -> int:
+        """The number or name in a group of the form."""
+        text = self.match[group]
+        number = names.index(text) + self.field.low if text in names else int(text) if text.isdigit() else -1
+        if not low <= number <= high:
+            raise self.wrong(group, f"is not {low}-{high}{near(text, names)}")
+        return number
+
+    def value(self, group: int) -> int:
+        """The number or name of a minute, month, weekday ..."""
+        return self.number(group, self.field.low, self.field.high, self.field.names)
+
+    def wrong(self, group: int, why: str) -> CronError:
+        """The error for a group of the form."""
+        where = f"{clip(self.match[group], 20)!r} (character {self.at + self.match.start(group)})"
+        return CronError(f"{self.field.name}: {where} {why}", f"allowed: {cron_allowed(self.field)}")
+
+
+def read_span(part: CronPart) -> set[int]:
+    """`*`, `5`, `5-10`, and these with a step; `5/10` goes on to the highest."""
+    field, (low, high, step) = part.field, part.match.groups()
+    first = part.value(1) if low else field.low
+    last = part.value(2) if high else first if low and not step else field.high
+    if last == 0 < first and field.names:  # fri-sun
+        last = 7
+    if last < first:
+        raise part.wrong(2, f"is before {low!r}: write {low}-{field.high},{field.low}-{high}")
+    return set(range(first, last + 1, part.number(3, 1, field.steps) if step else 1))
+
+
+def read_last(part: CronPart) -> set[int]:
+    """`L`, `L-3`."""
+    return {-part.number(1, 1, 30) if part.match[1] else 0}
+
+
+def read_workday(part: CronPart) -> set[int]:
+    """`15W`, `LW`."""
+    return {0 if part.match[1] == "l" else part.value(1)}
+
+
+def read_nth(part: CronPart) -> set[tuple[int, int]]:
+    """`fri#2`, `5L`."""
+    return {(part.value(1) % 7, part.number(2, 1, 5) if part.match[2] else 0)}
+
+
+CRON_READERS: dict[str, Callable[[CronPart], set]] = {
+    "span": read_span,
+    "last": read_last,
+    "workday": read_workday,
+    "nth": read_nth,
+}
+
+
+class ClockMove(NamedTuple):
+    """A zone's clock moves on (it skips times) or back (it repeats them)."""
+
+    turn: datetime  # the first instant with the new offset, in UTC
+    shift: timedelta
+
+    @property
+    def skips(self) -> bool:
+        """Whether it moves on."""
+        return self.shift > timedelta(0)
+
+    def caught_up(self, zone: tzinfo) -> datetime:
+        """What the clock shows when all that it repeats has been."""
+        return self.turn.astimezone(zone).replace(tzinfo=None) - self.shift
+
+
+def clock_move(wall: datetime, zone: tzinfo) -> ClockMove | None:
+    """How the clock moves if it skips or repeats this time; None if it shows it once."""
+    before, after = (wall.replace(tzinfo=zone, fold=fold).utcoffset() for fold in (0, 1))
+    if before == after:
+        return None
+    low, width = wall.replace(tzinfo=UTC, microsecond=0) - max(before, after), abs(after - before)  # it moves in there
+    seconds = bisect.bisect_left(
+        range(int(width.total_seconds())),
+        True,
+        key=lambda second: (low + timedelta(seconds=second)).astimezone(zone).utcoffset() == after,
+    )
+    return ClockMove(low + timedelta(seconds=seconds), after - before)
+
+
+def parse_zone(name: str) -> tzinfo:
+    """The time zone of this name; that of the machine for ''."""
+    from zoneinfo import ZoneInfo, available_timezones
+
+    if not name:
+        return local_zone(os.environ)
+    if name.upper() == "UTC":
+        return UTC  # the one that needs no database
+    try:
+        return ZoneInfo(name)
+    except (LookupError, ValueError, OSError):  # no such file, a path that leads elsewhere, a folder such as Europe
+        zones = available_timezones()
+    if not zones:
+        raise CronError(f"no time zone {clip(name, 60)!r}: this machine has no time zones", "install tzdata")
+    by_word = {word: zone for zone in sorted(zones) for word in (zone.rpartition("/")[2].lower(), zone.lower())}
+    meant = by_word.get(name.strip().lower().replace(" ", "_"), name[:60] if len(name) > 4 else "")
+    raise CronError(f"no time zone {clip(name, 60)!r}{near(meant, zones)}", "a name is such as Europe/Berlin or UTC")
+
+
+LOCALTIME = Path("/etc/localtime")
+
+
+def local_zone(environ: Mapping[str, str], link: Path = LOCALTIME) -> tzinfo:
+    """The machine's time zone: $TZ, else what /etc/localtime is, else UTC."""
+    from zoneinfo import ZoneInfo
+
+    named = environ.get("TZ", "").removeprefix(":")
+    file = Path(named) if named.startswith("/") else link
+    try:
+        if named and file is link:
+            return parse_zone(named)
+        name = os.path.realpath(file).rpartition("/zoneinfo/")[2]
+        with contextlib.suppress(CronError):  # a copy, not a link: it has the rules, but not the name
+            return parse_zone(name)
+        with file.open("rb") as rules:
+            return ZoneInfo.from_file(rules, "localtime")
+    except CronError as error:
+        raise CronError(f"$TZ: {error.args[0]}", error.hint) from None
+    except (ValueError, OSError) as error:
+        if file is link and isinstance(error, FileNotFoundError):
+            return UTC
+        raise CronError(f"cannot read the time zone {file}: {error}", "set TZ, such as TZ=Europe/Berlin") from None
+
+
+MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)[T ]+(\d\d:\d\d(?::\d\d)?)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", re.A)
+CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?", re.A)
+MOMENT_HINT = "write 2026-03-01T09:00, 2026-03-01 09:00+09:00, 09:00 for the next one, or +10m, +2h, +3d"
+DELAY = re.compile(r"\+(?=\d)(?:(\d{1,5})D)?(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,6})S)?", re.A)
+
+
+def parse_moment(text: str, zone: tzinfo, now: datetime) -> datetime:
+    """When `--once` means, in UTC: a date and time, the next HH:MM, or a delay such as +2h; it may be past."""
+    words = text.strip().upper()
+    try:
+        if match := DELAY.fullmatch(words):
+            days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
+            wall = (now.astimezone(zone) + timedelta(days=days)).replace(tzinfo=None)
+            then = instant(wall, zone) if days else now.astimezone(UTC)  # +1d is the same time of day tomorrow
+            return then + timedelta(hours=hours, minutes=minutes, seconds=seconds)
+        if match := CLOCK.fullmatch(words):
+            hour, minute, second = (int(number or 0) for number in match.groups())
+            return Cron.parse(f"{second} {minute} {hour} * * *").next_after(now, zone)
+        if match := MOMENT.fullmatch(words):
+            moment = datetime.fromisoformat(f"{match[1]}T{match[2]}{match[3] or ''}")
+            return moment.astimezone(UTC) if moment.tzinfo else instant(moment, zone)
+    except (ValueError, OverflowError) as error:
+        raise CronError(f"no such time {clip(text, 60)!r}: {error}", MOMENT_HINT) from None
+    raise CronError(f"cannot read the time {clip(text, 60)!r}", MOMENT_HINT)
+
+
+def instant(wall: datetime, zone: tzinfo) -> datetime:
+    """When the clock shows this, in UTC: the first time of two; at once after it if the clock skips it."""
+    move = clock_move(wall, zone)
+    return move.turn if move and move.skips else wall.replace(tzinfo=zone, fold=0).astimezone(UTC)
+
+
+# ===== 17. Frames =============================================================
+#
+# A frame is a length of four bytes and one JSON object. What comes from outside
+# becomes a dict here or a WireError, never anything else: the same bytes mean the
+# same to every reader (no key twice, no NaN), and the object can be written again.
+
+FRAME_LIMIT = 1 << 20  # bytes; DESIGN 5
+DEPTH_LIMIT = 64  # of nesting: walking the object must not overflow somebody's stack later
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may lack its other half
+
+REQUESTS = {  # type of frame -> its fields: kind and longest; a question mark: may be missing
+    "message": {
+        "id": (str, 100),
+        "token": (str, 200),
+        "session_id?": (str, 200),
+        "channel_id?": (str, 200),
+        "user_message": (str, 900_000),
+        "metadata?": (dict, 100),
+        "on_disconnect?": (str, 20),
+    },
+    "status": {"id?": (str, 100), "token": (str, 200)},
+    "ping": {"id?": (str, 100), "token": (str, 200)},
+    "stop": {"id?": (str, 100), "token": (str, 200), "session_id?": (str, 200)},
+    "sessions": {"id?": (str, 100), "token": (str, 200)},
+    "history": {"id?": (str, 100), "token": (str, 200), "session_id?": (str, 200), "limit?": (int, 1_000)},
+}
+ANSWERS = {"approval_answer": {"approval_id": (int, 1 << 53), "decision": (str, 20)}}  # later on a stream
+KIND_NAMES = {str: "a string", int: "a whole number", dict: "an object"}
+
+
+def encode_frame(frame: dict[str, Any]) -> bytes:
+    """The bytes of a frame; WireError if there are too many. Half a character becomes a question mark."""
+    body = ENCODER.encode(frame).encode("utf-8", "replace")
+    if len(body) > FRAME_LIMIT:
+        raise WireError("too_large", f"a frame of {len(body):,} bytes, the limit is {FRAME_LIMIT:,}")
+    return len(body).to_bytes(4, "big") + body
+
+
+class FrameDecoder:
+    """Feed it bytes in any portions; it gives back whole frames. After a WireError it is of no more use."""
+
+    def __init__(self, limit: int = FRAME_LIMIT):
+        self.limit, self._buffer = limit, bytearray()
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes of a frame are here whose end is not."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "big")
+            if size > self.limit:
+                raise WireError("too_large", f"a frame of {size:,} bytes, the limit is {self.limit:,}")
+            if len(self._buffer) < 4 + size:
+                return
+            body = bytes(self._buffer[4 : 4 + size])
+            del self._buffer[: 4 + size]
+            yield decode_body(body)
+
+
+def decode_body(body: bytes) -> dict[str, Any]:
+    """The object in a frame's bytes, or a WireError."""
+    try:
+        frame = DECODER.decode(body.decode())
+        if HALF_CHARACTER.search(body):
+            json.dumps(frame, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise WireError("bad_request", "the frame is not valid UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
+        raise WireError("bad_request", f"the frame is not valid JSON: {error}") from None
+    if not isinstance(frame, dict):
+        raise WireError("bad_request", f"the frame holds {type(frame).__name__}, not an object")
+    # So many brackets must be there before the nesting can be too deep: most frames need no walk.
+    if body.count(b"{") + body.count(b"[") > DEPTH_LIMIT and deeper_than(DEPTH_LIMIT, frame):
+        raise WireError("bad_request", f"the frame is nested more than {DEPTH_LIMIT} deep")
+    return frame
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these pairs; two readers could take a key that is there twice for different values."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key is there twice")
+    return value
+
+
+def no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number")
+
+
+def finite(text: str) -> float:
+    """The number; 1e999 would become infinite, which no JSON can hold."""
+    value = float(text)
+    return value if abs(value) != float("inf") else no_number(text)
+
+
+# Made once: each costs as much as a small frame.
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+DECODER = json.JSONDecoder(object_pairs_hook=once_each, parse_constant=no_number, parse_float=finite)
+
+
+def deeper_than(limit: int, value: Any) -> bool:
+    """Whether lists and objects are nested more than limit deep."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def check_frame(frame: dict[str, Any], shapes: dict[str, dict[str, tuple[type, int]]] = REQUESTS) -> None:
+    """WireError says which field of the frame is missing, of the wrong type or too long; unknown ones may be there."""
+    kind = frame.get("type")
+    fields = shapes.get(kind) if isinstance(kind, str) else None
+    if fields is None:
+        raise WireError("bad_request", f"unknown type of frame: {kind!r:.40}{near(str(kind)[:40], shapes)}")
+    for name, (type_, limit) in fields.items():
+        check_field(frame, name.rstrip("?"), type_, limit, optional=name.endswith("?"))
+
+
+def check_field(frame: dict[str, Any], name: str, kind: type, limit: int, optional: bool) -> None:
+    """WireError if the field does not fit; null is the same as missing."""
+    value = frame.get(name)
+    if value is None:
+        if not optional:
+            raise WireError("bad_request", f"{name} is missing")
+        return
+    if type(value) is not kind:  # not isinstance: true is no whole number
+        raise WireError("bad_request", f"{name} must be {KIND_NAMES[kind]}")
+    if kind is str and not value and not optional:
+        raise WireError("bad_request", f"{name} is empty")
+    if kind is int and not 0 <= value <= limit:
+        raise WireError("bad_request", f"{name} must be between 0 and {limit:,}")
+    if kind is not int and len(value) > limit:
+        raise WireError("too_large", f"{name} is too long: {len(value):,}, the limit is {limit:,}")
+
+
+# ===== 18. Quic ===============================================================
+#
+# aioquic keeps the protocol; this section moves its datagrams, and holds what it
+# leaves open: back-pressure, bounds, a guard against floods, early data that must
+# be sent again. It knows devices and frames, and nothing of agents.
+#
+#     QuicServer   sockets, who may come in, a task a stream
+#       Link       one connection: datagrams in, events out, one transmit a loop turn
+#         Stream   one request: frames both ways
+#     QuicClient   the same from the other end: pins, tickets, addresses, pings
+#
+# Private names of aioquic (underscored) are used where it has no public one;
+# requirements.txt pins its version and tests/test_gateway.py covers each.
+
+ALPN = "openpista/1"
+DATAGRAM = 1_350  # bytes of UDP payload: what passes nearly every tunnel
+DRAIN = 32  # datagrams read in one wake-up before anything is sent: halves the time of 64 KiB (FACTS, Annex A)
+SMALL_FRAME = 64 << 10  # the longest frame of a connection that has not authenticated
+STREAM_UNACKED = 256 << 10  # bytes not yet acknowledged that make send() wait: on its stream,
+LINK_UNACKED = 1 << 20  # and on the whole connection
+FRAMES_WAITING = 8  # decoded and not yet received by the handler: a person answers approvals one by one
+SOCKET_BUFFER = 1 << 20  # bytes asked of the kernel, which may give less: a burst must not be lost while we think
+CONNECT_TIME = 5.0  # seconds for the first answer: a lost datagram is sent again after 0.2, 0.6, 1.4, 3 s
+KEEP_ALIVE = 20.0  # seconds between pings: routers forget a silent UDP flow after 30 at worst
+PING_TIME = 10.0  # for the answer; a server that was restarted does not know us and is silent
+HEAD_START = 0.3  # seconds before the next address is tried beside the one before; RFC 8305 says 0.25
+CERTIFICATE_DAYS = 3_653  # ten years: clients pin it, so its end would only be a nuisance
+
+
+class Limits(NamedTuple):
+    """What one server bears."""
+
+    connections: int = 256  # in all: 90 KB each
+    per_address: int = 64  # of one IPv4 address or IPv6 /64
+    strangers: int = 16  # of one address that have not authenticated yet
+    half_open: int = 32  # in all, handshake not complete: from then on an address must prove itself (Retry)
+    streams: int = 128  # open side by side on one connection
+    streams_before: int = 8  # the same before it has authenticated
+    bytes_before: int = 128 << 10  # received before it has authenticated: one small frame and some more
+    failures: int = 3  # wrong tokens on one connection
+    handshake: float = 5.0  # seconds for the handshake,
+    first_frame: float = 5.0  # and for the frame that authenticates the connection
+    frame: float = 60.0  # for the first frame of any stream: 1 MiB over a slow line
+    idle: float = 60.0
+    stall: float = 30.0  # without an acknowledgement before a reader that holds us up is ended
+
+
+class Code(IntEnum):
+    """Why a stream was reset, or a connection closed."""
+
+    DONE = 0
+    INTERNAL = 1
+    SLOW = 2
+    UNAUTHORIZED = 3
+    TOO_MUCH = 4
+    TIMEOUT = 5
+    SHUTTING_DOWN = 6
+    REVOKED = 7
+    CANCELLED = 8
+    WRONG_SERVER = 9
+
+
+def open_quic() -> SimpleNamespace:
+    """The door to aioquic: its modules."""
+    try:
+        from aioquic import buffer, tls
+        from aioquic.quic import configuration, connection, packet, retry
+    except ImportError:
+        raise MissingPackage("aioquic", needed_for="the gateway") from None
+    logging.getLogger("quic").setLevel(logging.ERROR)  # it warns of whatever a stranger sends
+    modules = {"buffer": buffer, "configuration": configuration, "connection": connection}
+    return SimpleNamespace(**modules, packet=packet, retry=retry, tls=tls)
+
+
+def open_crypto() -> SimpleNamespace:
+    """The door to cryptography: its modules."""
+    try:
+        from cryptography import exceptions, x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+    except ImportError:
+        raise MissingPackage("cryptography", needed_for="the gateway's certificate") from None
+    kinds = (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey, ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)
+    return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, exceptions=exceptions, kinds=kinds)
+
+
+# Certificates
+
+
+class Identity(NamedTuple):
+    """Who a server is: its certificate, the chain behind it, the key."""
+
+    certificate: Any
+    chain: tuple[Any, ...]
+    key: Any
+    fingerprint: str
+
+
+def make_certificate(folder: Path) -> Path:
+    """The file of the gateway's own certificate and key in the folder, made if it is not there yet."""
+    path = folder / "gateway.pem"
+    if path.exists():
+        return path
+    make_private(folder)
+    handle = os.open(temporary := path.with_suffix(f".{os.getpid()}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(new_certificate())
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):  # another process was first: clients may know its fingerprint
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+    return path
+
+
+def new_certificate() -> bytes:
+    """A key and a certificate that it signed itself, as PEM."""
+    crypto = open_crypto()
+    x509 = crypto.x509
+    key = crypto.ec.generate_private_key(crypto.ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "openpista")])
+    start = utc_now() - timedelta(days=1)  # a client's clock may be slow
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=CERTIFICATE_DAYS))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("openpista"), x509.DNSName("localhost")]), False)
+        .sign(key, crypto.hashes.SHA256())
+    )
+    pem = crypto.pem
+    private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
+    return certificate.public_bytes(pem.Encoding.PEM) + private
+
+
+def load_certificate(cert: Path, key: Path | None = None) -> Identity:
+    """The certificate and its key; ConfigError says what is wrong with the files. Without key, cert holds both."""
+    crypto = open_crypto()
+    chain = parsed(cert, "certificate", crypto.x509.load_pem_x509_certificates)
+    secret = parsed(key or cert, "private key", lambda pem: crypto.pem.load_pem_private_key(pem, None))
+    form = (crypto.pem.Encoding.DER, crypto.pem.PublicFormat.SubjectPublicKeyInfo)
+    if chain[0].public_key().public_bytes(*form) != secret.public_key().public_bytes(*form):
+        raise ConfigError(f"the key in {key or cert} does not belong to the certificate in {cert}")
+    if not isinstance(secret, crypto.kinds) or getattr(secret, "key_size", 256) == 521:  # TLS of aioquic has no more
+        raise ConfigError(f"the key in {key or cert} must be RSA, P-256, P-384, Ed25519 or Ed448")
+    if not chain[0].not_valid_before_utc <= utc_now() <= chain[0].not_valid_after_utc:
+        log.warning("the certificate in %s is not valid today; pinning clients do not mind, others will", cert)
+    return Identity(chain[0], tuple(chain[1:]), secret, fingerprint(chain[0]))
+
+
+def parsed(path: Path, what: str, parse: Callable[[bytes], Any]) -> Any:
+    """What parse makes of the file; ConfigError names the file."""
+    try:
+        return parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except TypeError:  # how cryptography says that a password is missing
+        raise ConfigError(f"the {what} in {path} must not have a password") from None
+    except (ValueError, open_crypto().exceptions.UnsupportedAlgorithm):
+        raise ConfigError(f"{path} holds no {what} in PEM form") from None
+
+
+def fingerprint(certificate: Any) -> str:
+    """The SHA-256 of a certificate, in hexadecimal digits: what clients pin."""
+    return certificate.fingerprint(open_crypto().hashes.SHA256()).hex()
+
+
+# MemoryTickets
+
+
+def ticket_to_json(ticket: SessionTicket) -> str:
+    """A session ticket as text; it holds a secret."""
+    return json.dumps(
+        {
+            "age_add": ticket.age_add,
+            "cipher_suite": int(ticket.cipher_suite),
+            "not_valid_before": ticket.not_valid_before.timestamp(),
+            "not_valid_after": ticket.not_valid_after.timestamp(),
+            "resumption_secret": ticket.resumption_secret.hex(),
+            "server_name": ticket.server_name,
+            "ticket": ticket.ticket.hex(),
+            "max_early_data_size": ticket.max_early_data_size,
+            "other_extensions": [[kind, data.hex()] for kind, data in ticket.other_extensions],
+        }
+    )
+
+
+def ticket_from_json(text: str) -> SessionTicket | None:
+    """The ticket that ticket_to_json wrote; None if the text is damaged: then there is a full handshake."""
+    tls = open_quic().tls
+    try:
+        fields = json.loads(text)
+        return tls.SessionTicket(
+            **fields
+            | {
+                "cipher_suite": tls.CipherSuite(fields["cipher_suite"]),
+                "not_valid_before": datetime.fromtimestamp(fields["not_valid_before"], UTC),
+                "not_valid_after": datetime.fromtimestamp(fields["not_valid_after"], UTC),
+                "resumption_secret": bytes.fromhex(fields["resumption_secret"]),
+                "ticket": bytes.fromhex(fields["ticket"]),
+                "other_extensions": [(kind, bytes.fromhex(data)) for kind, data in fields["other_extensions"]],
+            }
+        )
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def pin_name(fingerprint: str) -> str:
+    """The TLS name of the server with this fingerprint: an IPv6 address, since those are never sent.
+
+    aioquic uses a ticket only under the name it was given for. So a ticket is tied to 128 bits of the pin, and
+    neither a changed pin nor another server can make the client use it.
+    """
+    return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(fingerprint)[:16])
+
+
+# Connections, either end
+
+
+class Port(asyncio.DatagramProtocol):
+    """A UDP socket; what has come when it wakes up is handed over together."""
+
+    def __init__(self, sock: socket.socket, received: Callable, failed: Callable[[OSError], None]):
+        self.sock, self.received, self.failed = sock, received, failed
+
+    @classmethod
+    async def open(cls, sock: socket.socket, received: Callable, failed: Callable[[OSError], None]) -> Port:
+        """Reading begins."""
+        loop = asyncio.get_running_loop()
+        return (await loop.create_datagram_endpoint(lambda: cls(sock, received, failed), sock=sock))[1]
+
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, address: tuple) -> None:
+        batch = [(data, address)]
+        try:
+            while len(batch) < DRAIN:
+                batch.append(self.sock.recvfrom(65_536))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.failed(error)
+        self.received(batch, self)
+
+    def error_received(self, error: OSError) -> None:
+        self.failed(error)
+
+    def send(self, data: bytes, address: tuple) -> None:
+        """A datagram that the kernel has no room for is lost, as others are on the way: QUIC sends it again."""
+        try:
+            self.sock.sendto(data, address)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.failed(error)
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+class Stream:
+    """One request and what is said about it: whole frames, in both directions."""
+
+    def __init__(self, link: Link, number: int, limit: int, waiting: int):
+        self.link, self.number, self.waiting = link, number, waiting
+        self.request: dict[str, Any] = {}  # the first frame, on the server,
+        self.begun = False  # once it is here or cannot come any more
+        self.device: Any = None  # who sent it, as authenticate said
+        self.early = False  # it came as 0-RTT data
+        self.reset_by_peer = asyncio.Event()  # nobody listens there any more: reset, or the connection is gone
+        self.decoder = FrameDecoder(limit)
+        self.frames: collections.deque[dict[str, Any]] = collections.deque()
+        self.ended = False  # the other side said all it had to say
+        self.finished = False  # so did we
+        self.problem: GatewayError | None = None  # raised by receive() when the frames are taken
+        self.deaf: GatewayError | None = None  # raised by send()
+        self.done = False  # the handler is, on the server
+        self.late: asyncio.TimerHandle | None = None  # limits the time for the first frame, if it is not whole at once
+        self._wake: asyncio.Future | None = None
+
+    @property
+    def peer(self) -> tuple:
+        """The address of the other side; it may move."""
+        return self.link.peer
+
+    async def receive(self) -> dict[str, Any] | None:
+        """The next frame; None when the other side has finished."""
+        while not self.frames:
+            if self.problem:
+                raise self.problem
+            if self.ended:
+                return None
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        return self.frames.popleft()
+
+    async def send(self, frame: dict[str, Any]) -> None:
+        """Queue a frame, once there is room; GatewayError if nobody listens."""
+        data = encode_frame(frame)
+        await self.room(STREAM_UNACKED)
+        self.write(data)
+
+    async def room(self, limit: int) -> None:
+        """Wait until no more than limit bytes wait for the other side; end a reader that takes none for long."""
+        loop = asyncio.get_running_loop()
+        least, deadline = None, 0.0
+        while self.deaf is None and (stuck := self.link.stuck(self.number, limit)):
+            if least is None or stuck < least:
+                least, deadline = stuck, loop.time() + self.link.stall
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self.link.progress()
+            except TimeoutError:
+                self.reset(Code.SLOW)
+                self.deaf = GatewayError(f"the reader took nothing for {self.link.stall:g} s")
+
+    def write(self, data: bytes, finish: bool = False) -> None:
+        """Hand bytes to the connection."""
+        if self.deaf or self.finished:
+            raise self.deaf or GatewayError("this stream was finished by us")
+        self.finished = finish
+        self.link.write(self, data, finish)
+
+    def finish(self) -> None:
+        """No more frames from us; harmless when it is too late."""
+        if not (self.finished or self.deaf):
+            self.write(b"", True)
+
+    def refuse(self, error: WireError) -> None:
+        """Say what was wrong, as the last frame."""
+        if not (self.finished or self.deaf):
+            self.write(encode_frame({"type": "error", "code": error.word, "message": str(error)}), True)
+
+    def reset(self, code: int = Code.CANCELLED) -> None:
+        """End both directions at once; harmless when it is too late."""
+        self.deaf = self.deaf or GatewayError("this stream was reset by us")
+        self.link.abandon(self, code)
+
+    def feed(self, data: bytes, end: bool) -> None:
+        """The connection has bytes for us."""
+        try:
+            if self.problem is None:
+                self.frames.extend(self.decoder.feed(data))
+                if len(self.frames) > self.waiting:
+                    raise WireError("too_large", f"more than {self.waiting} frames that nobody waits for")
+                if end and self.decoder.waiting:
+                    raise WireError("bad_request", "the stream ended in the middle of a frame")
+        except WireError as error:
+            self.problem = error
+        self.ended = self.ended or end
+        self._go_on()
+
+    def lost(self, problem: GatewayError, sending: bool = True, receiving: bool = True) -> None:
+        """The other side is gone, or one direction is."""
+        if sending:
+            self.deaf = self.deaf or problem
+        if receiving and not self.ended:
+            self.problem = self.problem or problem
+        self.reset_by_peer.set()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._wake and not self._wake.done():
+            self._wake.set_result(None)
+
+
+class Link:
+    """One QUIC connection, driven by hand."""
+
+    stall = Limits().stall
+    frame_limit, frames_waiting = FRAME_LIMIT, sys.maxsize
+
+    def __init__(self, quic: QuicConnection, port: Port, address: tuple):
+        self.quic, self.port, self._peer = quic, port, address
+        self.loop = asyncio.get_running_loop()
+        self.streams: dict[int, Stream] = {}
+        self.handshaken = False
+        self.problem: GatewayError | None = None  # why it is over
+        self._soon: asyncio.Handle | None = None  # the transmit at the end of this loop turn
+        self._timer: asyncio.TimerHandle | None = None
+        self._progress: asyncio.Future | None = None
+
+    @property
+    def peer(self) -> tuple:
+        """The address of the other side."""
+        if self.quic:
+            self._peer = self.quic.get_peer_address() or self._peer
+        return self._peer
+
+    def receive(self, data: bytes, address: tuple) -> None:
+        """A datagram; the caller asks for a transmit when it has no more of them."""
+        self._contain(self._receive, data, address)
+
+    def _receive(self, data: bytes, address: tuple) -> None:
+        if self.quic:
+            self.quic.receive_datagram(data, address, now=self.loop.time())
+            self.take_events()
+
+    def _contain(self, step: Callable, *args: Any) -> None:
+        """Whatever goes wrong in aioquic, on bytes that anybody may have sent, ends this connection alone."""
+        try:
+            step(*args)
+        except Exception:
+            log.exception("a connection with %s failed", self.peer[0])
+            self.end(GatewayError("an error in this connection"))
+
+    def take_events(self) -> None:
+        """Hand on what aioquic has made of what came."""
+        while self.quic and (event := self.quic.next_event()):
+            if take := EVENTS.get(type(event).__name__):
+                take(self, event)
+        if self._progress:
+            self._progress.set_result(None)
+            self._progress = None
+
+    def touch(self) -> None:
+        """Transmit at the end of this loop turn, so that all that is said in one turn shares its datagrams."""
+        if self._soon is None:
+            self._soon = self.loop.call_soon(self.transmit)
+
+    def transmit(self) -> None:
+        """Send what there is to send, and set the timer."""
+        self._soon = None
+        if self.quic:
+            self._contain(self._transmit)
+
+    def _transmit(self) -> None:
+        for data, address in self.quic.datagrams_to_send(now=self.loop.time()):
+            self.port.send(data, address)
+        self.take_events()  # new connection ids: datagrams that bear them may come at once
+        if self.quic and self.quic._close_event:  # aioquic tells it 3 PTO later; nobody has to wait for that
+            self.on_terminated(self.quic._close_event)
+        elif self.quic:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Wake up when aioquic wants it. A timer that is too early is left: it costs less than setting it anew."""
+        when = self.quic.get_timer()
+        if self._timer and when is not None and self._timer.when() <= when:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(when, self._tick) if when is not None else None
+
+    def _tick(self) -> None:
+        now = max(self._timer.when(), self.loop.time())  # the loop may be early by its clock's resolution
+        self._timer = None
+        self._contain(self._timer_due, now)
+
+    def _timer_due(self, now: float) -> None:
+        when = self.quic.get_timer()
+        if when is not None and when > now:
+            return self._set_timer()
+        self.quic.handle_timer(now=now)
+        self.take_events()
+        self.transmit()
+
+    # Streams
+
+    def write(self, stream: Stream, data: bytes, finish: bool = False) -> None:
+        """Queue bytes on a stream."""
+        if self.problem:
+            raise self.problem
+        self.quic.send_stream_data(stream.number, data, finish)
+        self.touch()
+
+    def abandon(self, stream: Stream, code: int) -> None:
+        """Reset what we send and refuse what comes."""
+        if self.quic:
+            self.quic.reset_stream(stream.number, code)
+            self.stop(stream, code)
+
+    def stop(self, stream: Stream, code: int = Code.DONE) -> None:
+        """Tell the other side to say no more on this stream, so that both can forget it."""
+        if self.quic and not stream.ended and stream.number in self.quic._streams:
+            self.quic.stop_stream(stream.number, code)
+        self.touch()
+
+    def unacked(self, number: int | None = None) -> int:
+        """Bytes that the other side has not acknowledged, on one stream or all."""
+        streams = self.quic._streams if self.quic else {}
+        chosen = streams.values() if number is None else filter(None, [streams.get(number)])
+        return sum(len(stream.sender._buffer) for stream in chosen)
+
+    def stuck(self, number: int, limit: int) -> int:
+        """The bytes that make a stream wait: its own above limit, or all above LINK_UNACKED; else 0."""
+        own = self.unacked(number)
+        if own > limit:
+            return own
+        total = self.unacked()
+        return total if total > LINK_UNACKED else 0
+
+    async def progress(self) -> None:
+        """Wait for the next datagram: it may acknowledge something."""
+        if self._progress is None:
+            self._progress = self.loop.create_future()
+        await asyncio.shield(self._progress)
+
+    # Events
+
+    def on_data(self, event: Any) -> None:
+        if stream := self.streams.get(event.stream_id):
+            stream.feed(event.data, event.end_stream)
+
+    def on_reset(self, event: Any) -> None:
+        if stream := self.streams.get(event.stream_id):
+            problem = GatewayError(f"the other side reset the stream (code {event.error_code})", code=event.error_code)
+            stream.lost(problem, sending=False)
+            stream.ended = True
+
+    def on_stop(self, event: Any) -> None:
+        if stream := self.streams.get(event.stream_id):
+            stream.lost(GatewayError("the other side listens no more", code=event.error_code), receiving=False)
+
+    def on_handshake(self, event: Any) -> None:
+        self.handshaken = True
+
+    def on_terminated(self, event: Any) -> None:
+        said = event.reason_phrase or f"code {event.error_code}"
+        self.end(GatewayError(f"the connection was closed: {said}", code=event.error_code))
+
+    def on_other(self, event: Any) -> None:
+        """An event that this end has no use for."""
+
+    on_issued = on_retired = on_ping = on_other
+
+    # The end
+
+    def close(self, code: int = Code.DONE, reason: str = "", problem: GatewayError | None = None) -> None:
+        """Say goodbye; what was queued goes out first. Nothing is waited for."""
+        self.transmit()
+        self.leave(code, reason, problem)
+
+    def leave(self, code: int, reason: str, problem: GatewayError | None = None) -> None:
+        """Say goodbye, and nothing else any more."""
+        if self.quic:
+            self.quic.close(error_code=code, reason_phrase=reason)
+            # With a close to send aioquic sends nothing else.
+            self._contain(lambda: [self.port.send(*one) for one in self.quic.datagrams_to_send(now=self.loop.time())])
+            self.end(problem or GatewayError(f"the connection was closed here: {reason or 'done'}"))
+
+    def end(self, problem: GatewayError) -> None:
+        """Forget the connection and tell its streams."""
+        if self.quic is None:
+            return
+        self.problem, quic, self.quic = problem, self.quic, None
+        for handle in filter(None, (self._timer, self._soon)):
+            handle.cancel()
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            stream.lost(problem)
+        if self._progress:
+            self._progress.set_result(None)
+            self._progress = None
+        # It refers to itself in a hundred ways: a flood would leave megabytes for the garbage collector.
+        vars(quic).clear()
+
+
+EVENTS = {  # aioquic's event -> what takes it
+    "StreamDataReceived": lambda link, event: link.on_data(event),
+    "StreamReset": lambda link, event: link.on_reset(event),
+    "StopSendingReceived": lambda link, event: link.on_stop(event),
+    "HandshakeCompleted": lambda link, event: link.on_handshake(event),
+    "ConnectionTerminated": lambda link, event: link.on_terminated(event),
+    "ConnectionIdIssued": lambda link, event: link.on_issued(event),
+    "ConnectionIdRetired": lambda link, event: link.on_retired(event),
+    "PingAcknowledged": lambda link, event: link.on_ping(event),
+}
+
+
+# The server
+
+
+class MemoryTickets:
+    """Session tickets in memory, each good for once; what has these two methods, and raises nothing, can stand in."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[bytes, SessionTicket] = {}
+
+    def pop(self, label: bytes) -> SessionTicket | None:
+        """The ticket, which is then gone: early data that is sent again finds none, and is not read."""
+        return self._tickets.pop(label, None)
+
+    def add(self, ticket: SessionTicket) -> None:
+        self._tickets[ticket.ticket] = ticket
+
+
+class ServerLink(Link):
+    """A client's connection: a stranger at first, then a device's."""
+
+    frames_waiting = FRAMES_WAITING
+
+    def __init__(self, server: QuicServer, quic: QuicConnection, port: Port, address: tuple):
+        super().__init__(quic, port, address)
+        self.server, self.network = server, network_of(address[0])
+        self.stall = server.limits.stall
+        self.frame_limit = SMALL_FRAME
+        self.cids: set[bytes] = set()
+        self.devices: set[Any] = set()  # who has authenticated here
+        self.failures = 0
+        self.ticket: SessionTicket | None = None  # kept for somebody who is let in: strangers would fill the table
+        self._deadline = self.loop.call_later(server.limits.handshake, self.too_late, "the handshake")
+
+    @property
+    def known(self) -> bool:
+        """Whether a device has spoken here."""
+        return bool(self.devices)
+
+    def too_late(self, what: str) -> None:
+        """A time limit has passed."""
+        self.close(Code.TIMEOUT, f"{what} took too long")
+
+    def keep_ticket(self, ticket: SessionTicket) -> None:
+        """aioquic has made a ticket."""
+        self.ticket = ticket
+        if self.known:
+            self._store_ticket()
+
+    def _store_ticket(self) -> None:
+        if self.ticket:
+            self.server.tickets.add(self.ticket)
+        self.ticket = None
+
+    def welcome(self, device: Any) -> None:
+        """A device has authenticated: the limits for strangers are over."""
+        if not self.known:
+            limits = self.server.limits
+            self.server.gate.known(self)
+            self.frame_limit = FRAME_LIMIT
+            for stream in self.streams.values():
+                if not stream.begun:
+                    stream.decoder.limit = FRAME_LIMIT
+            self.quic._local_max_streams_bidi.value += limits.streams - limits.streams_before
+            if self.handshaken:
+                self._deadline.cancel()
+        self.devices.add(device)
+        self._store_ticket()
+
+    def on_handshake(self, event: Any) -> None:
+        super().on_handshake(event)
+        self.server.gate.half_open.discard(self)
+        self._deadline.cancel()
+        if not self.known:
+            limit = self.server.limits.first_frame
+            self._deadline = self.loop.call_later(limit, self.too_late, "the first frame")
+
+    def on_data(self, event: Any) -> None:
+        stream = self.streams.get(event.stream_id)
+        if stream is None:
+            if not self.server.accepts(self, event.stream_id):
+                return
+            stream = self.streams[event.stream_id] = Stream(
+                self, event.stream_id, self.frame_limit, self.frames_waiting
+            )
+            stream.early = not self.handshaken  # aioquic reads no other data before
+        if stream.done:
+            if event.end_stream:
+                self.streams.pop(event.stream_id)
+            return
+        stream.feed(event.data, event.end_stream)
+        if not stream.begun:
+            self.server.begin(stream)
+        if not self.known and self.quic._local_max_data.used > self.server.limits.bytes_before:
+            self.close(Code.TOO_MUCH, "too much before authentication")
+
+    def on_reset(self, event: Any) -> None:
+        stream = self.streams.get(event.stream_id)
+        super().on_reset(event)
+        if stream and (stream.done or not stream.begun):
+            self.forget(stream)
+
+    def on_issued(self, event: Any) -> None:
+        self.cids.add(event.connection_id)
+        self.server.links[event.connection_id] = self
+
+    def on_retired(self, event: Any) -> None:
+        self.cids.discard(event.connection_id)
+        self.server.links.pop(event.connection_id, None)
+
+    def forget(self, stream: Stream) -> None:
+        """The request is done; a stream whose end has not come stays, or what comes would look like a new one."""
+        stream.done = True
+        if stream.late:
+            stream.late.cancel()
+        if stream.ended:
+            self.streams.pop(stream.number, None)
+        else:
+            self.stop(stream)
+
+    def end(self, problem: GatewayError) -> None:
+        if self.quic:
+            self._deadline.cancel()
+            super().end(problem)
+            self.server.gone(self)
+
+
+def network_of(host: str) -> bytes:
+    """What counts as one address: an IPv4 address, the first half of an IPv6 one, since a household has 2**64."""
+    if ":" not in host:
+        return socket.inet_aton(host)
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
+
+
+class Slowdown:
+    """Wrong tokens by network: each makes the next answer slower, an hour without one makes good."""
+
+    LONGEST, FORGET, KEPT = 4.0, 3600.0, 1024
+
+    def __init__(self, now: Callable[[], float] = time.monotonic):
+        self.now = now
+        self._failures: dict[bytes, tuple[int, float]] = {}
+
+    def failed(self, network: bytes) -> float:
+        """Seconds to wait before this failure is answered."""
+        count, last = self._failures.pop(network, (0, 0.0))
+        count = count + 1 if self.now() - last < self.FORGET else 1
+        if len(self._failures) >= self.KEPT:
+            del self._failures[next(iter(self._failures))]
+        self._failures[network] = (count, self.now())
+        return min(0.1 * 2 ** min(count - 1, 16), self.LONGEST)
+
+
+def listening(addresses: Iterable[tuple[str, int]]) -> Iterator[socket.socket]:
+    """Sockets that are bound to these addresses; one of a family that the machine has not is left out."""
+    bound, missing = 0, None
+    for host, port in addresses:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+            sock = udp_socket(family, address)
+        except socket.gaierror as error:
+            raise ConfigError(f"gateway.host: {host!r} has no address: {error.strerror}") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                hint = "stop what uses it, or set another [gateway] port"
+                raise GatewayError(f"UDP port {port} of {host} is in use", hint) from None
+            missing = GatewayError(f"cannot listen on UDP port {port} of {host}: {error.strerror}")
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise missing from None
+        else:
+            bound += 1
+            yield sock
+    if missing and not bound:
+        raise missing
+
+
+def udp_socket(family: int, address: tuple | None = None) -> socket.socket:
+    """A UDP socket, bound if there is an address; IPv6 is IPv6 alone."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address or ("", 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+Handler = Callable[[Stream], Awaitable[None]]
+Authenticate = Callable[[dict[str, Any], tuple], Any]
+
+
+class Door:
+    """Who may begin a connection: what stands between a flood and aioquic, which keeps 35 KB for each Initial."""
+
+    def __init__(self, lib: SimpleNamespace, limits: Limits, now: Callable[[], float] = time.monotonic):
+        self.lib, self.limits, self.now = lib, limits, now
+        self.tokens = lib.retry.QuicRetryTokenHandler()
+        self.everybody: set[ServerLink] = set()
+        self.half_open: set[ServerLink] = set()
+        self.networks: collections.Counter[bytes] = collections.Counter()  # connections of each,
+        self.strangers: collections.Counter[bytes] = collections.Counter()  # and those that have not authenticated
+        self.junk = 0  # Initials that nobody can read, since
+        self._junk_since = 0.0
+
+    def knock(self, header: Any, address: tuple) -> tuple[bytes | None, bytes]:
+        """For an Initial: the connection id that its client began with, None if it may not come in; what to answer."""
+        network, limits = network_of(address[0]), self.limits
+        full = (
+            len(self.everybody) >= limits.connections
+            or self.networks[network] >= limits.per_address
+            or self.strangers[network] >= limits.strangers
+            or len(self.half_open) >= 2 * limits.half_open
+        )
+        if full:
+            return None, b""
+        cid = header.destination_cid
+        if header.token:
+            now = self.now()
+            return self.tokens.validate_token(address=address, destination_cid=cid, token=header.token, now=now), b""
+        return (None, self.ask_again(header, address)) if self.under_pressure() else (cid, b"")
+
+    def under_pressure(self) -> bool:
+        """Whether so much is half open, or was junk in the last second, that addresses must be proven."""
+        age = self.now() - self._junk_since
+        if age > 1:  # a flood that goes on has no free start in the next second
+            self.junk = min(self.junk, self.limits.half_open) if age < 2 else 0
+            self._junk_since = self.now()
+        return len(self.half_open) + self.junk >= self.limits.half_open
+
+    def ask_again(self, header: Any, address: tuple) -> bytes:
+        """A Retry: only who really is at this address can go on, and we keep nothing till then."""
+        cid, original = os.urandom(8), header.destination_cid
+        token = self.tokens.create_token(
+            address=address, original_destination_connection_id=original, retry_source_connection_id=cid, now=self.now()
+        )
+        return self.lib.packet.encode_quic_retry(
+            version=header.version,
+            source_cid=cid,
+            destination_cid=header.source_cid,
+            original_destination_cid=original,
+            retry_token=token,
+        )
+
+    def enter(self, link: ServerLink) -> None:
+        """A connection begins, a stranger's."""
+        self.everybody.add(link)
+        self.half_open.add(link)
+        self.networks[link.network] += 1
+        self.strangers[link.network] += 1
+
+    def known(self, link: ServerLink) -> None:
+        """It is a stranger's no more."""
+        drop_one(self.strangers, link.network)
+
+    def leave(self, link: ServerLink) -> None:
+        """A connection is over."""
+        self.everybody.discard(link)
+        self.half_open.discard(link)
+        drop_one(self.networks, link.network)
+        if not link.known:
+            drop_one(self.strangers, link.network)
+
+
+def drop_one(counter: collections.Counter[bytes], key: bytes) -> None:
+    """One less; nothing is kept for none."""
+    counter[key] -= 1
+    if counter[key] <= 0:
+        del counter[key]
+
+
+class QuicServer:
+    """Listens, lets devices in, and runs the handler once for each stream."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        authenticate: Authenticate,
+        identity: Identity,
+        tickets: MemoryTickets | None = None,
+        limits: Limits | None = None,
+    ):
+        self.handler, self.authenticate, self.limits = handler, authenticate, limits or Limits()
+        self.tickets = tickets or MemoryTickets()
+        self.lib = open_quic()
+        self.ports: list[Port] = []
+        self.links: dict[bytes, ServerLink] = {}  # by each connection id that a datagram may bear
+        self.gate = Door(self.lib, self.limits)
+        self.slowdown = Slowdown()
+        self.closing = False
+        self._tasks: set[asyncio.Task] = set()
+        self.use(identity)
+
+    # Life
+
+    def use(self, identity: Identity) -> None:
+        """The certificate for connections from now on."""
+        self.identity = identity
+        self.configuration: QuicConfiguration = self.lib.configuration.QuicConfiguration(
+            is_client=False,
+            alpn_protocols=[ALPN],
+            certificate=identity.certificate,
+            certificate_chain=list(identity.chain),
+            private_key=identity.key,
+            congestion_control_algorithm="cubic",
+            idle_timeout=self.limits.idle,
+            max_data=self.limits.bytes_before,
+            max_stream_data=self.limits.bytes_before,
+            max_datagram_size=DATAGRAM,
+            supported_versions=[self.lib.packet.QuicProtocolVersion.VERSION_1],
+        )
+
+    def reload(self, cert: Path, key: Path | None = None) -> None:
+        """Read the certificate again; ConfigError leaves the old one in use."""
+        self.use(load_certificate(cert, key))
+
+    async def start(self, addresses: Iterable[tuple[str, int]]) -> None:
+        """Listen on these addresses, all or none."""
+        try:
+            for sock in listening(addresses):
+                self.ports.append(await Port.open(sock, self.received, lambda error: None))
+        except BaseException:
+            self._close_ports()
+            raise
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens."""
+        return [port.sock.getsockname()[:2] for port in self.ports]
+
+    async def close(self, code: int = Code.SHUTTING_DOWN, reason: str = "shutting down") -> None:
+        """Tell every stream and connection, end the handlers, give up the sockets; nobody is waited for."""
+        self.closing = True
+        for link in list(self.gate.everybody):
+            for stream in list(link.streams.values()):
+                stream.refuse(WireError("shutting_down", reason))
+            link.close(code, reason)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+        self._close_ports()
+        await asyncio.sleep(0)  # a transport closes its socket in the next turn
+
+    def _close_ports(self) -> None:
+        for port in self.ports:
+            port.close()
+        self.ports = []
+
+    def cut(self, device: Any) -> int:
+        """Close the connections of a device that was revoked; how many there were."""
+        links = [link for link in self.gate.everybody if device in link.devices]
+        for link in links:
+            link.close(Code.REVOKED, "revoked")
+        return len(links)
+
+    # Datagrams
+
+    def received(self, batch: list[tuple[bytes, tuple]], port: Port) -> None:
+        """Hand each datagram to its connection; then each of those transmits once."""
+        touched = {}  # a set would forget the order
+        for data, address in batch:
+            link = self.links.get(data[1:9]) if data and data[0] < 0x80 else self.by_long_header(data, address, port)
+            if link:
+                link.receive(data, address)
+                touched[link] = None
+        for link in touched:
+            # Its first datagram could not be read: junk, or not even QUIC.
+            if link.quic and link.quic._state is self.lib.connection.QuicConnectionState.FIRSTFLIGHT:
+                self.gate.junk += 1
+                link.end(GatewayError("junk"))
+            else:
+                link.touch()
+
+    def by_long_header(self, data: bytes, address: tuple, port: Port) -> ServerLink | None:
+        """The connection that a datagram with a long header belongs to or begins."""
+        if len(data) < 7:
+            return None
+        cid = data[6 : 6 + data[5]]
+        if link := self.links.get(cid):
+            return link
+        if len(data) < 1_200 or self.closing or not 8 <= len(cid) <= 20:  # RFC 9000, 14.1 and 7.2
+            return None
+        version = int.from_bytes(data[1:5], "big")
+        if version in self.configuration.supported_versions:
+            return self.admit(data, address, port) if data[0] & 0x30 == 0 else None  # 0: an Initial
+        if version:  # 0 is an answer of this kind itself: two servers could be made to send them for ever
+            self.name_versions(data, cid, address, port)
+        return None
+
+    def name_versions(self, data: bytes, cid: bytes, address: tuple, port: Port) -> None:
+        """Say which versions are spoken here."""
+        start = 7 + len(cid)
+        source = data[start : start + data[start - 1]]
+        answer = self.lib.packet.encode_quic_version_negotiation(
+            source_cid=cid, destination_cid=source, supported_versions=self.configuration.supported_versions
+        )
+        port.send(answer, address)
+
+    def admit(self, data: bytes, address: tuple, port: Port) -> ServerLink | None:
+        """A new connection, if the gate lets it in; what the gate has to say instead is sent."""
+        try:
+            header = self.lib.packet.pull_quic_header(self.lib.buffer.Buffer(data=data), host_cid_length=8)
+            original, answer = self.gate.knock(header, address)
+        except ValueError:  # no header; a token that is not ours, not this address's, or too old
+            return None
+        if answer:
+            port.send(answer, address)
+        return self.new_link(original, header, address, port) if original else None
+
+    def new_link(self, original: bytes, header: Any, address: tuple, port: Port) -> ServerLink:
+        """Begin a connection."""
+        link: ServerLink
+        quic = self.lib.connection.QuicConnection(
+            configuration=self.configuration,
+            original_destination_connection_id=original,
+            retry_source_connection_id=header.destination_cid if header.token else None,
+            session_ticket_fetcher=self.tickets.pop,
+            session_ticket_handler=lambda ticket: link.keep_ticket(ticket),
+        )
+        quic._local_max_streams_bidi.value = quic._local_max_streams_bidi.sent = self.limits.streams_before
+        quic._local_max_streams_uni.value = quic._local_max_streams_uni.sent = 0
+        link = ServerLink(self, quic, port, address)
+        link.cids = {header.destination_cid, quic.host_cid}
+        self.links |= dict.fromkeys(link.cids, link)
+        self.gate.enter(link)
+        return link
+
+    def gone(self, link: ServerLink) -> None:
+        """A connection is over."""
+        for cid in link.cids:
+            self.links.pop(cid, None)
+        self.gate.leave(link)
+
+    # Requests
+
+    def accepts(self, link: ServerLink, number: int) -> bool:
+        """Whether a stream is a new request."""
+        return not self.closing and number % 4 == 0 and number in link.quic._streams
+
+    def begin(self, stream: Stream) -> None:
+        """Start the handler once the first frame is whole; till then its time is limited."""
+        stream.begun = bool(stream.frames or stream.ended or stream.problem)
+        if stream.frames:
+            stream.request = stream.frames.popleft()
+            stream.decoder.limit = SMALL_FRAME  # what follows are answers to questions
+        elif stream.begun and not stream.problem:
+            stream.problem = WireError("bad_request", "the stream ended before a frame")
+        loop = asyncio.get_running_loop()
+        if stream.begun:
+            self._tasks.add(task := loop.create_task(self.serve(stream)))
+            task.add_done_callback(self._tasks.discard)
+        elif not stream.late:
+            stream.late = loop.call_later(self.limits.frame, self.late, stream)
+
+    async def serve(self, stream: Stream) -> None:
+        """One request, from its first frame to the last of the answer."""
+        try:
+            await self.authenticated(stream)
+            await self.handler(stream)
+            stream.finish()
+            await stream.room(SMALL_FRAME)
+        except WireError as error:
+            stream.refuse(error)
+        except GatewayError as error:
+            log.debug("stream %d of %s: %s", stream.number, stream.peer[0], error)
+            stream.reset(Code.INTERNAL)
+        except asyncio.CancelledError:
+            stream.reset(Code.CANCELLED)
+            raise
+        except Exception:  # a bug in the handler ends its stream, others live on
+            log.exception("the handler of %r failed", stream.request.get("type"))
+            stream.reset(Code.INTERNAL)
+        finally:
+            stream.link.forget(stream)
+
+    def late(self, stream: Stream) -> None:
+        """The first frame of a stream takes too long."""
+        stream.problem = WireError("too_slow", f"no whole frame in {self.limits.frame:g} s")
+        self.begin(stream)
+
+    async def authenticated(self, stream: Stream) -> None:
+        """Let the request pass if it is one and comes from a device; else WireError, later and later."""
+        link = stream.link
+        try:
+            if stream.problem or link.problem:
+                raise stream.problem or link.problem
+            check_frame(stream.request)
+            stream.device = self.authenticate(stream.request, stream.peer)
+            if stream.device is None:
+                raise WireError("unauthorized", "this token is not known here")
+            link.welcome(stream.device)
+        except WireError as error:
+            if not link.known or error.word == "unauthorized":
+                await asyncio.sleep(self.slowdown.failed(link.network))
+                link.failures += 1
+                if link.failures >= self.limits.failures:
+                    stream.refuse(error)
+                    link.close(Code.UNAUTHORIZED, "too many failures")
+            raise
+
+
+# The client
+
+
+class ClientLink(Link):
+    """A connection to one address of the server."""
+
+    def __init__(self, client: QuicClient, quic: QuicConnection, port: Port, address: tuple):
+        super().__init__(quic, port, address)
+        self.client = client
+        self.ready = self.loop.create_future()  # True: the pinned server is there; False: see problem
+        self.unsure: list[tuple[Stream, bytes, bool]] | None = []  # written before that: it may have to go another way
+        self.tickets: list[SessionTicket] = []
+        self.pings: dict[int, asyncio.Future] = {}
+
+    def receive(self, data: bytes, address: tuple) -> None:
+        spaces = self.quic._loss.spaces if self.quic else None
+        super().receive(data, address)
+        if self.quic and self.quic._loss.spaces is not spaces:
+            # A Retry: aioquic begins anew and forgets what it sent as early data.
+            for space in spaces:
+                self.send_again(space, list(space.sent_packets.values()))
+
+    def take(self, batch: list[tuple[bytes, tuple]]) -> None:
+        """What the socket had."""
+        for data, address in batch:
+            self.receive(data, address)
+        self.touch()
+
+    def send_again(self, space: Any, packets: list[Any]) -> None:
+        """Queue what is in these packets once more; that is no sign of congestion."""
+        now = self.loop.time()
+        self.quic._loss._on_packets_lost(packets=packets, space=space, now=now, congestion_event=False)
+
+    def on_handshake(self, event: Any) -> None:
+        """The server is there: is it the right one? Nothing but early data has gone out to it yet.
+
+        Early data can be read only by who knows the ticket's secret: the server that was checked here when it gave
+        us the ticket. Who does not know it cannot resume the session either, so it must show its certificate.
+        """
+        super().on_handshake(event)
+        if not event.session_resumed:
+            self.client.fingerprint = seen = fingerprint(self.quic.tls._peer_certificate)
+            if self.client.pinned not in ("", seen):
+                return self.refuse(seen)
+        if not event.early_data_accepted:
+            space = self.quic._loss.spaces[-1]
+            early = self.client.lib.packet.QuicPacketType.ZERO_RTT
+            self.send_again(space, [packet for packet in space.sent_packets.values() if packet.packet_type is early])
+        self.client.early_accepted, self.unsure = event.early_data_accepted, None
+        hear_refusals(self.port.sock, False)
+        self.ready.set_result(True)
+
+    def refuse(self, seen: str) -> None:
+        """Somebody else answered: go, and send nothing."""
+        problem = WrongServer(
+            f"the server has another certificate than the pinned one: {seen}",
+            "if it was made anew on purpose, take a new invite; if not, somebody may be listening in",
+            seen,
+        )
+        self.leave(Code.WRONG_SERVER, "wrong certificate", problem)
+
+    def take_events(self) -> None:
+        super().take_events()
+        if self.handshaken and self.quic:  # only then it is known from whom they came
+            while self.tickets:
+                self.client.on_ticket(self.tickets.pop())
+
+    def write(self, stream: Stream, data: bytes, finish: bool = False) -> None:
+        super().write(stream, data, finish)
+        if self.unsure is not None:
+            self.unsure.append((stream, data, finish))
+
+    def on_data(self, event: Any) -> None:
+        super().on_data(event)
+        if event.end_stream and (stream := self.streams.pop(event.stream_id, None)):
+            stream.finish()
+
+    def on_reset(self, event: Any) -> None:
+        super().on_reset(event)
+        if stream := self.streams.pop(event.stream_id, None):
+            stream.finish()
+
+    def on_ping(self, event: Any) -> None:
+        if (waiter := self.pings.pop(event.uid, None)) and not waiter.done():
+            waiter.set_result(None)
+
+    def failed(self, error: OSError) -> None:
+        """The kernel says that nothing gets through; later than at first that may pass."""
+        if not self.ready.done():
+            refused = isinstance(error, ConnectionRefusedError)
+            said = "nobody listens there" if refused else error.strerror
+            self.end(GatewayError(f"cannot reach {self.client.place}: {said}", "is openpista running there?"))
+
+    def end(self, problem: GatewayError) -> None:
+        if not self.ready.done():
+            self.streams = {}  # the race tells them, or moves them to another address
+        super().end(problem)
+        self.port.close()
+        if not self.ready.done():
+            self.ready.set_result(False)
+        for waiter in self.pings.values():
+            if not waiter.done():
+                waiter.set_exception(problem)
+
+    def moved_to(self, winner: ClientLink) -> None:
+        """What was said here is said there: nobody may have heard it. If both do, the request's id shows it."""
+        for stream, data, finish in self.unsure or ():
+            if stream.link is self:
+                winner.adopt(stream)
+            winner.write(stream, data, finish)
+        self.streams, self.unsure = {}, None
+
+    def adopt(self, stream: Stream) -> None:
+        """Make this stream one of this connection."""
+        stream.link, stream.number = self, self.quic.get_next_available_stream_id()
+        self.streams[stream.number] = stream
+
+
+class QuicClient:
+    """A connection to a gateway, in `async with`."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        fingerprint: str = "",
+        ticket: SessionTicket | None = None,
+        on_ticket: Callable[[SessionTicket], None] = lambda ticket: None,
+        time_limit: float = CONNECT_TIME,
+        keep_alive: float = KEEP_ALIVE,
+    ):
+        self.host, self.port, self.on_ticket = host, port, on_ticket
+        self.pinned, self.ticket = fingerprint.lower(), ticket
+        self.fingerprint = self.pinned  # of who answered
+        self.early_accepted = False
+        self.time_limit, self.keep_alive = time_limit, keep_alive
+        self.lib = open_quic()
+        self.link: ClientLink | None = None
+        self._tasks: list[asyncio.Task] = []
+
+    @property
+    def place(self) -> str:
+        """Where the server is, for people."""
+        return f"{self.host}, UDP port {self.port}"
+
+    @property
+    def problem(self) -> GatewayError | None:
+        """Why the connection is over; None while it is not."""
+        return self.link.problem if self.link else None
+
+    @property
+    def early(self) -> bool:
+        """Whether what is sent now goes out as early data."""
+        return bool(self.link and not self.link.handshaken and self.link.quic and self.link.quic.tls.session_ticket)
+
+    async def __aenter__(self) -> QuicClient:
+        """Connected; or, with a ticket, ready to send early data: the connection is then made by the way."""
+        rest = collections.deque(await self._resolve())
+        self.link = await self._open_next(rest)
+        self._race = asyncio.create_task(self._find([self.link], rest))
+        self._tasks = [self._race, asyncio.create_task(self._stay_alive())]
+        try:
+            if not self.early:
+                await self.connected()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def close(self, code: int = Code.DONE, reason: str = "") -> None:
+        """Say goodbye, and do not wait for an answer."""
+        if self.link:
+            self.link.close(code, reason)
+
+    async def connected(self) -> None:
+        """Wait for the handshake; GatewayError if it fails, WrongServer if somebody else is there."""
+        await asyncio.wait([self._race])
+        if self.link.problem:
+            raise self.link.problem
+
+    def open_stream(self, frame: dict[str, Any], last: bool = False) -> Stream:
+        """Send a request; last says that no other frame will follow it from us."""
+        if not self.pinned:
+            raise GatewayError("no fingerprint is pinned: nothing may be sent to this server yet")
+        if self.link.problem:
+            raise self.link.problem
+        data = encode_frame(frame)
+        self.link.adopt(stream := Stream(self.link, -1, FRAME_LIMIT, sys.maxsize))
+        stream.write(data, last)
+        return stream
+
+    async def ping(self, time_limit: float = PING_TIME) -> float:
+        """The round trip in seconds, QUIC's own; when there is no answer in time the connection is over."""
+        link, started = self.link, asyncio.get_running_loop().time()
+        if link.problem:
+            raise link.problem
+        waiter = link.pings[id(link)] = link.loop.create_future()
+        link.quic.send_ping(id(link))
+        link.touch()
+        try:
+            async with asyncio.timeout(time_limit):
+                await waiter
+        except TimeoutError:
+            link.end(GatewayError(f"{self.place} does not answer any more"))
+            raise link.problem from None
+        return link.loop.time() - started
+
+    async def rebind(self) -> None:
+        """Go on from another UDP socket, as when the network has changed."""
+        old = self.link.port
+        self.link.port = await Port.open(udp_socket(old.sock.family), old.received, old.failed)
+        old.close()
+        self.link.quic.change_connection_id()
+        self.link.touch()
+
+    async def _stay_alive(self) -> None:
+        """Ping, so that routers keep the way open and a dead server is noticed."""
+        await asyncio.wait([self._race])
+        with contextlib.suppress(GatewayError):
+            while self.link.problem is None:
+                await asyncio.sleep(self.keep_alive)
+                await self.ping()
+
+    # Addresses
+
+    async def _resolve(self) -> list[tuple[int, tuple]]:
+        """Family and address of each place where the server may be, in the system's order."""
+        loop = asyncio.get_running_loop()
+        try:
+            infos = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)
+        except socket.gaierror as error:
+            raise GatewayError(f"{self.host!r} has no address: {error.strerror}", "check the name") from None
+        return [(info[0], info[4]) for info in infos]
+
+    async def _open_next(self, rest: collections.deque[tuple[int, tuple]]) -> ClientLink:
+        """Begin a connection to the next address for which this machine has a socket."""
+        while True:
+            family, address = rest.popleft()
+            try:
+                return await self._open(udp_socket(family), address)
+            except OSError as error:
+                if not rest:
+                    raise GatewayError(f"cannot reach {self.place}: {error.strerror}") from None
+
+    async def _open(self, sock: socket.socket, address: tuple) -> ClientLink:
+        """Begin a connection; nothing is sent before this loop turn ends, so a request can join the first datagram."""
+        link: ClientLink
+        first = self.link is None  # a ticket is good for one connection
+        quic = self.lib.connection.QuicConnection(
+            configuration=self._configuration(self.ticket if first and self.pinned else None),
+            session_ticket_handler=lambda ticket: link.tickets.append(ticket),
+        )
+        for limit in (quic._local_max_streams_bidi, quic._local_max_streams_uni):
+            limit.value = limit.sent = 0
+        hear_refusals(sock, True)
+        port = await Port.open(sock, lambda batch, port: link.take(batch), lambda error: link.failed(error))
+        link = ClientLink(self, quic, port, address)
+        quic.connect(address, now=link.loop.time())
+        link.touch()
+        return link
+
+    def _configuration(self, ticket: SessionTicket | None) -> QuicConfiguration:
+        """The pin is checked by ClientLink.on_handshake, and no other authority is asked."""
+        return self.lib.configuration.QuicConfiguration(
+            alpn_protocols=[ALPN],
+            congestion_control_algorithm="cubic",
+            max_datagram_size=DATAGRAM,
+            server_name=pin_name(self.pinned) if self.pinned else "::",
+            session_ticket=ticket,
+            supported_versions=[self.lib.packet.QuicProtocolVersion.VERSION_1],
+            verify_mode=0,  # ssl.CERT_NONE
+        )
+
+    async def _find(self, links: list[ClientLink], rest: collections.deque[tuple[int, tuple]]) -> None:
+        """Try one address after the other, each with a head start; the first that answers is the connection."""
+        problem = None
+        try:
+            async with asyncio.timeout(self.time_limit):
+                while rest or any(not link.ready.done() for link in links):
+                    going = [link.ready for link in links if not link.ready.done()]
+                    if going:
+                        await asyncio.wait(going, timeout=HEAD_START if rest else None, return_when="FIRST_COMPLETED")
+                    if any(link.handshaken or isinstance(link.problem, WrongServer) for link in links):
+                        break
+                    if rest:
+                        links.append(await self._open_next(rest))
+        except TimeoutError:
+            hint = "is openpista running there? a firewall on the way may block UDP"
+            problem = GatewayError(f"no answer from {self.place} in {self.time_limit:g} s", hint)
+        except GatewayError as error:
+            problem = error
+        except asyncio.CancelledError:
+            for link in links:
+                link.leave(Code.DONE, "not needed")
+            raise
+        self._choose(links, problem)
+
+    def _choose(self, links: list[ClientLink], problem: GatewayError | None) -> None:
+        """Stay with the connection that stands, if there is one; tell the requests if there is none."""
+        winner = next((link for link in links if link.quic and link.handshaken), None)
+        if winner is None:
+            self.link = next((link for link in links if isinstance(link.problem, WrongServer)), links[-1])
+            problem = self.link.problem or problem
+        for link in links:
+            if link is not winner:
+                if winner:
+                    link.moved_to(winner)
+                for stream, _, _ in link.unsure or ():
+                    stream.lost(problem)
+                link.close(Code.DONE, "not needed", problem)
+        self.link = winner or self.link
+
+
+def hear_refusals(sock: socket.socket, on: bool) -> None:
+    """Have the kernel say when nobody listens at a port, where it can: on Linux (IP_RECVERR, IPV6_RECVERR)."""
+    if sys.platform == "linux":
+        option = (socket.IPPROTO_IP, 11) if sock.family == socket.AF_INET else (socket.IPPROTO_IPV6, 25)
+        sock.setsockopt(*option, on)
+
+
+# ===== 19. Terminal ===========================================================
 #
 # Text in cells, keys out of bytes, lines that are repainted where they changed,
 # and the terminal in raw mode and back. Text for it may hold our own SGR codes,
@@ -5542,7 +8516,7 @@ async def converse(tty: Tty, widget: Any, style: Style) -> Any:
         return result
 
 
-# ===== 16. Widgets ============================================================
+# ===== 20. Widgets ============================================================
 #
 # A text to type in, a list to pick from, the look of an answer. A widget is fed
 # with keys and asked for the lines to show; none of them knows a terminal. Texts
@@ -6241,7 +9215,7 @@ def inline(text: str, style: Style) -> str:
     return MARKED.sub(look, text) if len(text) <= INLINE_LIMIT else text
 
 
-# ===== 17. Console ============================================================
+# ===== 21. Console ============================================================
 #
 # What a person sees while a turn runs: a line of progress, the answer as it
 # comes, a question before a risky call. Nothing a model or a tool says reaches
@@ -6584,7 +9558,7 @@ async def read_line(handle: int) -> str:
     return found.decode("utf-8", "replace")
 
 
-# ===== 18. App ================================================================
+# ===== 22. App ================================================================
 #
 # The one place where the objects meet.
 
@@ -6712,7 +9686,7 @@ def is_own_home(folder: Path) -> bool:
     return ours or folder.name == ".openpista" or not any(folder.iterdir())
 
 
-# ===== 19. Login ==============================================================
+# ===== 23. Login ==============================================================
 #
 # Pickers on the whole screen that need more than a widget: signing in to a
 # provider, and browsing its models. A key is tried before it is stored.
@@ -7107,7 +10081,7 @@ class BrowserLogin:
         return Secret(key)
 
 
-# ===== 20. Chat ===============================================================
+# ===== 24. Chat ===============================================================
 #
 # The conversation at a terminal. Chat knows the session and the commands; a
 # ScreenChat shows it on a terminal, a LineChat in plain lines. What answers is a
@@ -7190,7 +10164,7 @@ class Local:
         return [(skill.name, skill.description) for skill in load_skills(self.ctx.workspace)[0]]
 
 
-class Answer:
+class LiveAnswer:
     """An answer as it comes: whole lines, to be printed for good, and the beginning of the next one."""
 
     LONGEST = 8_000  # characters of a line that is not yet printed; a longer one is cut at a space
@@ -7525,7 +10499,7 @@ class LineChat(Chat):
         self._turn: asyncio.Task | None = None
 
     async def run(self, given: bool) -> int:
-        """Answer line after line until the end; the exit code of the last failure."""
+        """LiveAnswer line after line until the end; the exit code of the last failure."""
         with interruptible(), self._stoppable():
             await self.open(given)
             while not self.left and (text := await self._read()) is not None:
@@ -7692,7 +10666,7 @@ class ScreenChat(Chat):
         self.queue: collections.deque[str] = collections.deque()  # what was typed during the turn
         self.turn: asyncio.Task | None = None
         self.question: Question | None = None
-        self._answer = Answer(redact, self.style, lambda: tty.size[0] - 1)
+        self._answer = LiveAnswer(redact, self.style, lambda: tty.size[0] - 1)
         self._running: dict[str, tuple[str, float]] = {}  # calls that run: id -> what, and since when
         self._doing, self._since, self._spent = "", 0.0, Usage()  # what the turn does, since when, for how much
         self._done = 0  # calls of this turn that have ended
@@ -7842,7 +10816,7 @@ class ScreenChat(Chat):
         more = [f"… {plural(len(lines) - 12, 'more line')}"] if len(lines) > 13 else lines[12:]
         self.say("\n  ".join(["", *lines[:12], *more]).replace("\n  ", "\n› ", 1), "bold")
         self._answer, self._stopping, self._done, self._spent = (
-            Answer(self.redact, self.style, lambda: self.tty.size[0] - 1),
+            LiveAnswer(self.redact, self.style, lambda: self.tty.size[0] - 1),
             False,
             0,
             Usage(),
@@ -8041,7 +11015,7 @@ TOLD = {
 }
 
 
-# ===== 21. Commands ===========================================================
+# ===== 25. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -8132,7 +11106,7 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
     arg("--json", action="store_true", help="print one JSON object: answer, tool calls, usage, session"),
 )
 def cmd_run(ctx: Context) -> int:
-    """Answer one request and leave."""
+    """LiveAnswer one request and leave."""
     args = ctx.args
     if args.timeout is not None and not 0 < args.timeout <= 86_400:
         raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {args.timeout:g}")

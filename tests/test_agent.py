@@ -739,3 +739,96 @@ def test_a_last_answer_that_still_calls_can_be_sent_again(desk):
     desk.turn([said("ok")], "and now?")
     sent = openpista.encode_responses(openpista.Request("", tuple(desk.sent()), model="m"))["input"]
     assert [item["call_id"] for item in sent if item.get("type") == "function_call"] == ["c0"]
+
+
+# Going on after a restart
+
+
+def resumed(desk, answers, asked, record=None, **settings):
+    """The turn whose words are message `asked`, taken up again."""
+
+    async def go():
+        desk.models = ScriptedModels(answers)
+        desk.agent.models, desk.agent.settings = desk.models, AgentConfig(**settings)
+        session = desk.store.session("main")
+        return await desk.agent.resume(session, asked, Gate("never", None), desk.told.append, record)
+
+    reply = asyncio.run(go())
+    for request in desk.models.requests:
+        assert faults(list(request.messages)) == []
+    return reply
+
+
+@pytest.fixture
+def cut_off(desk):
+    """A turn that a kill cut off in its second round; its words are the message of this id."""
+    desk.turn([said("hello")], "hi")
+    asked = desk.store.append(desk.session, user("do it"))
+    place = desk.store.append(desk.session, assistant("", "c0"))
+    desk.store.finish_call(desk.session, place, ToolResult("c0", "done"))
+    place = desk.store.append(desk.session, assistant("", "c1", "c2"))
+    desk.store.start_call(desk.session, place, ToolCall("c1", "system.run", {}))
+    return asked
+
+
+def test_a_turn_goes_on_from_its_transcript(desk, cut_off):
+    written = []
+    record = openpista.Record(ended=lambda reply: written.append((reply.text, desk.store.db.in_transaction)))
+    assert resumed(desk, [asks("echo more", prefix="n"), said("all done")], cut_off, record).text == "all done"
+    assert written == [("all done", True)]
+    texts = [message.text for message in desk.stored if message.role is Role.TOOL]
+    assert texts == ["done", openpista.UNKNOWN, openpista.NOT_BEGUN, "more"]
+    assert [message.text for message in desk.stored if message.role is Role.USER] == ["hi", "do it"]
+
+
+def test_an_answer_that_is_there_is_not_asked_for_again(desk):
+    desk.turn([asks("echo 1"), said("here")], "do it")
+    written = []
+    record = openpista.Record(ended=lambda reply: written.append(reply.text))
+    assert resumed(desk, [], 1, record).text == "here"
+    assert written == ["here"]
+    assert len(desk.stored) == 4
+
+
+def test_rounds_before_a_restart_count(desk, cut_off):
+    reply = resumed(desk, [asks("echo 1", prefix="n"), said("enough")], cut_off, max_tool_rounds=3)
+    assert "(Stopped after 3 rounds" in reply.text
+    asked = desk.store.append(desk.session, user("more"))
+    for number in range(3):
+        place = desk.store.append(desk.session, assistant("", f"d{number}"))
+        desk.store.finish_call(desk.session, place, ToolResult(f"d{number}", str(number)))
+    assert "(Stopped after 3 rounds" in resumed(desk, [said("enough")], asked, max_tool_rounds=3).text
+
+
+def test_a_turn_of_another_process_came_between(desk, cut_off):
+    desk.turn([said("quick")], "and this?")
+    begun = []
+    assert resumed(desk, [said("now")], cut_off, openpista.Record(began=begun.append)).text == "now"
+    words = [entry for entry in desk.store.transcript(desk.session) if entry.message.role is Role.USER]
+    assert words[-1].message.text == f"{openpista.AGAIN}\ndo it"
+    assert begun == [words[-1].id]
+
+
+def test_what_is_gone_cannot_go_on(desk, cut_off):
+    with pytest.raises(StoreError, match="message 999 of session 'main' is gone"):
+        resumed(desk, [], 999)
+
+
+@pytest.mark.parametrize("which", ["began", "ended"])
+def test_what_is_written_beside_a_turn_is_one_transaction_with_it(desk, which):
+    def fail(*given):
+        raise StoreError("no")
+
+    async def go():
+        await desk.agent.turn(
+            session, "do it", Gate("never", None), desk.told.append, openpista.Record(**{which: fail})
+        )
+
+    desk.turn([said("hello")], "hi")
+    session, desk.agent.models = desk.store.session("main"), ScriptedModels([said("lost")])
+    if which == "began":
+        with pytest.raises(StoreError):
+            asyncio.run(go())
+    else:
+        asyncio.run(go())
+    assert [message.text for message in desk.stored] == ["hi", "hello", "do it"][: 2 + (which == "ended")]

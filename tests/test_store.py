@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import openpista
-from openpista import Message, Role, Store, StoreError, ToolCall, ToolResult, Usage
+from openpista import Message, Role, Store, StoreError, ToolCall, ToolResult, Usage, iso
 
 ROOT = Path(openpista.__file__).parent
 
@@ -846,3 +846,149 @@ def test_names_of_new_sessions():
     name = openpista.new_session_name(datetime(2026, 3, 1, 9, 0, 0, tzinfo=UTC))
     assert name.startswith("run-20260301-090000-")
     assert len({openpista.new_session_name(datetime(2026, 3, 1, tzinfo=UTC)) for _ in range(20)}) > 15
+
+
+# Jobs, devices, tickets
+
+
+NINE, TEN = datetime(2026, 3, 1, 9, tzinfo=UTC), datetime(2026, 3, 1, 10, tzinfo=UTC)
+
+
+def job(name="backup", next_at=NINE, **more):
+    fields = {"schedule": "0 9 * * *", "tz": "Asia/Seoul", "prompt": "back up", "session": "main"}
+    fields |= {"channel": "telegram:42", "reply_to": {"thread": 3}, "catch_up": "once", "origin": "command"}
+    return openpista.Job(0, name, **(fields | {"state": "active", "next_at": next_at and iso(next_at)} | more))
+
+
+def test_jobs_are_kept_and_fire_when_due(path):
+    clock = FakeClock(NINE - timedelta(minutes=1))
+    with Store(path, now=clock.now) as store:
+        jobs, inbox = openpista.Jobs(store), openpista.Inbox(store)
+        backup = jobs.add(job())
+        never = jobs.add(job("never", None))
+        with pytest.raises(StoreError, match="a job named 'backup'"):
+            jobs.add(job())
+        assert jobs.list() == [backup, never]
+        assert jobs.find("backup") == backup == job()._replace(id=backup.id)
+        assert jobs.next_at() == iso(NINE)
+        assert jobs.due() == []
+        clock.advance(timedelta(minutes=1))
+        assert jobs.due() == [backup]
+        receipt = jobs.fire(backup, TEN)
+        assert receipt.answer == "accepted"
+        event = inbox.get(receipt.id).event
+        assert event[:4] == ("telegram:42", f"job:{backup.id}:{iso(NINE)}", "main", "back up")
+        assert event.reply_to == {"thread": 3}
+        assert jobs.fire(backup, TEN) is None, "another was quicker"
+        assert jobs.due() == []
+        clock.advance(timedelta(hours=1))
+        [backup] = jobs.due()
+        assert jobs.fire(backup, None, limit=1).answer == "full"
+        assert jobs.find("backup").state == "done"
+        inbox.finish(receipt.id, "done")
+        openpista.Outbox(store).add("telegram:42", {}, ["all saved"], {}, receipt.id)
+        assert [run[2:] for run in jobs.history("backup")] == [
+            ("", "left out: the session's queue is full", ""),
+            ("done", "", "all saved"),
+        ]
+        assert jobs.history("nothing") == []
+
+
+def test_jobs_are_paused_resumed_skipped_and_removed(path):
+    clock = FakeClock(NINE)
+    with Store(path, now=clock.now) as store:
+        jobs = openpista.Jobs(store)
+        backup = jobs.add(job(channel=""))
+        assert (jobs.pause("backup"), jobs.pause("backup"), jobs.pause("nothing")) == (True, False, False)
+        assert jobs.due() == []
+        assert jobs.next_at() is None
+        assert jobs.fire(backup, TEN) is None, "paused meanwhile"
+        assert (jobs.resume("backup", NINE), jobs.resume("backup", NINE)) == (True, False)
+        assert jobs.skip(backup, TEN, "missed: the machine slept")
+        assert not jobs.skip(backup, TEN, "again")
+        assert jobs.run(jobs.find("backup"), iso(NINE + timedelta(minutes=5))).answer == "accepted", "by hand"
+        assert openpista.Inbox(store).get(1).event.channel == "job"
+        assert [run.note for run in jobs.history("backup")] == ["", "missed: the machine slept"]
+        jobs.KEPT = 5
+        for minute in range(10):
+            jobs.note(backup, iso(TEN + timedelta(minutes=minute)), None, str(minute))
+        assert [run.note for run in jobs.history("backup")] == ["9", "8", "7", "6", "5"]
+        assert (jobs.remove("backup"), jobs.remove("backup")) == (True, False)
+        assert store.db.execute("SELECT count(*) FROM job_runs").fetchone() == (0,)
+
+
+def test_two_processes_fire_a_job_once(path):
+    with Store(path) as store:
+        openpista.Jobs(store).add(job())
+    code = """
+from datetime import timedelta
+with Store(Path(sys.argv[1])) as store:
+    jobs, fired = Jobs(store), 0
+    sys.stdin.readline()
+    while (job := jobs.find("backup")).next_at < "2026-03-01T09:40":
+        following = datetime.fromisoformat(job.next_at) + timedelta(minutes=1)
+        fired += jobs.fire(job, following) is not None
+    print(fired)
+"""
+    children = [python(code, str(path), stdin=subprocess.PIPE) for _ in range(3)]
+    for child in children:
+        child.stdin.write("go\n"), child.stdin.flush()
+    outs = [child.communicate(timeout=30) for child in children]
+    assert [err for _, err in outs] == [""] * 3
+    with Store(path) as store:
+        rows = store.db.execute("SELECT count(*), count(DISTINCT identity) FROM inbox").fetchone()
+        assert rows[0] == rows[1] == sum(int(out) for out, _ in outs) == 40
+        assert store.db.execute("SELECT count(*) FROM job_runs").fetchone() == (rows[0],)
+
+
+def test_devices(path):
+    clock = FakeClock(NINE)
+    with Store(path, now=clock.now) as store:
+        devices = openpista.Devices(store)
+        devices.add("laptop", "aa")
+        devices.add("phone", "bb")
+        with pytest.raises(StoreError, match="a device named 'laptop'"):
+            devices.add("laptop", "cc")
+        assert [devices.find(token) for token in ("aa", "bb", "cc", "", "한\udcff")] == ["laptop", "phone"] + [None] * 3
+        for seconds in (0, 30, 40):
+            clock.advance(timedelta(seconds=seconds))
+            devices.seen("laptop")
+        assert devices.list()[0] == ("laptop", iso(NINE), iso(NINE + timedelta(seconds=70)), None)
+        assert (devices.revoke("laptop"), devices.revoke("laptop"), devices.revoke("?")) == (True, False, False)
+        assert devices.find("aa") is None
+        assert devices.list()[0].revoked_at == iso(clock.now())
+        devices.add("laptop", "dd")
+        assert (devices.find("aa"), devices.find("dd")) == (None, "laptop")
+
+
+def test_a_ticket_is_good_for_once(path):
+    clock = FakeClock(NINE)
+    with Store(path, now=clock.now) as store, Store(path, now=clock.now) as other:
+        tickets = openpista.Tickets(store)
+        tickets.add(b"\0\xff", {"cipher": 1}, 60)
+        assert openpista.Tickets(other).pop(b"\0\xff") == {"cipher": 1}
+        assert tickets.pop(b"\0\xff") is None
+        tickets.add(b"old", {}, 60)
+        clock.advance(timedelta(seconds=61))
+        assert tickets.pop(b"old") is None
+        tickets.add(b"older", {}, 1)
+        clock.advance(timedelta(seconds=2))
+        tickets.KEPT = 3
+        for number in range(5):
+            tickets.add(b"%d" % number, {}, 60 + number)
+        tickets.prune()
+        labels = [bytes.fromhex(row[0]) for row in store.db.execute("SELECT label FROM tickets ORDER BY label")]
+        assert labels == [b"2", b"3", b"4"]
+
+
+def test_odd_events_come_back_as_they_were(store):
+    inbox = openpista.Inbox(store)
+    for number, text in enumerate(["", "한국어 👍", "a\0b", "half \udcff", "x" * 1_000_000]):
+        event = openpista.Event("c:1", f"{number} {text[:9]}", "s\0", text, text[:9], {"k": text[:9]}, {"n": [1, None]})
+        receipt = inbox.add(event)
+        assert inbox.add(event) == ("duplicate", receipt.id, 0)
+        item = inbox.get(receipt.id)
+        assert item.event.text == openpista.storable(text)
+        assert item.event.metadata == {"n": [1, None]}
+    assert inbox.next("s␀").id == 1
+    assert inbox.next("other") is None
