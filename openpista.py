@@ -6058,7 +6058,6 @@ class Hub:
             with contextlib.suppress(StoreError):
                 while self.inbox.prune(self.KEPT_DAYS) + self.outbox.prune(self.KEPT_DAYS):
                     await asyncio.sleep(0.1)
-                Jobs(self.store).prune(self.KEPT_DAYS)
             await asyncio.sleep(21_600)
 
 
@@ -11055,16 +11054,21 @@ LATE = timedelta(seconds=60)  # more than that, and a time was missed
 MOST_MISSED = 100  # times that catch_up "all" makes up for
 JOB_QUEUE = 20  # that may wait in a session: a job that takes longer than until its next time must not pile up
 CATCH_UPS = ("skip", "once", "all")
-CHANNEL_KINDS = (*ChannelsConfig._fields, "quic")
+CHANNEL = re.compile(rf"cli|job|(?:{'|'.join(ChannelsConfig._fields)}|quic):\S+")
 
 
 def next_time(job: Job, after: datetime, zone: tzinfo) -> datetime | None:
     """When a job is due next; None if never, as for @reboot. The zone is for jobs that name none."""
     zone = zone_of(job, zone)
-    if re.match(r"\d{4}-", job.schedule):  # one moment, see `timed`
+    if is_moment(job.schedule):
         moment = datetime.fromisoformat(job.schedule)
         return moment if moment > after else None
     return Cron.parse(job.schedule).next_after(after, zone)
+
+
+def is_moment(schedule: str) -> bool:
+    """Whether it is one moment, as `timed` writes it, and not the fields of cron."""
+    return re.match(r"\d{4}-", schedule) is not None
 
 
 def zone_of(job: Job, zone: tzinfo) -> tzinfo:
@@ -11079,10 +11083,10 @@ def timed(job: Job, now: datetime, zone: tzinfo, once: str = "") -> Job:
             raise CronError(f"a job's {what} must be 1 to 60 printable characters, not {clip(text, 80)!r}")
     if not job.prompt.strip():
         raise CronError("the prompt is empty")
-    kind, colon, rest = job.channel.partition(":")
-    if job.channel and (kind not in (*CHANNEL_KINDS, "job") or bool(colon) != bool(rest.strip())):
+    if job.channel and not CHANNEL.fullmatch(job.channel):
+        close = near(job.channel.partition(":")[0], ChannelsConfig._fields)
         hint = "a channel is such as telegram:123456789"
-        raise CronError(f"there is no channel {clip(job.channel, 60)!r}{near(kind, CHANNEL_KINDS)}", hint)
+        raise CronError(f"there is no channel {clip(job.channel, 60)!r}{close}", hint)
     if once:
         job = job._replace(schedule=iso(parse_moment(once, zone_of(job, zone), now)))
     cron = None if once else Cron.parse(job.schedule)
@@ -11093,8 +11097,9 @@ def timed(job: Job, now: datetime, zone: tzinfo, once: str = "") -> Job:
 
 
 def add_job(jobs: Jobs, job: Job, zone: tzinfo, once: str = "") -> Job:
-    """Write a new job down, with a name if it has none."""
+    """Write a new job down, with a name if it has none; those that are long done make room."""
     with jobs.atomic():
+        jobs.prune(Hub.KEPT_DAYS)
         taken = {known.name for known in jobs.list()}
         name = job.name or next(name for name in map("job-{}".format, itertools.count(1)) if name not in taken)
         return jobs.add(timed(job._replace(name=name), jobs.store.now(), zone, once))
@@ -11769,11 +11774,14 @@ def cmd_cron_list(ctx: Context) -> int:
     elif not found:
         print("no jobs")
     else:
-        rows = [
-            (job.name, job.schedule, due_text(job, zone), how_it_went(run), clip(job.prompt, 40)) for job, run in found
-        ]
-        print_table([("JOB", "SCHEDULE", "NEXT", "LAST", "PROMPT"), *rows])
+        print_table([("JOB", "SCHEDULE", "NEXT", "LAST", "PROMPT")] + [job_row(job, run, zone) for job, run in found])
     return 0
+
+
+def job_row(job: Job, run: JobRun | None, zone: tzinfo) -> tuple[str, ...]:
+    """A job and its last run for a table."""
+    schedule = "once" if is_moment(job.schedule) else job.schedule
+    return job.name, schedule, due_text(job, zone), how_it_went(run), clip(job.prompt, 40)
 
 
 def how_it_went(run: JobRun | None) -> str:
