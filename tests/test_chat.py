@@ -262,6 +262,17 @@ def test_a_turn_that_is_stopped_before_it_began(model, chat):
     leave(tty)
 
 
+def test_ctrl_c_twice_leaves_a_tool_that_will_not_stop(model, chat, tmp_path):
+    model.script(run(f"trap '' INT TERM HUP; echo $$ > {tmp_path}/pid; sleep 60; sleep 60"))
+    tty = chat("--yes")
+    tty.send("go" + ENTER)
+    pid = started(tty, tmp_path / "pid")
+    tty.send("\x03")
+    tty.wait("stopping")
+    leave(tty, "\x03")
+    assert not is_alive(pid) and "\nstopped" in tty.text
+
+
 def test_ctrl_c_empties_the_input_and_twice_it_leaves(chat):
     tty = chat()
     tty.send("\x03")
@@ -641,6 +652,8 @@ def test_a_shell_stops_it_and_goes_on(model, terminal, tmp_path, by):
     tty.until(lambda: TOOK.search(tty.text), "the turn has not ended")
     tty.until(lambda: tty.lines[-2:-1] == ["› typed"], "the input is not there")
     assert termios.tcgetattr(tty.master) == raw
+    if by == "key":
+        assert tty.text.count("› typed") == 1
     tty.send("\x15\x04")
     tty.wait("shell>")
     tty.until(lambda: tty.lines[-1] == "shell>", "it did not leave")
@@ -756,6 +769,9 @@ def test_exit_codes(model, chat, terminal, openpista, openai):
     tty = terminal("tui", "--provider", "nobody")
     tty.end()
     assert tty.process.returncode == 2 and "unknown provider" in tty.text
+    tty = terminal()  # no command at all is the chat
+    tty.wait("· chat-")
+    leave(tty)
     tty = chat("-s", "x", hint="no model", OPENAI_API_KEY=None)
     assert "✗ no key for any model" in tty.text
     tty.send("hi" + ENTER)
@@ -905,6 +921,7 @@ def test_auth_login(zen, login, home, openpista):
     assert tty.end() == 0
     assert tty.left_behind() == []
     assert tty.lines == [line for line in tty.lines if line] and "…cdef for opencode" in tty.text.replace("\n", "")
+    assert tty.raw.count(b"\x1b[?1049h") == 1  # from one picker to the next nothing flickers
     assert KEY in stored(home) and zen.origin in stored(home)
     assert stat.S_IMODE((home / "credentials.toml").stat().st_mode) == 0o600
     row = zen.requests()[0]
@@ -1108,6 +1125,7 @@ def test_browsing_models(model, chat):
     tty.send(ESC)
     tty.wait("› before")
     assert not tty.screen.is_full and tty.lines[:-2] == [*before, "› /models"]
+    assert tty.raw.count(b"\x1b[?1049h") == 1  # a list that comes later does not flicker
     tty.send("/models" + ENTER)
     tty.wait("gpt-5-codex")
     tty.send("/codex" + ENTER)
