@@ -527,6 +527,21 @@ def test_a_resize_during_an_answer(model, chat, reflow, sizes):
     leave(tty, "\x15\x04")
 
 
+def test_a_resize_of_the_input(model, chat):
+    tty = chat()
+    tty.send("typed")
+    tty.wait("› typed")
+    hint = tty.lines[-1]
+    for columns, rows in SIZES + LOW:
+        tty.resize(columns, rows)
+        below = ([hint] if len(hint) < columns else [hint[: columns - 2] + "…"]) if rows > 4 else []
+        tty.until(lambda below=below: tty.lines[-1 - len(below) :] == ["› typed", *below], f"{columns}x{rows}")
+        assert tty.scrolled.count("typed") == 1 and tty.cursor[1] == 7
+        above = tty.scrolled.rpartition("› typed")[0].replace("\n", "")
+        assert re.fullmatch(r"openpista [\d.]+ · openai/gpt-4o · new session [\w-]+", above)
+    leave(tty, "\x15\x04")
+
+
 @pytest.mark.parametrize("reflow", [True, False])
 def test_a_resize_of_a_picker(model, chat, reflow):
     model.script({"path": "/models", "models": [f"model-{n:02}" for n in range(60)]})
@@ -677,7 +692,8 @@ def test_a_terminal_that_can_do_little(model, terminal, settings):
     tty.send("delete\n")
     tty.wait("Run it?")
     tty.send("n\n")
-    tty.wait("so be it")
+    answered(tty, 2)
+    assert tty.text.count("so be it") == 1 and "so be i\n" not in tty.text  # streamed, and not said again
     tty.send("one \\\n")
     tty.wait("…")
     tty.send("two\n/usage\n/nope\n/login\n")
@@ -786,8 +802,8 @@ def test_exit_codes(model, chat, terminal, openpista, openai):
 def test_no_escape_of_a_model_or_a_tool_arrives(model, chat, deltas, tmp_path):
     (tmp_path / "evil").write_text(EVIL + "\n" + EVIL)
     steps = [
-        {"text": f"start {EVIL} end", "deltas": deltas},
-        {"text": f"look {EVIL}", "deltas": deltas, **run(f"cat {tmp_path}/evil # {EVIL}")},
+        {"text": f"start {EVIL} end", "deltas": deltas, "pace": 0.025},
+        {"text": f"look {EVIL}", "deltas": deltas, **run(f"cat {tmp_path}/evil")},
         run(f"rm -rf nothing # {EVIL}"),
         {"tool_calls": [{"name": f"no{EVIL}", "arguments": {"command": EVIL}}]},
         {"text": "that is it"},
@@ -798,6 +814,7 @@ def test_no_escape_of_a_model_or_a_tool_arrives(model, chat, deltas, tmp_path):
     tty.send("one" + ENTER)
     answered(tty, 1)
     assert "start red" in tty.text and "end" in tty.text and "owned" not in tty.text
+    assert not any("[3" in frame or "]5" in frame for frame in tty.frames)  # nor half of one, for a moment
     tty.send("two" + ENTER)
     tty.wait("Run it?")
     assert tty.raw.count(b"\x07") == 1
@@ -805,6 +822,7 @@ def test_no_escape_of_a_model_or_a_tool_arrives(model, chat, deltas, tmp_path):
     tty.send("n")
     tty.wait("that is it")
     answered(tty, 2)
+    assert "│ red  2Jgnp" in tty.text
     tty.send("\x0f" + "three" + ENTER)
     tty.wait("answered 400")
     assert tty.raw.count(b"\x07") == 1
