@@ -583,7 +583,7 @@ def test_20_columns(model, chat):
         assert sum(line.startswith("›") for line in frame.splitlines()) <= 3
     assert ("a word 한국어 " * 5).strip() in tty.scrolled.replace("\n", " ")
     tty.send("/help" + ENTER)
-    tty.wait("clears.")
+    tty.wait("Ctrl-L")
     tty.send("/models" + ENTER)
     tty.wait("gpt-5-codex")
     tty.send(ESC)
