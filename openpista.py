@@ -10489,10 +10489,8 @@ CHAT_COMMANDS = {
     "help": ChatCommand(Chat._help, "these commands, and the keys", at_once=True),
     "login": ChatCommand(Chat._login, "pick a provider and give it a key"),
     "connection": ChatCommand(Chat._login, "the same as /login"),
-    "models": ChatCommand(Chat._models, "browse the provider's models and pick one for this session"),
-    "model": ChatCommand(
-        Chat._model, "show who answers, or choose it; `reset` goes back to the configured one", "NAME"
-    ),
+    "models": ChatCommand(Chat._models, "browse the models and pick one for this session"),
+    "model": ChatCommand(Chat._model, "show or choose who answers; reset: as configured", "NAME"),
     "new": ChatCommand(Chat._new, "begin a new session; the old one stays"),
     "sessions": ChatCommand(Chat._resume, "pick a session and go on with it"),
     "resume": ChatCommand(Chat._resume, "go on with a session", "NAME"),
@@ -10662,6 +10660,88 @@ SAID = {
 ONE_KEY = "Run it?  [y]es, once   [a]lways in this session   [n]o"
 
 
+class TurnView:
+    """What is seen of a turn: lines that stay go to `show`, and what it does now can be asked for."""
+
+    FOLD = 4  # lines of a tool's output that are shown
+    SPINNER, TICK = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", 0.12  # seconds of a picture
+
+    def __init__(
+        self, redact: Redactor, style: Style, clock: Callable[[], float], width: Callable[[], int], show: Callable
+    ):
+        self.redact, self.style, self.clock, self.width, self.show = redact, style, clock, width, show
+        self.answer = LiveAnswer(redact, style, width)
+        self.calls = 0  # that have ended
+        self.output = ""  # of the last one, whole
+        self.stopping = False
+        self._running: dict[str, tuple[str, float]] = {}  # calls: id -> what, and since when
+        self._doing, self._since, self._spent = "thinking", clock(), Usage()
+
+    def tell(self, progress: Progress) -> None:
+        """Take a step of the turn."""
+        TOLD[progress.kind](self, progress)
+
+    def close(self) -> None:
+        """Show what is left of an answer that broke off."""
+        self.show(self.answer.end())
+
+    def live(self, columns: int, rows: int) -> list[str]:
+        """The last rows of the line that is not whole yet."""
+        partial = self.answer.partial
+        return wrap_cells(partial, columns)[-rows:] if partial else []
+
+    def status(self) -> str:
+        """What goes on, for how long, for how many tokens."""
+        now, (what, since) = self.clock(), next(iter(self._running.values()), (self._doing, self._since))
+        what = "stopping" if self.stopping else f"▶ {what}" if self._running else what
+        more = f" (+{len(self._running) - 1})" if len(self._running) > 1 else ""
+        spent = f" · {tokens(self._spent)}" if self._spent.input else ""
+        return f"{self.SPINNER[int(now / self.TICK) % 10]} {what}{more}  {now - since:.0f} s{spent}"
+
+    def _set(self, doing: str) -> None:
+        if doing != self._doing:
+            self._doing, self._since = doing, self.clock()
+
+    def _thinking(self, progress: Progress) -> None:
+        self._spent = progress.usage or self._spent
+        self._set("thinking")
+
+    def _delta(self, progress: Progress) -> None:
+        self._set("answering")
+        self.show(self.answer.feed(progress.text))
+
+    def _notice(self, progress: Progress) -> None:
+        self.close()
+        self.show([self.style(self.redact(printable(progress.text)), "dim")])
+
+    def _tool_started(self, progress: Progress) -> None:
+        self.close()
+        self._running[progress.call.id] = self.redact(title(progress.call)), self.clock()
+
+    def _tool_finished(self, progress: Progress) -> None:
+        what, since = self._running.pop(progress.call.id, (self.redact(title(progress.call)), self.clock()))
+        self.close()
+        self.calls += 1
+        self.output = self.redact(printable(progress.result.output)).strip("\n")
+        mark = self.style("✗", "bad") if progress.result.is_error else self.style("✓", "good")
+        lines = self.output.split("\n")
+        folded = [f"  │ {fit_cells(line.expandtabs(4), self.width() - 4)}" for line in lines[: self.FOLD]]
+        if len(lines) > self.FOLD:
+            folded.append(f"  … {plural(len(lines) - self.FOLD, 'more line')} (Ctrl-O shows all)")
+        self.show([f"{mark} {what}  {self.clock() - since:.1f} s", *(self.style(line, "dim") for line in folded)])
+        self._set("thinking")
+
+
+TOLD = {
+    "thinking": TurnView._thinking,
+    "delta": TurnView._delta,
+    "again": TurnView._notice,
+    "notice": TurnView._notice,
+    "tool_started": TurnView._tool_started,
+    "tool_finished": TurnView._tool_finished,
+}
+
+
 class Question(NamedTuple):
     """A risky call that waits for a person's yes."""
 
@@ -10672,13 +10752,14 @@ class Question(NamedTuple):
 class ScreenChat(Chat):
     """A chat on a terminal: what was said scrolls up and stays; the input and the status are painted below it."""
 
-    KEYS = (
-        r"  Enter sends; Alt-Enter or a \ at the end breaks the line; Tab completes; Ctrl-R searches what was typed."
-        "\n  Ctrl-C stops the turn, twice it leaves, as Ctrl-D does; Ctrl-O shows the last output whole; Ctrl-L clears."
-    )
+    KEYS = r"""
+  Enter sends       Alt-Enter, or \ at the end, breaks the line
+  Ctrl-C stops the turn, at rest leaves if pressed twice; Ctrl-D leaves
+  Tab completes     Ctrl-R searches what was typed before
+  Ctrl-O shows the last output whole     Ctrl-L clears the screen"""
     SETTLE = 0.5  # seconds without a key before one counts as an answer: who types has not seen the question
-    FRAME, TICK = 0.02, 0.12  # seconds between two paints, and between two of the clock
-    FOLD, QUEUED = 4, 3  # lines of output, and of waiting texts, that are shown
+    FRAME = 0.02  # seconds between two paints
+    ECHOED, QUEUED = 12, 3  # lines of what was sent, and texts that wait, that are shown
 
     def __init__(
         self, desk: Local, session: str, redact: Redactor, tty: Tty, clock: Callable[[], float] = time.monotonic
@@ -10692,16 +10773,12 @@ class ScreenChat(Chat):
         self.queue: collections.deque[str] = collections.deque()  # what was typed during the turn
         self.turn: asyncio.Task | None = None
         self.question: Question | None = None
-        self._answer = LiveAnswer(redact, self.style, lambda: tty.size[0] - 1)
-        self._running: dict[str, tuple[str, float]] = {}  # calls that run: id -> what, and since when
-        self._doing, self._since, self._spent = "", 0.0, Usage()  # what the turn does, since when, for how much
-        self._done = 0  # calls of this turn that have ended
-        self._output = ""  # of the last call, whole
-        self._stopping = False
+        self.view = self._new_view()
         self._hint, self._typed, self._interrupted = "", -1.0, -9.0
         self._paint_due: asyncio.TimerHandle | None = None
         self._painted = 0.0
-        self._covered: list[str] | None = None  # what is said while a picker has the screen
+        self._away = False  # a picker has the screen
+        self._later: list[str] | None = None  # what is said meanwhile, or while a question stands
 
     # ---- the loop ----
 
@@ -10728,7 +10805,6 @@ class ScreenChat(Chat):
         if self.turn and self.turn.done():
             turn, self.turn = self.turn, None
             if turn.cancelled():  # before it had begun
-                self._doing = ""
                 self.say("stopped", "bad")
             else:
                 turn.result()  # what is no error of ours must not be hidden
@@ -10752,9 +10828,7 @@ class ScreenChat(Chat):
             if self.turn:
                 self.turn.cancel()
                 await asyncio.wait([self.turn])
-        except (
-            asyncio.CancelledError
-        ):  # SIGHUP, behind the end of the terminal: the turn still has to close its transcript
+        except asyncio.CancelledError:  # SIGHUP, behind the end of the terminal: the turn must close its transcript
             await asyncio.wait([self.turn])
             raise
         finally:
@@ -10765,8 +10839,8 @@ class ScreenChat(Chat):
     async def _tick(self) -> None:
         """Keep the seconds true while something runs."""
         while True:
-            await asyncio.sleep(self.TICK)
-            if self.turn and self._covered is None:
+            await asyncio.sleep(TurnView.TICK)
+            if self.turn:
                 self._soon()
 
     def write(self, text: str) -> None:
@@ -10786,7 +10860,7 @@ class ScreenChat(Chat):
 
     async def _nothing(self, key: KeyPress) -> None:
         if key.name == "ctrl-o":
-            self.say(indented(self._output) if self._output else "no output yet", "dim")
+            self.say(indented(self.view.output) if self.view.output else "no output yet", "dim")
 
     async def _submit(self, key: KeyPress) -> None:
         text = self.editor.take()
@@ -10798,15 +10872,14 @@ class ScreenChat(Chat):
 
     async def _interrupt(self, key: KeyPress) -> None:
         """Stop the turn, or empty the input, or at the second time leave."""
-        again, self._interrupted = self.clock() - self._interrupted < 2, self.clock()
-        if self.turn and not self._stopping:
+        if self.turn and not self.view.stopping:
             await self.stop()
         elif not self.editor.is_empty:
             self.editor.text = ""
-        elif again:
+        elif self.clock() - self._interrupted < 2:
             self.left = True
         else:
-            self._hint = "Ctrl-C once more leaves"
+            self._interrupted, self._hint = self.clock(), "Ctrl-C once more leaves"
 
     async def _leave(self, key: KeyPress) -> None:
         self.left = True
@@ -10829,7 +10902,7 @@ class ScreenChat(Chat):
         if not self.turn:
             self.say("nothing runs", "dim")
             return
-        self._stopping = True
+        self.view.stopping, self._interrupted = True, self.clock()
         self.turn.cancel()
         if self.queue:
             self.editor.text = "\n".join([*self.queue, *filter(None, [self.editor.text])])
@@ -10839,15 +10912,10 @@ class ScreenChat(Chat):
 
     async def _begin(self, text: str) -> None:
         lines = self.redact(printable(text)).split("\n")
-        more = [f"… {plural(len(lines) - 12, 'more line')}"] if len(lines) > 13 else lines[12:]
-        self.say("\n  ".join(["", *lines[:12], *more]).replace("\n  ", "\n› ", 1), "bold")
-        self._answer, self._stopping, self._done, self._spent = (
-            LiveAnswer(self.redact, self.style, lambda: self.tty.size[0] - 1),
-            False,
-            0,
-            Usage(),
-        )
-        self._set("thinking")
+        if len(lines) > self.ECHOED + 1:
+            lines[self.ECHOED :] = [f"… {plural(len(lines) - self.ECHOED, 'more line')}"]
+        self.say("\n› " + "\n  ".join(lines), "bold")
+        self.view = self._new_view()
         self.turn = asyncio.create_task(self._work(text))
         self.turn.add_done_callback(lambda turn: self.tty.press(KeyPress("wake")))
 
@@ -10855,33 +10923,38 @@ class ScreenChat(Chat):
         started = self.clock()
         try:
             reply = await self.desk.turn(self.session, text, self._ask, self._tell)
-            self._print(self._answer.finish(reply.text))
+            self._print(self.view.answer.finish(reply.text))
             self.say(took(reply, self.clock() - started), "dim")
             if reply.problem:
                 self.say(f"✗ {self.redact(reply.problem)}", "bad")
         except asyncio.CancelledError:
-            self._print(self._answer.end())
-            ran = f" (ran {plural(self._done, 'command')})" if self._done else ""
+            self.view.close()
+            ran = f" (ran {plural(self.view.calls, 'command')})" if self.view.calls else ""
             self.say(f"stopped{ran}", "bad")
         except PistaError as error:
-            self._print(self._answer.end())
+            self.view.close()
             self.complain(error)
-        finally:
-            self._doing, self.question = "", None
-            self._running.clear()
+
+    def _tell(self, progress: Progress) -> None:
+        self.view.tell(progress)
+        self._soon()
+
+    def _new_view(self) -> TurnView:
+        return TurnView(self.redact, self.style, self.clock, lambda: self.tty.size[0] - 1, self._print)
 
     async def _ask(self, call: ToolCall, danger: str) -> Decision:
         """Ask about a risky call with one key."""
-        self._print(self._answer.end())
+        self.view.close()
         self.say(f"\n{self.redact(asked_for(call, danger))}", "ask")
         self.question = Question(asyncio.get_running_loop().create_future(), self.clock())
         self._soon()
         self.tty.write("\a")
         try:
-            decision = await self.question.answer
+            with self._holding():  # what ends meanwhile must not come between the command and the answer
+                decision = await self.question.answer
+                self._later.insert(0, self.style(f"  {SAID[decision]}", "dim"))
         finally:
             self.question = None
-        self.say(f"  {SAID[decision]}", "dim")
         return decision
 
     def _settled(self, key: KeyPress) -> bool:
@@ -10894,39 +10967,6 @@ class ScreenChat(Chat):
         if decision and not self.question.answer.done():
             self.question.answer.set_result(decision)
 
-    def _tell(self, progress: Progress) -> None:
-        TOLD[progress.kind](self, progress)
-        self._soon()
-
-    def _thinking(self, progress: Progress) -> None:
-        self._spent = progress.usage or self._spent
-        self._set("thinking")
-
-    def _delta(self, progress: Progress) -> None:
-        self._set("answering")
-        self._print(self._answer.feed(progress.text))
-
-    def _notice(self, progress: Progress) -> None:
-        self._print(self._answer.end())
-        self.say(self.redact(printable(progress.text)), "dim")
-
-    def _tool_started(self, progress: Progress) -> None:
-        self._print(self._answer.end())
-        self._running[progress.call.id] = self.redact(title(progress.call)), self.clock()
-
-    def _tool_finished(self, progress: Progress) -> None:
-        what, since = self._running.pop(progress.call.id, (self.redact(title(progress.call)), self.clock()))
-        self._print(self._answer.end())
-        failed, self._done = progress.result.is_error, self._done + 1
-        self._output = self.redact(printable(progress.result.output)).strip("\n")
-        mark = self.style("✗", "bad") if failed else self.style("✓", "good")
-        lines, width = self._output.split("\n"), self.tty.size[0] - 5
-        folded = [f"  │ {fit_cells(line.expandtabs(4), width)}" for line in lines[: self.FOLD]]
-        if len(lines) > self.FOLD:
-            folded.append(f"  … {plural(len(lines) - self.FOLD, 'more line')} (Ctrl-O shows all)")
-        self._print([f"{mark} {what}  {self.clock() - since:.1f} s", *(self.style(line, "dim") for line in folded)])
-        self._set("thinking")
-
     # ---- what is shown ----
 
     def say(self, text: str, *styles: str) -> None:
@@ -10934,78 +10974,66 @@ class ScreenChat(Chat):
         self._print([self.style(line, *styles) if line else "" for line in printable(text).split("\n")])
 
     def _print(self, lines: Sequence[str]) -> None:
-        if self._covered is not None:
-            self._covered += lines
+        if self._later is not None:
+            self._later += lines
         elif lines:
             self.painter.print("\n".join(lines), self.tty.size)
 
-    def _set(self, doing: str) -> None:
-        if doing != self._doing:
-            self._doing, self._since = doing, self.clock()
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """What is said inside is printed behind it."""
+        self._later = []
+        try:
+            yield
+        finally:
+            lines, self._later = self._later, None
+            self._print(lines)
 
     def _soon(self) -> None:
         """Paint, at once if the last time was long enough ago, and once for all that happens meanwhile."""
-        if self._paint_due is None and self._covered is None:
+        if self._paint_due is None and not self._away:
             loop = asyncio.get_running_loop()
             wait = max(0.0, self._painted + self.FRAME - loop.time())
             self._paint_due = loop.call_later(wait, self._paint)
 
     def _paint(self) -> None:
         self._paint_due, self._painted = None, asyncio.get_running_loop().time()
-        if self._covered is None:
+        if not self._away:
             lines, cursor = self._lines(*self.tty.size)
             self.painter.paint(lines, self.tty.size, cursor)
 
     def _lines(self, columns: int, rows: int) -> tuple[list[str], tuple[int, int]]:
         """What is painted: the answer's unfinished line, what runs, what waits, the input, a hint."""
         input_lines, (row, column) = self.editor.lines(columns, max(1, rows // 2), self.style)
-        above = [
-            *self._live(columns, rows),
-            *map(functools.partial(fit_cells, width=columns - 1), self._state(columns)),
-        ]
+        above = [fit_cells(line, columns - 1) for line in self._state(columns, rows)]
         above = above[-max(0, rows - len(input_lines) - 2) :] if rows > len(input_lines) + 2 else []
         hint = self._hint or printable(f"{self.desk.model} · {self.session}")
         below = [self.style(fit_cells(hint, columns - 1), "dim")] if rows > 4 else []
         return [*above, *input_lines, *below], (len(above) + row, column)
 
-    def _live(self, columns: int, rows: int) -> list[str]:
-        partial = self._answer.partial if self.turn else ""
-        return wrap_cells(partial, columns - 1)[-rows:] if partial else []
-
-    def _state(self, columns: int) -> list[str]:
-        """The lines between the answer and the input."""
-        lines = []
+    def _state(self, columns: int, rows: int) -> list[str]:
+        """The lines above the input: the end of the answer, what runs or is asked, what waits."""
+        lines = self.view.live(columns - 1, rows) if self.turn else []
         if self.question:
             lines += [self.style(row, "ask") for row in wrap_cells(ONE_KEY, columns - 1)]
         elif self.turn:
-            lines.append(self.style(self._status(), "dim"))
+            lines.append(self.style(self.view.status(), "dim"))
         waiting = [f"queued: {clip(self.redact(printable(text)), 200)}" for text in self.queue]
         if len(waiting) > self.QUEUED:
             waiting[self.QUEUED - 1 :] = [f"… {plural(len(waiting) - self.QUEUED + 1, 'more text')} queued"]
         return lines + [self.style(line, "dim") for line in waiting]
-
-    def _status(self) -> str:
-        """What goes on, for how long, for how many tokens."""
-        what, since = next(iter(self._running.values()), (self._doing, self._since))
-        more = f" (+{len(self._running) - 1})" if len(self._running) > 1 else ""
-        now = self.clock()
-        spinner = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(now / self.TICK) % 10]
-        mark = "▶ " if self._running else ""
-        spent = f" · {tokens(self._spent)}" if self._spent.input else ""
-        return f"{spinner} {'stopping' if self._stopping else mark + what}{more}  {now - since:.0f} s{spent}"
 
     # ---- pickers ----
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """The screen for somebody else; what is said meanwhile is printed afterwards."""
-        self._covered = []
+        self._away = True
         try:
-            with self.tty.full_screen():
+            with self._holding(), self.tty.full_screen():
                 yield
         finally:
-            lines, self._covered = self._covered, None
-            self._print(lines)
+            self._away = False
 
     async def pick(self, picker: Picker) -> Any:
         """What the person picks on the whole screen."""
@@ -11030,14 +11058,6 @@ KEYS_OF_CHAT = {  # what the editor makes of a key -> what the chat does
     "leave": ScreenChat._leave,
     "clear-screen": ScreenChat._wipe,
     "suspend": ScreenChat._suspend,
-}
-TOLD = {
-    "thinking": ScreenChat._thinking,
-    "delta": ScreenChat._delta,
-    "again": ScreenChat._notice,
-    "notice": ScreenChat._notice,
-    "tool_started": ScreenChat._tool_started,
-    "tool_finished": ScreenChat._tool_finished,
 }
 
 

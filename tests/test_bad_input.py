@@ -84,7 +84,7 @@ def test_a_configuration_that_cannot_be_read(openpista, home):
     assert one_line(openpista("--config", str(home), *OFFLINE, "x"), 2, "no configuration file")
     (home / "credentials.toml").write_text("[openai]\napi_key = 3\n")
     (home / "credentials.toml").chmod(0o600)
-    assert one_line(openpista("run", "-e", "x"), 2, r"credentials\.toml: \[openai\] is not a login; mend or remove it")
+    assert one_line(openpista("run", "-e", "x"), 2, r"credentials\.toml: \[openai\] is not a login; mend it")
     (home / "credentials.toml").write_bytes(b"\xff\xfe")
     assert one_line(openpista("auth", "status"), 2, r"credentials\.toml is not UTF-8")
 

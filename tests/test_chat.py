@@ -262,6 +262,17 @@ def test_a_turn_that_is_stopped_before_it_began(model, chat):
     leave(tty)
 
 
+def test_ctrl_c_twice_leaves_a_tool_that_will_not_stop(model, chat, tmp_path):
+    model.script(run(f"trap '' INT TERM HUP; echo $$ > {tmp_path}/pid; sleep 60; sleep 60"))
+    tty = chat("--yes")
+    tty.send("go" + ENTER)
+    pid = started(tty, tmp_path / "pid")
+    tty.send("\x03")
+    tty.wait("stopping")
+    leave(tty, "\x03")
+    assert not is_alive(pid) and "\nstopped" in tty.text
+
+
 def test_ctrl_c_empties_the_input_and_twice_it_leaves(chat):
     tty = chat()
     tty.send("\x03")
@@ -516,6 +527,21 @@ def test_a_resize_during_an_answer(model, chat, reflow, sizes):
     leave(tty, "\x15\x04")
 
 
+def test_a_resize_of_the_input(model, chat):
+    tty = chat()
+    tty.send("typed")
+    tty.wait("› typed")
+    hint = tty.lines[-1]
+    for columns, rows in SIZES + LOW:
+        tty.resize(columns, rows)
+        below = ([hint] if len(hint) < columns else [hint[: columns - 2] + "…"]) if rows > 4 else []
+        tty.until(lambda below=below: tty.lines[-1 - len(below) :] == ["› typed", *below], f"{columns}x{rows}")
+        assert tty.scrolled.count("typed") == 1 and tty.cursor[1] == 7
+        above = tty.scrolled.rpartition("› typed")[0].replace("\n", "")
+        assert re.fullmatch(r"openpista [\d.]+ · openai/gpt-4o · new session [\w-]+", above)
+    leave(tty, "\x15\x04")
+
+
 @pytest.mark.parametrize("reflow", [True, False])
 def test_a_resize_of_a_picker(model, chat, reflow):
     model.script({"path": "/models", "models": [f"model-{n:02}" for n in range(60)]})
@@ -557,7 +583,7 @@ def test_20_columns(model, chat):
         assert sum(line.startswith("›") for line in frame.splitlines()) <= 3
     assert ("a word 한국어 " * 5).strip() in tty.scrolled.replace("\n", " ")
     tty.send("/help" + ENTER)
-    tty.wait("clears.")
+    tty.wait("Ctrl-L")
     tty.send("/models" + ENTER)
     tty.wait("gpt-5-codex")
     tty.send(ESC)
@@ -641,6 +667,8 @@ def test_a_shell_stops_it_and_goes_on(model, terminal, tmp_path, by):
     tty.until(lambda: TOOK.search(tty.text), "the turn has not ended")
     tty.until(lambda: tty.lines[-2:-1] == ["› typed"], "the input is not there")
     assert termios.tcgetattr(tty.master) == raw
+    if by == "key":
+        assert tty.text.count("› typed") == 1
     tty.send("\x15\x04")
     tty.wait("shell>")
     tty.until(lambda: tty.lines[-1] == "shell>", "it did not leave")
@@ -664,7 +692,8 @@ def test_a_terminal_that_can_do_little(model, terminal, settings):
     tty.send("delete\n")
     tty.wait("Run it?")
     tty.send("n\n")
-    tty.wait("so be it")
+    answered(tty, 2)
+    assert tty.text.count("so be it") == 1 and "so be i\n" not in tty.text  # streamed, and not said again
     tty.send("one \\\n")
     tty.wait("…")
     tty.send("two\n/usage\n/nope\n/login\n")
@@ -756,6 +785,9 @@ def test_exit_codes(model, chat, terminal, openpista, openai):
     tty = terminal("tui", "--provider", "nobody")
     tty.end()
     assert tty.process.returncode == 2 and "unknown provider" in tty.text
+    tty = terminal()  # no command at all is the chat
+    tty.wait("· chat-")
+    leave(tty)
     tty = chat("-s", "x", hint="no model", OPENAI_API_KEY=None)
     assert "✗ no key for any model" in tty.text
     tty.send("hi" + ENTER)
@@ -770,8 +802,8 @@ def test_exit_codes(model, chat, terminal, openpista, openai):
 def test_no_escape_of_a_model_or_a_tool_arrives(model, chat, deltas, tmp_path):
     (tmp_path / "evil").write_text(EVIL + "\n" + EVIL)
     steps = [
-        {"text": f"start {EVIL} end", "deltas": deltas},
-        {"text": f"look {EVIL}", "deltas": deltas, **run(f"cat {tmp_path}/evil # {EVIL}")},
+        {"text": f"start {EVIL} end", "deltas": deltas, "pace": 0.025},
+        {"text": f"look {EVIL}", "deltas": deltas, **run(f"cat {tmp_path}/evil")},
         run(f"rm -rf nothing # {EVIL}"),
         {"tool_calls": [{"name": f"no{EVIL}", "arguments": {"command": EVIL}}]},
         {"text": "that is it"},
@@ -782,6 +814,7 @@ def test_no_escape_of_a_model_or_a_tool_arrives(model, chat, deltas, tmp_path):
     tty.send("one" + ENTER)
     answered(tty, 1)
     assert "start red" in tty.text and "end" in tty.text and "owned" not in tty.text
+    assert not any("[3" in frame or "]5" in frame for frame in tty.frames)  # nor half of one, for a moment
     tty.send("two" + ENTER)
     tty.wait("Run it?")
     assert tty.raw.count(b"\x07") == 1
@@ -789,6 +822,7 @@ def test_no_escape_of_a_model_or_a_tool_arrives(model, chat, deltas, tmp_path):
     tty.send("n")
     tty.wait("that is it")
     answered(tty, 2)
+    assert "│ red  2Jgnp" in tty.text
     tty.send("\x0f" + "three" + ENTER)
     tty.wait("answered 400")
     assert tty.raw.count(b"\x07") == 1
@@ -905,6 +939,7 @@ def test_auth_login(zen, login, home, openpista):
     assert tty.end() == 0
     assert tty.left_behind() == []
     assert tty.lines == [line for line in tty.lines if line] and "…cdef for opencode" in tty.text.replace("\n", "")
+    assert tty.raw.count(b"\x1b[?1049h") == 1  # from one picker to the next nothing flickers
     assert KEY in stored(home) and zen.origin in stored(home)
     assert stat.S_IMODE((home / "credentials.toml").stat().st_mode) == 0o600
     row = zen.requests()[0]
@@ -1108,6 +1143,7 @@ def test_browsing_models(model, chat):
     tty.send(ESC)
     tty.wait("› before")
     assert not tty.screen.is_full and tty.lines[:-2] == [*before, "› /models"]
+    assert tty.raw.count(b"\x1b[?1049h") == 1  # a list that comes later does not flicker
     tty.send("/models" + ENTER)
     tty.wait("gpt-5-codex")
     tty.send("/codex" + ENTER)
