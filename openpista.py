@@ -7190,7 +7190,7 @@ class Local:
         return [(skill.name, skill.description) for skill in load_skills(self.ctx.workspace)[0]]
 
 
-class Answer:
+class LiveAnswer:
     """An answer as it comes: whole lines, to be printed for good, and the beginning of the next one."""
 
     LONGEST = 8_000  # characters of a line that is not yet printed; a longer one is cut at a space
@@ -7523,7 +7523,7 @@ class LineChat(Chat):
         self._turn: asyncio.Task | None = None
 
     async def run(self, given: bool) -> int:
-        """Answer line after line until the end; the exit code of the last failure."""
+        """LiveAnswer line after line until the end; the exit code of the last failure."""
         with interruptible(), self._stoppable():
             await self.open(given)
             while not self.left and (text := await self._read()) is not None:
@@ -7670,7 +7670,7 @@ class TurnView:
         self, redact: Redactor, style: Style, clock: Callable[[], float], width: Callable[[], int], show: Callable
     ):
         self.redact, self.style, self.clock, self.width, self.show = redact, style, clock, width, show
-        self.answer = Answer(redact, style, width)
+        self.answer = LiveAnswer(redact, style, width)
         self.calls = 0  # that have ended
         self.output = ""  # of the last one, whole
         self.stopping = False
@@ -8152,7 +8152,7 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
     arg("--json", action="store_true", help="print one JSON object: answer, tool calls, usage, session"),
 )
 def cmd_run(ctx: Context) -> int:
-    """Answer one request and leave."""
+    """LiveAnswer one request and leave."""
     args = ctx.args
     if args.timeout is not None and not 0 < args.timeout <= 86_400:
         raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {args.timeout:g}")
