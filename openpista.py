@@ -68,6 +68,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -87,7 +88,7 @@ from datetime import UTC, date, datetime, timedelta, tzinfo
 from email.utils import parsedate_to_datetime
 from enum import IntEnum, StrEnum
 from pathlib import Path, PureWindowsPath
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -6477,9 +6478,10 @@ def instant(wall: datetime, zone: tzinfo) -> datetime:
 
 FRAME_LIMIT = 1 << 20  # bytes; DESIGN 5
 DEPTH_LIMIT = 64  # of nesting: walking the object must not overflow somebody's stack later
-HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may lack its other half
 
-REQUESTS = {  # type of frame -> its fields: kind and longest; a question mark: may be missing
+# Type of frame -> its fields: kind and longest; a question mark: may be missing.
+ASKING = {"id?": (str, 100), "token": (str, 200)}
+REQUESTS: dict[str, dict[str, tuple[type, int]]] = {
     "message": {
         "id": (str, 100),
         "token": (str, 200),
@@ -6489,11 +6491,11 @@ REQUESTS = {  # type of frame -> its fields: kind and longest; a question mark: 
         "metadata?": (dict, 100),
         "on_disconnect?": (str, 20),
     },
-    "status": {"id?": (str, 100), "token": (str, 200)},
-    "ping": {"id?": (str, 100), "token": (str, 200)},
-    "stop": {"id?": (str, 100), "token": (str, 200), "session_id?": (str, 200)},
-    "sessions": {"id?": (str, 100), "token": (str, 200)},
-    "history": {"id?": (str, 100), "token": (str, 200), "session_id?": (str, 200), "limit?": (int, 1_000)},
+    "status": ASKING,
+    "ping": ASKING,
+    "stop": ASKING | {"session_id?": (str, 200)},
+    "sessions": ASKING,
+    "history": ASKING | {"session_id?": (str, 200), "limit?": (int, 1_000)},
 }
 ANSWERS = {"approval_answer": {"approval_id": (int, 1 << 53), "decision": (str, 20)}}  # later on a stream
 KIND_NAMES = {str: "a string", int: "a whole number", dict: "an object"}
@@ -6535,8 +6537,8 @@ def decode_body(body: bytes) -> dict[str, Any]:
     """The object in a frame's bytes, or a WireError."""
     try:
         frame = DECODER.decode(body.decode())
-        if HALF_CHARACTER.search(body):
-            json.dumps(frame, ensure_ascii=False).encode()
+        if b"\\u" in body:  # the escape of half a character could not be written again
+            ENCODER.encode(frame).encode()
     except UnicodeError:
         raise WireError("bad_request", "the frame is not valid UTF-8") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError too
@@ -6557,61 +6559,47 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
-
-
 def finite(text: str) -> float:
-    """The number; 1e999 would become infinite, which no JSON can hold."""
+    """The number; NaN and 1e999 are none that JSON can hold."""
     value = float(text)
-    return value if abs(value) != float("inf") else no_number(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
 
 
 # Made once: each costs as much as a small frame.
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-DECODER = json.JSONDecoder(object_pairs_hook=once_each, parse_constant=no_number, parse_float=finite)
+DECODER = json.JSONDecoder(object_pairs_hook=once_each, parse_constant=finite, parse_float=finite)
 
 
 def deeper_than(limit: int, value: Any) -> bool:
     """Whether lists and objects are nested more than limit deep."""
-    level = [value]
-    for _ in range(limit):
-        level = [
-            inner
-            for one in level
-            for inner in (one.values() if isinstance(one, dict) else one)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return False
-    return True
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return limit == 0 or any(deeper_than(limit - 1, one) for one in inner)
 
 
 def check_frame(frame: dict[str, Any], shapes: dict[str, dict[str, tuple[type, int]]] = REQUESTS) -> None:
     """WireError says which field of the frame is missing, of the wrong type or too long; unknown ones may be there."""
     kind = frame.get("type")
-    fields = shapes.get(kind) if isinstance(kind, str) else None
-    if fields is None:
+    if not isinstance(kind, str) or kind not in shapes:
         raise WireError("bad_request", f"unknown type of frame: {kind!r:.40}{near(str(kind)[:40], shapes)}")
-    for name, (type_, limit) in fields.items():
-        check_field(frame, name.rstrip("?"), type_, limit, optional=name.endswith("?"))
-
-
-def check_field(frame: dict[str, Any], name: str, kind: type, limit: int, optional: bool) -> None:
-    """WireError if the field does not fit; null is the same as missing."""
-    value = frame.get(name)
-    if value is None:
-        if not optional:
+    for field, (type_, limit) in shapes[kind].items():
+        name, optional = field.rstrip("?"), field.endswith("?")
+        value = frame.get(name)
+        if value is None and optional:  # null is the same as missing
+            continue
+        if value is None:
             raise WireError("bad_request", f"{name} is missing")
-        return
-    if type(value) is not kind:  # not isinstance: true is no whole number
-        raise WireError("bad_request", f"{name} must be {KIND_NAMES[kind]}")
-    if kind is str and not value and not optional:
-        raise WireError("bad_request", f"{name} is empty")
-    if kind is int and not 0 <= value <= limit:
-        raise WireError("bad_request", f"{name} must be between 0 and {limit:,}")
-    if kind is not int and len(value) > limit:
-        raise WireError("too_large", f"{name} is too long: {len(value):,}, the limit is {limit:,}")
+        if type(value) is not type_:  # not isinstance: true is no whole number
+            raise WireError("bad_request", f"{name} must be {KIND_NAMES[type_]}")
+        if value == "" and not optional:
+            raise WireError("bad_request", f"{name} is empty")
+        if type_ is int and not 0 <= value <= limit:
+            raise WireError("bad_request", f"{name} must be between 0 and {limit:,}")
+        if type_ is not int and len(value) > limit:
+            raise WireError("too_large", f"{name} is too long: {len(value):,}, the limit is {limit:,}")
 
 
 # ===== 18. Quic ===============================================================
@@ -6629,75 +6617,65 @@ def check_field(frame: dict[str, Any], name: str, kind: type, limit: int, option
 # requirements.txt pins its version and tests/test_gateway.py covers each.
 
 ALPN = "openpista/1"
-DATAGRAM = 1_350  # bytes of UDP payload: what passes nearly every tunnel
+DATAGRAM = 1_200  # bytes of UDP payload: what QUIC demands of every way, tunnels of 1,280 included
+LARGEST = 16 << 10  # bytes of a datagram that is read: jumbo frames; asyncio would ask for 256 KiB each time
 DRAIN = 32  # datagrams read in one wake-up before anything is sent: halves the time of 64 KiB (FACTS, Annex A)
+FULL = 1_000  # bytes: a datagram that is not full is mostly the last, and to look for another costs a system call
 SMALL_FRAME = 64 << 10  # the longest frame of a connection that has not authenticated
 STREAM_UNACKED = 256 << 10  # bytes not yet acknowledged that make send() wait: on its stream,
-LINK_UNACKED = 1 << 20  # and on the whole connection
+LINK_UNACKED = 4 << 20  # and on the whole connection
 FRAMES_WAITING = 8  # decoded and not yet received by the handler: a person answers approvals one by one
 SOCKET_BUFFER = 1 << 20  # bytes asked of the kernel, which may give less: a burst must not be lost while we think
 CONNECT_TIME = 5.0  # seconds for the first answer: a lost datagram is sent again after 0.2, 0.6, 1.4, 3 s
+NEXT_ADDRESS = 2.0  # the same for each address, if there are several
 KEEP_ALIVE = 20.0  # seconds between pings: routers forget a silent UDP flow after 30 at worst
 PING_TIME = 10.0  # for the answer; a server that was restarted does not know us and is silent
-HEAD_START = 0.3  # seconds before the next address is tried beside the one before; RFC 8305 says 0.25
 CERTIFICATE_DAYS = 3_653  # ten years: clients pin it, so its end would only be a nuisance
+SLOWEST = 4.0  # seconds before a wrong token is answered: the first one 0.1, each one twice as long
+NETWORKS_KEPT = 1_024  # of those whose wrong tokens are counted
 
 
 class Limits(NamedTuple):
     """What one server bears."""
 
     connections: int = 256  # in all: 90 KB each
-    per_address: int = 64  # of one IPv4 address or IPv6 /64
-    strangers: int = 16  # of one address that have not authenticated yet
+    strangers: int = 16  # of one IPv4 address or IPv6 /64 that have not authenticated
     half_open: int = 32  # in all, handshake not complete: from then on an address must prove itself (Retry)
     streams: int = 128  # open side by side on one connection
     streams_before: int = 8  # the same before it has authenticated
     bytes_before: int = 128 << 10  # received before it has authenticated: one small frame and some more
     failures: int = 3  # wrong tokens on one connection
-    handshake: float = 5.0  # seconds for the handshake,
-    first_frame: float = 5.0  # and for the frame that authenticates the connection
+    first_frame: float = 5.0  # seconds from the first datagram to the frame that authenticates
     frame: float = 60.0  # for the first frame of any stream: 1 MiB over a slow line
     idle: float = 60.0
     stall: float = 30.0  # without an acknowledgement before a reader that holds us up is ended
 
 
-class Code(IntEnum):
-    """Why a stream was reset, or a connection closed."""
-
-    DONE = 0
-    INTERNAL = 1
-    SLOW = 2
-    UNAUTHORIZED = 3
-    TOO_MUCH = 4
-    TIMEOUT = 5
-    SHUTTING_DOWN = 6
-    REVOKED = 7
-    CANCELLED = 8
-    WRONG_SERVER = 9
+# Why a stream was reset, or a connection closed.
+Code = IntEnum("Code", "DONE INTERNAL SLOW UNAUTHORIZED TOO_MUCH TIMEOUT SHUTTING_DOWN REVOKED CANCELLED", start=0)
 
 
-def open_quic() -> SimpleNamespace:
-    """The door to aioquic: its modules."""
+def open_quic() -> ModuleType:
+    """The door to aioquic: the package, with all that is used of it."""
     try:
-        from aioquic import buffer, tls
-        from aioquic.quic import configuration, connection, packet, retry
+        import aioquic.quic.connection
+        import aioquic.quic.retry
     except ImportError:
         raise MissingPackage("aioquic", needed_for="the gateway") from None
     logging.getLogger("quic").setLevel(logging.ERROR)  # it warns of whatever a stranger sends
-    modules = {"buffer": buffer, "configuration": configuration, "connection": connection}
-    return SimpleNamespace(**modules, packet=packet, retry=retry, tls=tls)
+    return aioquic
 
 
-def open_crypto() -> SimpleNamespace:
-    """The door to cryptography: its modules."""
-    try:
-        from cryptography import exceptions, x509
-        from cryptography.hazmat.primitives import hashes, serialization
-        from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-    except ImportError:
-        raise MissingPackage("cryptography", needed_for="the gateway's certificate") from None
-    kinds = (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey, ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)
-    return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, exceptions=exceptions, kinds=kinds)
+def configured(**more: Any) -> QuicConfiguration:
+    """What both ends agree on, and more."""
+    quic = open_quic().quic
+    return quic.configuration.QuicConfiguration(
+        alpn_protocols=[ALPN],
+        congestion_control_algorithm="cubic",
+        max_datagram_size=DATAGRAM,
+        supported_versions=[quic.packet.QuicProtocolVersion.VERSION_1],
+        **more,
+    )
 
 
 # Certificates
@@ -6712,29 +6690,33 @@ class Identity(NamedTuple):
     fingerprint: str
 
 
+def open_crypto() -> SimpleNamespace:
+    """The door to cryptography: its modules."""
+    try:
+        from cryptography import exceptions, x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError:
+        raise MissingPackage("cryptography", needed_for="the gateway's certificate") from None
+    return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, exceptions=exceptions)
+
+
 def make_certificate(folder: Path) -> Path:
     """The file of the gateway's own certificate and key in the folder, made if it is not there yet."""
     path = folder / "gateway.pem"
-    if path.exists():
-        return path
-    make_private(folder)
-    handle = os.open(temporary := path.with_suffix(f".{os.getpid()}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(new_certificate())
-            file.flush()
-            os.fsync(file.fileno())
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}")
+        write_private(temporary, new_certificate())
         with contextlib.suppress(FileExistsError):  # another process was first: clients may know its fingerprint
             os.link(temporary, path)
-    finally:
-        os.unlink(temporary)
+        temporary.unlink()
     return path
 
 
-def new_certificate() -> bytes:
+def new_certificate() -> str:
     """A key and a certificate that it signed itself, as PEM."""
     crypto = open_crypto()
-    x509 = crypto.x509
+    x509, pem = crypto.x509, crypto.pem
     key = crypto.ec.generate_private_key(crypto.ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "openpista")])
     start = utc_now() - timedelta(days=1)  # a client's clock may be slow
@@ -6746,9 +6728,8 @@ def new_certificate() -> bytes:
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("openpista"), x509.DNSName("localhost")]), False)
         .sign(key, crypto.hashes.SHA256())
     )
-    pem = crypto.pem
     private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
-    return certificate.public_bytes(pem.Encoding.PEM) + private
+    return (certificate.public_bytes(pem.Encoding.PEM) + private).decode()
 
 
 def load_certificate(cert: Path, key: Path | None = None) -> Identity:
@@ -6756,13 +6737,8 @@ def load_certificate(cert: Path, key: Path | None = None) -> Identity:
     crypto = open_crypto()
     chain = parsed(cert, "certificate", crypto.x509.load_pem_x509_certificates)
     secret = parsed(key or cert, "private key", lambda pem: crypto.pem.load_pem_private_key(pem, None))
-    form = (crypto.pem.Encoding.DER, crypto.pem.PublicFormat.SubjectPublicKeyInfo)
-    if chain[0].public_key().public_bytes(*form) != secret.public_key().public_bytes(*form):
+    if chain[0].public_key() != secret.public_key():
         raise ConfigError(f"the key in {key or cert} does not belong to the certificate in {cert}")
-    if not isinstance(secret, crypto.kinds) or getattr(secret, "key_size", 256) == 521:  # TLS of aioquic has no more
-        raise ConfigError(f"the key in {key or cert} must be RSA, P-256, P-384, Ed25519 or Ed448")
-    if not chain[0].not_valid_before_utc <= utc_now() <= chain[0].not_valid_after_utc:
-        log.warning("the certificate in %s is not valid today; pinning clients do not mind, others will", cert)
     return Identity(chain[0], tuple(chain[1:]), secret, fingerprint(chain[0]))
 
 
@@ -6772,10 +6748,8 @@ def parsed(path: Path, what: str, parse: Callable[[bytes], Any]) -> Any:
         return parse(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read the {what} {path}: {error.strerror}") from None
-    except TypeError:  # how cryptography says that a password is missing
-        raise ConfigError(f"the {what} in {path} must not have a password") from None
-    except (ValueError, open_crypto().exceptions.UnsupportedAlgorithm):
-        raise ConfigError(f"{path} holds no {what} in PEM form") from None
+    except (ValueError, TypeError, open_crypto().exceptions.UnsupportedAlgorithm):  # TypeError: a password is missing
+        raise ConfigError(f"{path} holds no {what} in PEM form, without a password") from None
 
 
 def fingerprint(certificate: Any) -> str:
@@ -6788,19 +6762,7 @@ def fingerprint(certificate: Any) -> str:
 
 def ticket_to_json(ticket: SessionTicket) -> str:
     """A session ticket as text; it holds a secret."""
-    return json.dumps(
-        {
-            "age_add": ticket.age_add,
-            "cipher_suite": int(ticket.cipher_suite),
-            "not_valid_before": ticket.not_valid_before.timestamp(),
-            "not_valid_after": ticket.not_valid_after.timestamp(),
-            "resumption_secret": ticket.resumption_secret.hex(),
-            "server_name": ticket.server_name,
-            "ticket": ticket.ticket.hex(),
-            "max_early_data_size": ticket.max_early_data_size,
-            "other_extensions": [[kind, data.hex()] for kind, data in ticket.other_extensions],
-        }
-    )
+    return json.dumps(vars(ticket), default=lambda value: value.hex() if type(value) is bytes else value.timestamp())
 
 
 def ticket_from_json(text: str) -> SessionTicket | None:
@@ -6808,386 +6770,15 @@ def ticket_from_json(text: str) -> SessionTicket | None:
     tls = open_quic().tls
     try:
         fields = json.loads(text)
-        return tls.SessionTicket(
-            **fields
-            | {
-                "cipher_suite": tls.CipherSuite(fields["cipher_suite"]),
-                "not_valid_before": datetime.fromtimestamp(fields["not_valid_before"], UTC),
-                "not_valid_after": datetime.fromtimestamp(fields["not_valid_after"], UTC),
-                "resumption_secret": bytes.fromhex(fields["resumption_secret"]),
-                "ticket": bytes.fromhex(fields["ticket"]),
-                "other_extensions": [(kind, bytes.fromhex(data)) for kind, data in fields["other_extensions"]],
-            }
-        )
+        for name in ("not_valid_before", "not_valid_after"):
+            fields[name] = datetime.fromtimestamp(fields[name], UTC)
+        for name in ("resumption_secret", "ticket"):
+            fields[name] = bytes.fromhex(fields[name])
+        fields["cipher_suite"] = tls.CipherSuite(fields["cipher_suite"])
+        fields["other_extensions"] = [(kind, bytes.fromhex(data)) for kind, data in fields["other_extensions"]]
+        return tls.SessionTicket(**fields)
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def pin_name(fingerprint: str) -> str:
-    """The TLS name of the server with this fingerprint: an IPv6 address, since those are never sent.
-
-    aioquic uses a ticket only under the name it was given for. So a ticket is tied to 128 bits of the pin, and
-    neither a changed pin nor another server can make the client use it.
-    """
-    return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(fingerprint)[:16])
-
-
-# Connections, either end
-
-
-class Port(asyncio.DatagramProtocol):
-    """A UDP socket; what has come when it wakes up is handed over together."""
-
-    def __init__(self, sock: socket.socket, received: Callable, failed: Callable[[OSError], None]):
-        self.sock, self.received, self.failed = sock, received, failed
-
-    @classmethod
-    async def open(cls, sock: socket.socket, received: Callable, failed: Callable[[OSError], None]) -> Port:
-        """Reading begins."""
-        loop = asyncio.get_running_loop()
-        return (await loop.create_datagram_endpoint(lambda: cls(sock, received, failed), sock=sock))[1]
-
-    def connection_made(self, transport: asyncio.DatagramTransport) -> None:
-        self.transport = transport
-
-    def datagram_received(self, data: bytes, address: tuple) -> None:
-        batch = [(data, address)]
-        try:
-            while len(batch) < DRAIN:
-                batch.append(self.sock.recvfrom(65_536))
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.failed(error)
-        self.received(batch, self)
-
-    def error_received(self, error: OSError) -> None:
-        self.failed(error)
-
-    def send(self, data: bytes, address: tuple) -> None:
-        """A datagram that the kernel has no room for is lost, as others are on the way: QUIC sends it again."""
-        try:
-            self.sock.sendto(data, address)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            self.failed(error)
-
-    def close(self) -> None:
-        self.transport.close()
-
-
-class Stream:
-    """One request and what is said about it: whole frames, in both directions."""
-
-    def __init__(self, link: Link, number: int, limit: int, waiting: int):
-        self.link, self.number, self.waiting = link, number, waiting
-        self.request: dict[str, Any] = {}  # the first frame, on the server,
-        self.begun = False  # once it is here or cannot come any more
-        self.device: Any = None  # who sent it, as authenticate said
-        self.early = False  # it came as 0-RTT data
-        self.reset_by_peer = asyncio.Event()  # nobody listens there any more: reset, or the connection is gone
-        self.decoder = FrameDecoder(limit)
-        self.frames: collections.deque[dict[str, Any]] = collections.deque()
-        self.ended = False  # the other side said all it had to say
-        self.finished = False  # so did we
-        self.problem: GatewayError | None = None  # raised by receive() when the frames are taken
-        self.deaf: GatewayError | None = None  # raised by send()
-        self.done = False  # the handler is, on the server
-        self.late: asyncio.TimerHandle | None = None  # limits the time for the first frame, if it is not whole at once
-        self._wake: asyncio.Future | None = None
-
-    @property
-    def peer(self) -> tuple:
-        """The address of the other side; it may move."""
-        return self.link.peer
-
-    async def receive(self) -> dict[str, Any] | None:
-        """The next frame; None when the other side has finished."""
-        while not self.frames:
-            if self.problem:
-                raise self.problem
-            if self.ended:
-                return None
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
-        return self.frames.popleft()
-
-    async def send(self, frame: dict[str, Any]) -> None:
-        """Queue a frame, once there is room; GatewayError if nobody listens."""
-        data = encode_frame(frame)
-        await self.room(STREAM_UNACKED)
-        self.write(data)
-
-    async def room(self, limit: int) -> None:
-        """Wait until no more than limit bytes wait for the other side; end a reader that takes none for long."""
-        loop = asyncio.get_running_loop()
-        least, deadline = None, 0.0
-        while self.deaf is None and (stuck := self.link.stuck(self.number, limit)):
-            if least is None or stuck < least:
-                least, deadline = stuck, loop.time() + self.link.stall
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self.link.progress()
-            except TimeoutError:
-                self.reset(Code.SLOW)
-                self.deaf = GatewayError(f"the reader took nothing for {self.link.stall:g} s")
-
-    def write(self, data: bytes, finish: bool = False) -> None:
-        """Hand bytes to the connection."""
-        if self.deaf or self.finished:
-            raise self.deaf or GatewayError("this stream was finished by us")
-        self.finished = finish
-        self.link.write(self, data, finish)
-
-    def finish(self) -> None:
-        """No more frames from us; harmless when it is too late."""
-        if not (self.finished or self.deaf):
-            self.write(b"", True)
-
-    def refuse(self, error: WireError) -> None:
-        """Say what was wrong, as the last frame."""
-        if not (self.finished or self.deaf):
-            self.write(encode_frame({"type": "error", "code": error.word, "message": str(error)}), True)
-
-    def reset(self, code: int = Code.CANCELLED) -> None:
-        """End both directions at once; harmless when it is too late."""
-        self.deaf = self.deaf or GatewayError("this stream was reset by us")
-        self.link.abandon(self, code)
-
-    def feed(self, data: bytes, end: bool) -> None:
-        """The connection has bytes for us."""
-        try:
-            if self.problem is None:
-                self.frames.extend(self.decoder.feed(data))
-                if len(self.frames) > self.waiting:
-                    raise WireError("too_large", f"more than {self.waiting} frames that nobody waits for")
-                if end and self.decoder.waiting:
-                    raise WireError("bad_request", "the stream ended in the middle of a frame")
-        except WireError as error:
-            self.problem = error
-        self.ended = self.ended or end
-        self._go_on()
-
-    def lost(self, problem: GatewayError, sending: bool = True, receiving: bool = True) -> None:
-        """The other side is gone, or one direction is."""
-        if sending:
-            self.deaf = self.deaf or problem
-        if receiving and not self.ended:
-            self.problem = self.problem or problem
-        self.reset_by_peer.set()
-        self._go_on()
-
-    def _go_on(self) -> None:
-        if self._wake and not self._wake.done():
-            self._wake.set_result(None)
-
-
-class Link:
-    """One QUIC connection, driven by hand."""
-
-    stall = Limits().stall
-    frame_limit, frames_waiting = FRAME_LIMIT, sys.maxsize
-
-    def __init__(self, quic: QuicConnection, port: Port, address: tuple):
-        self.quic, self.port, self._peer = quic, port, address
-        self.loop = asyncio.get_running_loop()
-        self.streams: dict[int, Stream] = {}
-        self.handshaken = False
-        self.problem: GatewayError | None = None  # why it is over
-        self._soon: asyncio.Handle | None = None  # the transmit at the end of this loop turn
-        self._timer: asyncio.TimerHandle | None = None
-        self._progress: asyncio.Future | None = None
-
-    @property
-    def peer(self) -> tuple:
-        """The address of the other side."""
-        if self.quic:
-            self._peer = self.quic.get_peer_address() or self._peer
-        return self._peer
-
-    def receive(self, data: bytes, address: tuple) -> None:
-        """A datagram; the caller asks for a transmit when it has no more of them."""
-        self._contain(self._receive, data, address)
-
-    def _receive(self, data: bytes, address: tuple) -> None:
-        if self.quic:
-            self.quic.receive_datagram(data, address, now=self.loop.time())
-            self.take_events()
-
-    def _contain(self, step: Callable, *args: Any) -> None:
-        """Whatever goes wrong in aioquic, on bytes that anybody may have sent, ends this connection alone."""
-        try:
-            step(*args)
-        except Exception:
-            log.exception("a connection with %s failed", self.peer[0])
-            self.end(GatewayError("an error in this connection"))
-
-    def take_events(self) -> None:
-        """Hand on what aioquic has made of what came."""
-        while self.quic and (event := self.quic.next_event()):
-            if take := EVENTS.get(type(event).__name__):
-                take(self, event)
-        if self._progress:
-            self._progress.set_result(None)
-            self._progress = None
-
-    def touch(self) -> None:
-        """Transmit at the end of this loop turn, so that all that is said in one turn shares its datagrams."""
-        if self._soon is None:
-            self._soon = self.loop.call_soon(self.transmit)
-
-    def transmit(self) -> None:
-        """Send what there is to send, and set the timer."""
-        self._soon = None
-        if self.quic:
-            self._contain(self._transmit)
-
-    def _transmit(self) -> None:
-        for data, address in self.quic.datagrams_to_send(now=self.loop.time()):
-            self.port.send(data, address)
-        self.take_events()  # new connection ids: datagrams that bear them may come at once
-        if self.quic and self.quic._close_event:  # aioquic tells it 3 PTO later; nobody has to wait for that
-            self.on_terminated(self.quic._close_event)
-        elif self.quic:
-            self._set_timer()
-
-    def _set_timer(self) -> None:
-        """Wake up when aioquic wants it. A timer that is too early is left: it costs less than setting it anew."""
-        when = self.quic.get_timer()
-        if self._timer and when is not None and self._timer.when() <= when:
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self.loop.call_at(when, self._tick) if when is not None else None
-
-    def _tick(self) -> None:
-        now = max(self._timer.when(), self.loop.time())  # the loop may be early by its clock's resolution
-        self._timer = None
-        self._contain(self._timer_due, now)
-
-    def _timer_due(self, now: float) -> None:
-        when = self.quic.get_timer()
-        if when is not None and when > now:
-            return self._set_timer()
-        self.quic.handle_timer(now=now)
-        self.take_events()
-        self.transmit()
-
-    # Streams
-
-    def write(self, stream: Stream, data: bytes, finish: bool = False) -> None:
-        """Queue bytes on a stream."""
-        if self.problem:
-            raise self.problem
-        self.quic.send_stream_data(stream.number, data, finish)
-        self.touch()
-
-    def abandon(self, stream: Stream, code: int) -> None:
-        """Reset what we send and refuse what comes."""
-        if self.quic:
-            self.quic.reset_stream(stream.number, code)
-            self.stop(stream, code)
-
-    def stop(self, stream: Stream, code: int = Code.DONE) -> None:
-        """Tell the other side to say no more on this stream, so that both can forget it."""
-        if self.quic and not stream.ended and stream.number in self.quic._streams:
-            self.quic.stop_stream(stream.number, code)
-        self.touch()
-
-    def unacked(self, number: int | None = None) -> int:
-        """Bytes that the other side has not acknowledged, on one stream or all."""
-        streams = self.quic._streams if self.quic else {}
-        chosen = streams.values() if number is None else filter(None, [streams.get(number)])
-        return sum(len(stream.sender._buffer) for stream in chosen)
-
-    def stuck(self, number: int, limit: int) -> int:
-        """The bytes that make a stream wait: its own above limit, or all above LINK_UNACKED; else 0."""
-        own = self.unacked(number)
-        if own > limit:
-            return own
-        total = self.unacked()
-        return total if total > LINK_UNACKED else 0
-
-    async def progress(self) -> None:
-        """Wait for the next datagram: it may acknowledge something."""
-        if self._progress is None:
-            self._progress = self.loop.create_future()
-        await asyncio.shield(self._progress)
-
-    # Events
-
-    def on_data(self, event: Any) -> None:
-        if stream := self.streams.get(event.stream_id):
-            stream.feed(event.data, event.end_stream)
-
-    def on_reset(self, event: Any) -> None:
-        if stream := self.streams.get(event.stream_id):
-            problem = GatewayError(f"the other side reset the stream (code {event.error_code})", code=event.error_code)
-            stream.lost(problem, sending=False)
-            stream.ended = True
-
-    def on_stop(self, event: Any) -> None:
-        if stream := self.streams.get(event.stream_id):
-            stream.lost(GatewayError("the other side listens no more", code=event.error_code), receiving=False)
-
-    def on_handshake(self, event: Any) -> None:
-        self.handshaken = True
-
-    def on_terminated(self, event: Any) -> None:
-        said = event.reason_phrase or f"code {event.error_code}"
-        self.end(GatewayError(f"the connection was closed: {said}", code=event.error_code))
-
-    def on_other(self, event: Any) -> None:
-        """An event that this end has no use for."""
-
-    on_issued = on_retired = on_ping = on_other
-
-    # The end
-
-    def close(self, code: int = Code.DONE, reason: str = "", problem: GatewayError | None = None) -> None:
-        """Say goodbye; what was queued goes out first. Nothing is waited for."""
-        self.transmit()
-        self.leave(code, reason, problem)
-
-    def leave(self, code: int, reason: str, problem: GatewayError | None = None) -> None:
-        """Say goodbye, and nothing else any more."""
-        if self.quic:
-            self.quic.close(error_code=code, reason_phrase=reason)
-            # With a close to send aioquic sends nothing else.
-            self._contain(lambda: [self.port.send(*one) for one in self.quic.datagrams_to_send(now=self.loop.time())])
-            self.end(problem or GatewayError(f"the connection was closed here: {reason or 'done'}"))
-
-    def end(self, problem: GatewayError) -> None:
-        """Forget the connection and tell its streams."""
-        if self.quic is None:
-            return
-        self.problem, quic, self.quic = problem, self.quic, None
-        for handle in filter(None, (self._timer, self._soon)):
-            handle.cancel()
-        streams, self.streams = self.streams, {}
-        for stream in streams.values():
-            stream.lost(problem)
-        if self._progress:
-            self._progress.set_result(None)
-            self._progress = None
-        # It refers to itself in a hundred ways: a flood would leave megabytes for the garbage collector.
-        vars(quic).clear()
-
-
-EVENTS = {  # aioquic's event -> what takes it
-    "StreamDataReceived": lambda link, event: link.on_data(event),
-    "StreamReset": lambda link, event: link.on_reset(event),
-    "StopSendingReceived": lambda link, event: link.on_stop(event),
-    "HandshakeCompleted": lambda link, event: link.on_handshake(event),
-    "ConnectionTerminated": lambda link, event: link.on_terminated(event),
-    "ConnectionIdIssued": lambda link, event: link.on_issued(event),
-    "ConnectionIdRetired": lambda link, event: link.on_retired(event),
-    "PingAcknowledged": lambda link, event: link.on_ping(event),
-}
-
-
-# The server
 
 
 class MemoryTickets:
@@ -7204,113 +6795,82 @@ class MemoryTickets:
         self._tickets[ticket.ticket] = ticket
 
 
-class ServerLink(Link):
-    """A client's connection: a stranger at first, then a device's."""
+# Sockets
 
-    frames_waiting = FRAMES_WAITING
 
-    def __init__(self, server: QuicServer, quic: QuicConnection, port: Port, address: tuple):
-        super().__init__(quic, port, address)
-        self.server, self.network = server, network_of(address[0])
-        self.stall = server.limits.stall
-        self.frame_limit = SMALL_FRAME
-        self.cids: set[bytes] = set()
-        self.devices: set[Any] = set()  # who has authenticated here
-        self.failures = 0
-        self.ticket: SessionTicket | None = None  # kept for somebody who is let in: strangers would fill the table
-        self._deadline = self.loop.call_later(server.limits.handshake, self.too_late, "the handshake")
+class Port(asyncio.DatagramProtocol):
+    """A UDP socket; what has come when it wakes up is handed over together."""
 
-    @property
-    def known(self) -> bool:
-        """Whether a device has spoken here."""
-        return bool(self.devices)
+    def __init__(self, sock: socket.socket, received: Callable, failed: Callable[[OSError], None]):
+        self.sock, self.received, self.failed, self.error_received = sock, received, failed, failed
 
-    def too_late(self, what: str) -> None:
-        """A time limit has passed."""
-        self.close(Code.TIMEOUT, f"{what} took too long")
+    @classmethod
+    async def open(cls, sock: socket.socket, received: Callable, failed: Callable[[OSError], None]) -> Port:
+        """Reading begins."""
+        loop = asyncio.get_running_loop()
+        return (await loop.create_datagram_endpoint(lambda: cls(sock, received, failed), sock=sock))[1]
 
-    def keep_ticket(self, ticket: SessionTicket) -> None:
-        """aioquic has made a ticket."""
-        self.ticket = ticket
-        if self.known:
-            self._store_ticket()
+    def connection_made(self, transport: Any) -> None:
+        self.close = transport.close
+        transport.max_size = LARGEST
 
-    def _store_ticket(self) -> None:
-        if self.ticket:
-            self.server.tickets.add(self.ticket)
-        self.ticket = None
+    def datagram_received(self, data: bytes, address: tuple) -> None:
+        batch = [(data, address)]
+        try:
+            while len(data) > FULL and len(batch) < DRAIN:
+                data, address = self.sock.recvfrom(LARGEST)
+                batch.append((data, address))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.failed(error)
+        self.received(batch, self)
 
-    def welcome(self, device: Any) -> None:
-        """A device has authenticated: the limits for strangers are over."""
-        if not self.known:
-            limits = self.server.limits
-            self.server.gate.known(self)
-            self.frame_limit = FRAME_LIMIT
-            for stream in self.streams.values():
-                if not stream.begun:
-                    stream.decoder.limit = FRAME_LIMIT
-            self.quic._local_max_streams_bidi.value += limits.streams - limits.streams_before
-            if self.handshaken:
-                self._deadline.cancel()
-        self.devices.add(device)
-        self._store_ticket()
+    def send(self, data: bytes, address: tuple) -> None:
+        """A datagram that the kernel has no room for is lost, as others are on the way: QUIC sends it again."""
+        try:
+            self.sock.sendto(data, address)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.failed(error)
 
-    def on_handshake(self, event: Any) -> None:
-        super().on_handshake(event)
-        self.server.gate.half_open.discard(self)
-        self._deadline.cancel()
-        if not self.known:
-            limit = self.server.limits.first_frame
-            self._deadline = self.loop.call_later(limit, self.too_late, "the first frame")
 
-    def on_data(self, event: Any) -> None:
-        stream = self.streams.get(event.stream_id)
-        if stream is None:
-            if not self.server.accepts(self, event.stream_id):
-                return
-            stream = self.streams[event.stream_id] = Stream(
-                self, event.stream_id, self.frame_limit, self.frames_waiting
-            )
-            stream.early = not self.handshaken  # aioquic reads no other data before
-        if stream.done:
-            if event.end_stream:
-                self.streams.pop(event.stream_id)
-            return
-        stream.feed(event.data, event.end_stream)
-        if not stream.begun:
-            self.server.begin(stream)
-        if not self.known and self.quic._local_max_data.used > self.server.limits.bytes_before:
-            self.close(Code.TOO_MUCH, "too much before authentication")
+def udp_socket(family: int, address: tuple = ("", 0)) -> socket.socket:
+    """A UDP socket, bound to the address; IPv6 is IPv6 alone."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
-    def on_reset(self, event: Any) -> None:
-        stream = self.streams.get(event.stream_id)
-        super().on_reset(event)
-        if stream and (stream.done or not stream.begun):
-            self.forget(stream)
 
-    def on_issued(self, event: Any) -> None:
-        self.cids.add(event.connection_id)
-        self.server.links[event.connection_id] = self
-
-    def on_retired(self, event: Any) -> None:
-        self.cids.discard(event.connection_id)
-        self.server.links.pop(event.connection_id, None)
-
-    def forget(self, stream: Stream) -> None:
-        """The request is done; a stream whose end has not come stays, or what comes would look like a new one."""
-        stream.done = True
-        if stream.late:
-            stream.late.cancel()
-        if stream.ended:
-            self.streams.pop(stream.number, None)
-        else:
-            self.stop(stream)
-
-    def end(self, problem: GatewayError) -> None:
-        if self.quic:
-            self._deadline.cancel()
-            super().end(problem)
-            self.server.gone(self)
+def listening(addresses: Iterable[tuple[str, int]]) -> Iterator[socket.socket]:
+    """Sockets that are bound to these addresses; one of a family that the machine has not is left out."""
+    bound, problem = 0, GatewayError("no address to listen on")
+    for host, port in addresses:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+            yield udp_socket(family, address)
+            bound += 1
+        except socket.gaierror as error:
+            raise ConfigError(f"gateway.host: {host!r} has no address: {error.strerror}") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                hint = "stop what uses it, or set another [gateway] port"
+                raise GatewayError(f"UDP port {port} of {host} is in use", hint) from None
+            problem = GatewayError(f"cannot listen on UDP port {port} of {host}: {error.strerror}")
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise problem from None
+    if not bound:
+        raise problem
 
 
 def network_of(host: str) -> bytes:
@@ -7320,145 +6880,378 @@ def network_of(host: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
 
-class Slowdown:
-    """Wrong tokens by network: each makes the next answer slower, an hour without one makes good."""
-
-    LONGEST, FORGET, KEPT = 4.0, 3600.0, 1024
-
-    def __init__(self, now: Callable[[], float] = time.monotonic):
-        self.now = now
-        self._failures: dict[bytes, tuple[int, float]] = {}
-
-    def failed(self, network: bytes) -> float:
-        """Seconds to wait before this failure is answered."""
-        count, last = self._failures.pop(network, (0, 0.0))
-        count = count + 1 if self.now() - last < self.FORGET else 1
-        if len(self._failures) >= self.KEPT:
-            del self._failures[next(iter(self._failures))]
-        self._failures[network] = (count, self.now())
-        return min(0.1 * 2 ** min(count - 1, 16), self.LONGEST)
+def hear_refusals(sock: socket.socket, on: bool) -> None:
+    """Have the kernel say when nobody listens at a port, where it can: on Linux (IP_RECVERR, IPV6_RECVERR)."""
+    if sys.platform == "linux":
+        option = (socket.IPPROTO_IP, 11) if sock.family == socket.AF_INET else (socket.IPPROTO_IPV6, 25)
+        sock.setsockopt(*option, on)
 
 
-def listening(addresses: Iterable[tuple[str, int]]) -> Iterator[socket.socket]:
-    """Sockets that are bound to these addresses; one of a family that the machine has not is left out."""
-    bound, missing = 0, None
-    for host, port in addresses:
+# Connections, either end
+
+
+class Stream:
+    """One request and what is said about it: whole frames, in both directions."""
+
+    def __init__(self, link: Link, number: int):
+        self.link, self.number = link, number
+        self.request: dict[str, Any] = {}  # the first frame, on the server,
+        self.device: Any = None  # who sent it, as authenticate said
+        self.early = not link.handshaken  # it came as 0-RTT data: aioquic reads no other before
+        self.reset_by_peer = asyncio.Event()  # nobody listens there any more: reset, or the connection is gone
+        self.decoder = FrameDecoder(link.frame_limit)
+        self.frames: collections.deque[dict[str, Any]] = collections.deque()
+        self.ended = False  # the other side said all it had to say
+        self.problem: GatewayError | None = None  # raised by receive() when the frames are taken
+        self.finished = False  # so did we
+        self.deaf: GatewayError | None = None  # raised by send(): the reader is gone
+        self.done = False  # the handler is, on the server
+        self._news = asyncio.Event()
+
+    @property
+    def peer(self) -> tuple:
+        """The address of the other side; it may move."""
+        return self.link.peer
+
+    async def receive(self) -> dict[str, Any] | None:
+        """The next frame; None when the other side has finished."""
+        while not self.frames:
+            if self.problem:
+                raise self.problem
+            if self.ended:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        return self.frames.popleft()
+
+    async def send(self, frame: dict[str, Any]) -> None:
+        """Queue a frame, once there is room; GatewayError if nobody listens."""
+        data = encode_frame(frame)
+        await self.room(STREAM_UNACKED)
+        self.write(data)
+
+    async def room(self, limit: int) -> None:
+        """Wait until no more than limit bytes wait for the other side; end a reader that takes none for long."""
+        least, deadline = sys.maxsize, 0.0
+        while self.deaf is None and (stuck := self.link.stuck(self.number, limit)):
+            if stuck < least:
+                least, deadline = stuck, self.link.loop.time() + self.link.stall
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self.link.progress.wait()
+            except TimeoutError:
+                self.reset(Code.SLOW, GatewayError(f"the reader took nothing for {self.link.stall:g} s"))
+
+    def write(self, data: bytes, finish: bool = False) -> None:
+        """Hand bytes to the connection."""
+        if self.deaf or self.finished:
+            raise self.deaf or GatewayError("this stream was finished by us")
+        self.finished = finish
+        self.link.write(self.number, data, finish)
+
+    def finish(self, error: WireError | None = None) -> None:
+        """No more frames from us, after one that says what was wrong; harmless when it is too late."""
+        if not (self.deaf or self.finished):
+            said = {"type": "error", "code": error.word, "message": str(error)} if error else None
+            self.write(encode_frame(said) if said else b"", True)
+
+    def reset(self, code: int = Code.CANCELLED, problem: GatewayError | None = None) -> None:
+        """End both directions at once; harmless when it is too late."""
+        self.deaf = problem or self.deaf or GatewayError("this stream was reset by us")
+        self.link.abandon(self, code)
+
+    def feed(self, data: bytes, end: bool) -> None:
+        """The connection has bytes for us."""
         try:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-            sock = udp_socket(family, address)
-        except socket.gaierror as error:
-            raise ConfigError(f"gateway.host: {host!r} has no address: {error.strerror}") from None
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                hint = "stop what uses it, or set another [gateway] port"
-                raise GatewayError(f"UDP port {port} of {host} is in use", hint) from None
-            missing = GatewayError(f"cannot listen on UDP port {port} of {host}: {error.strerror}")
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                raise missing from None
-        else:
-            bound += 1
-            yield sock
-    if missing and not bound:
-        raise missing
+            if not (self.problem or self.done):
+                self.frames.extend(self.decoder.feed(data))
+                if len(self.frames) > self.link.frames_waiting:
+                    raise WireError("too_large", f"more than {self.link.frames_waiting} frames that nobody waits for")
+                if end and self.decoder.waiting:
+                    raise WireError("bad_request", "the stream ended in the middle of a frame")
+        except WireError as error:
+            self.problem = error
+        self.ended = self.ended or end
+        self._news.set()
+
+    def lost(self, problem: GatewayError, receiving: bool = True) -> None:
+        """The other side is gone, or only listens no more."""
+        self.deaf = self.deaf or problem
+        if receiving and not self.ended:
+            self.problem = self.problem or problem
+        self.reset_by_peer.set()
+        self._news.set()
 
 
-def udp_socket(family: int, address: tuple | None = None) -> socket.socket:
-    """A UDP socket, bound if there is an address; IPv6 is IPv6 alone."""
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        sock.setblocking(False)
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address or ("", 0))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+def contained(step: Callable[..., None]) -> Callable[..., None]:
+    """Whatever goes wrong in aioquic, on bytes that anybody may have sent, ends this connection alone."""
+
+    @functools.wraps(step)
+    def run(link: Link, *args: Any) -> None:
+        try:
+            if link.quic:
+                step(link, *args)
+        except Exception:
+            log.exception("a connection with %s failed", link.peer[0])
+            link.end(GatewayError("an error in this connection"))
+
+    return run
+
+
+class Link:
+    """One QUIC connection, driven by hand."""
+
+    stall, frame_limit, frames_waiting = Limits().stall, FRAME_LIMIT, sys.maxsize
+
+    def __init__(self) -> None:
+        self.quic: Any = None  # of aioquic, while there is one
+        self.loop = asyncio.get_running_loop()
+        self.streams: dict[int, Stream] = {}
+        self.handshaken = False
+        self.problem: GatewayError | None = None  # why it is over
+        self.progress = asyncio.Event()  # set for a moment by each datagram: it may acknowledge something
+        self.deadline: asyncio.TimerHandle | None = None  # for a stranger
+        self._soon: asyncio.Handle | None = None  # the transmit at the end of this loop turn
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, quic: QuicConnection, port: Port, address: tuple) -> None:
+        """Take over a connection of aioquic."""
+        self.quic, self.port, self._peer = quic, port, address
+
+    @property
+    def peer(self) -> tuple:
+        """The address of the other side; it may move."""
+        if self.quic:
+            self._peer = self.quic.get_peer_address() or self._peer
+        return self._peer
+
+    @contained
+    def receive(self, data: bytes, address: tuple) -> None:
+        """A datagram; the caller asks for a transmit when it has no more of them."""
+        self.quic.receive_datagram(data, address, now=self.loop.time())
+        self.take_events()
+        self.progress.set()
+        self.progress.clear()
+
+    def take_events(self) -> None:
+        """Hand on what aioquic has made of what came."""
+        while self.quic and self.quic._events:
+            event = self.quic.next_event()
+            if take := getattr(self, "on_" + type(event).__name__, None):
+                take(event)
+
+    def touch(self) -> None:
+        """Transmit at the end of this loop turn, so that all that is said in one turn shares its datagrams."""
+        if self._soon is None:
+            self._soon = self.loop.call_soon(self.transmit)
+
+    @contained
+    def transmit(self) -> None:
+        """Send what there is to send, and set the timer."""
+        self._soon = None
+        for data, address in self.quic.datagrams_to_send(now=self.loop.time()):
+            self.port.send(data, address)
+        self.take_events()  # new connection ids: datagrams that bear them may come at once
+        if self.quic and self.quic._close_event:  # aioquic tells it 3 PTO later; nobody has to wait for that
+            self.on_ConnectionTerminated(self.quic._close_event)
+        elif self.quic:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(self.quic.get_timer(), self.tick)
+
+    @contained
+    def tick(self) -> None:
+        """Time for what aioquic wanted to do then."""
+        now = max(self._timer.when(), self.loop.time())  # the loop may be early by its clock's resolution
+        self._timer = None
+        self.quic.handle_timer(now=now)
+        self.take_events()
+        self.transmit()
+
+    # Streams
+
+    def write(self, number: int, data: bytes, finish: bool) -> None:
+        """Queue bytes on a stream."""
+        self.quic.send_stream_data(number, data, finish)
+        self.touch()
+
+    def abandon(self, stream: Stream, code: int, sending: bool = True) -> None:
+        """Reset what we send, and tell the other side to say no more, so that both can forget the stream."""
+        if self.quic and sending:
+            self.quic.reset_stream(stream.number, code)
+        if self.quic and not stream.ended and stream.number in self.quic._streams:
+            self.quic.stop_stream(stream.number, code)
+        self.touch()
+
+    def stuck(self, number: int, limit: int) -> int:
+        """The bytes that make a stream wait: its own above limit, or all above LINK_UNACKED; else 0."""
+        sizes = {one: len(stream.sender._buffer) for one, stream in self.quic._streams.items()} if self.quic else {}
+        own, total = sizes.get(number, 0), sum(sizes.values())
+        return own if own > limit else total if total > LINK_UNACKED else 0
+
+    # Events, by aioquic's names; those without a method here are of no use to this end
+
+    def on_StreamDataReceived(self, event: Any) -> None:
+        if stream := self.streams.get(event.stream_id):
+            stream.feed(event.data, event.end_stream)
+            self.settle(stream)
+
+    def on_StreamReset(self, event: Any) -> None:
+        if stream := self.streams.get(event.stream_id):
+            code = event.error_code
+            stream.lost(GatewayError(f"the other side reset the stream (code {code})", code=code))
+            stream.ended = True
+            self.settle(stream)
+
+    def on_StopSendingReceived(self, event: Any) -> None:
+        if stream := self.streams.get(event.stream_id):
+            stream.lost(GatewayError("the other side listens no more", code=event.error_code), receiving=False)
+
+    def on_HandshakeCompleted(self, event: Any) -> None:
+        self.handshaken = True
+
+    def on_ConnectionTerminated(self, event: Any) -> None:
+        said = event.reason_phrase or f"code {event.error_code}"
+        self.end(GatewayError(f"the connection was closed: {said}", code=event.error_code))
+
+    # The end
+
+    @contained
+    def close(self, code: int = Code.DONE, reason: str = "", problem: GatewayError | None = None) -> None:
+        """Say goodbye, and do not wait. What was queued goes out first, unless there is a problem."""
+        if problem is None:
+            self.transmit()
+        if self.quic:
+            self.quic.close(error_code=code, reason_phrase=reason)
+            for data, address in self.quic.datagrams_to_send(now=self.loop.time()):
+                self.port.send(data, address)  # the close, and nothing else
+            self.end(problem or GatewayError(f"the connection was closed here: {reason or 'done'}"))
+
+    def end(self, problem: GatewayError) -> None:
+        """Forget the connection and tell its streams."""
+        if self.problem is None:
+            self.problem = problem
+            self.let_go()
+            for stream in self.streams.values():
+                stream.lost(problem)
+            self.streams = {}
+            self.progress.set()
+
+    def let_go(self) -> None:
+        """Give up what aioquic keeps of the connection."""
+        self.quic = None
+        for handle in filter(None, (self._soon, self._timer, self.deadline)):
+            handle.cancel()
+        self._soon = self._timer = self.deadline = None
+
+
+# The server
+
+
+class ServerLink(Link):
+    """A client's connection: a stranger at first, then a device's."""
+
+    frame_limit, frames_waiting = SMALL_FRAME, FRAMES_WAITING
+
+    def __init__(self, server: QuicServer, network: bytes):
+        super().__init__()
+        self.server, self.network, self.stall = server, network, server.limits.stall
+        self.devices: set[Any] = set()  # who has authenticated here
+        self.failures = 0
+        self.ticket: SessionTicket | None = None  # kept for somebody who is let in: strangers would fill the table
+        why = "no request came in time"
+        self.deadline = self.loop.call_later(server.limits.first_frame, self.close, Code.TIMEOUT, why)
+
+    def welcome(self, device: Any) -> None:
+        """A device has authenticated: the limits for strangers are over."""
+        if not self.devices:
+            self.deadline.cancel()
+            self.frame_limit = FRAME_LIMIT
+            for stream in self.streams.values():
+                stream.decoder.limit = FRAME_LIMIT
+            self.quic._local_max_streams_bidi.value += self.server.limits.streams - self.server.limits.streams_before
+        self.devices.add(device)
+        self.keep_ticket()
+
+    def keep_ticket(self) -> None:
+        """Store the ticket, if it is there already, of a device; with early data that comes first."""
+        if self.ticket and self.devices:
+            self.server.tickets.add(self.ticket)
+            self.ticket = None
+
+    def on_HandshakeCompleted(self, event: Any) -> None:
+        super().on_HandshakeCompleted(event)
+        self.keep_ticket()
+
+    def on_StreamDataReceived(self, event: Any) -> None:
+        if event.stream_id not in self.streams:
+            stream = self.streams[event.stream_id] = Stream(self, event.stream_id)
+            self.server.tasks.add(self.loop.create_task(self.server.serve(stream)))
+        super().on_StreamDataReceived(event)
+        if not self.devices and self.quic._local_max_data.used > self.server.limits.bytes_before:
+            self.close(Code.TOO_MUCH, "too much before authentication")
+
+    def on_ConnectionIdIssued(self, event: Any) -> None:
+        self.server.links[event.connection_id] = self
+
+    def on_ConnectionIdRetired(self, event: Any) -> None:
+        self.server.links.pop(event.connection_id, None)
+
+    def forget(self, stream: Stream) -> None:
+        """The request is done; a stream whose end has not come stays, or what comes would look like a new one."""
+        stream.done = True
+        self.abandon(stream, Code.DONE, sending=False)
+        self.settle(stream)
+
+    def settle(self, stream: Stream) -> None:
+        if stream.done and stream.ended:
+            self.streams.pop(stream.number, None)
+
+    def end(self, problem: GatewayError) -> None:
+        super().end(problem)
+        self.server.gone(self)
+
+
+class Guard:
+    """Who may begin a connection: what stands between a flood and aioquic, which keeps 35 KB for each Initial."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.links: set[ServerLink] = set()
+        self.junk = 0  # Initials that nobody can read, since
+        self._junk_since = 0.0
+        self._wrong: dict[bytes, int] = {}  # tokens, by network
+
+    @property
+    def half_open(self) -> int:
+        """Connections whose handshake is not complete."""
+        return sum(not link.handshaken for link in self.links)
+
+    def pressed(self, now: float) -> bool:
+        """Whether so much is half open, or was junk in the last second, that addresses must be proven."""
+        age = now - self._junk_since
+        if age > 1:  # a flood that goes on has no free start in the next second
+            self.junk = min(self.junk, self.limits.half_open) if age < 2 else 0
+            self._junk_since = now
+        return self.half_open + self.junk >= self.limits.half_open
+
+    def has_room(self, network: bytes) -> bool:
+        """Whether one more may come, from there."""
+        strangers = sum(link.network == network and not link.devices for link in self.links)
+        few = len(self.links) < self.limits.connections and strangers < self.limits.strangers
+        return few and self.half_open < 2 * self.limits.half_open
+
+    def wrong(self, network: bytes) -> float:
+        """Seconds to wait before this wrong token is answered: each makes the next answer slower."""
+        count = self._wrong.pop(network, 0)
+        self._wrong[network] = count + 1
+        if len(self._wrong) > NETWORKS_KEPT:
+            del self._wrong[next(iter(self._wrong))]
+        return min(0.1 * 2 ** min(count, 16), SLOWEST)
 
 
 Handler = Callable[[Stream], Awaitable[None]]
 Authenticate = Callable[[dict[str, Any], tuple], Any]
-
-
-class Door:
-    """Who may begin a connection: what stands between a flood and aioquic, which keeps 35 KB for each Initial."""
-
-    def __init__(self, lib: SimpleNamespace, limits: Limits, now: Callable[[], float] = time.monotonic):
-        self.lib, self.limits, self.now = lib, limits, now
-        self.tokens = lib.retry.QuicRetryTokenHandler()
-        self.everybody: set[ServerLink] = set()
-        self.half_open: set[ServerLink] = set()
-        self.networks: collections.Counter[bytes] = collections.Counter()  # connections of each,
-        self.strangers: collections.Counter[bytes] = collections.Counter()  # and those that have not authenticated
-        self.junk = 0  # Initials that nobody can read, since
-        self._junk_since = 0.0
-
-    def knock(self, header: Any, address: tuple) -> tuple[bytes | None, bytes]:
-        """For an Initial: the connection id that its client began with, None if it may not come in; what to answer."""
-        network, limits = network_of(address[0]), self.limits
-        full = (
-            len(self.everybody) >= limits.connections
-            or self.networks[network] >= limits.per_address
-            or self.strangers[network] >= limits.strangers
-            or len(self.half_open) >= 2 * limits.half_open
-        )
-        if full:
-            return None, b""
-        cid = header.destination_cid
-        if header.token:
-            now = self.now()
-            return self.tokens.validate_token(address=address, destination_cid=cid, token=header.token, now=now), b""
-        return (None, self.ask_again(header, address)) if self.under_pressure() else (cid, b"")
-
-    def under_pressure(self) -> bool:
-        """Whether so much is half open, or was junk in the last second, that addresses must be proven."""
-        age = self.now() - self._junk_since
-        if age > 1:  # a flood that goes on has no free start in the next second
-            self.junk = min(self.junk, self.limits.half_open) if age < 2 else 0
-            self._junk_since = self.now()
-        return len(self.half_open) + self.junk >= self.limits.half_open
-
-    def ask_again(self, header: Any, address: tuple) -> bytes:
-        """A Retry: only who really is at this address can go on, and we keep nothing till then."""
-        cid, original = os.urandom(8), header.destination_cid
-        token = self.tokens.create_token(
-            address=address, original_destination_connection_id=original, retry_source_connection_id=cid, now=self.now()
-        )
-        return self.lib.packet.encode_quic_retry(
-            version=header.version,
-            source_cid=cid,
-            destination_cid=header.source_cid,
-            original_destination_cid=original,
-            retry_token=token,
-        )
-
-    def enter(self, link: ServerLink) -> None:
-        """A connection begins, a stranger's."""
-        self.everybody.add(link)
-        self.half_open.add(link)
-        self.networks[link.network] += 1
-        self.strangers[link.network] += 1
-
-    def known(self, link: ServerLink) -> None:
-        """It is a stranger's no more."""
-        drop_one(self.strangers, link.network)
-
-    def leave(self, link: ServerLink) -> None:
-        """A connection is over."""
-        self.everybody.discard(link)
-        self.half_open.discard(link)
-        drop_one(self.networks, link.network)
-        if not link.known:
-            drop_one(self.strangers, link.network)
-
-
-def drop_one(counter: collections.Counter[bytes], key: bytes) -> None:
-    """One less; nothing is kept for none."""
-    counter[key] -= 1
-    if counter[key] <= 0:
-        del counter[key]
 
 
 class QuicServer:
@@ -7477,10 +7270,10 @@ class QuicServer:
         self.lib = open_quic()
         self.ports: list[Port] = []
         self.links: dict[bytes, ServerLink] = {}  # by each connection id that a datagram may bear
-        self.gate = Door(self.lib, self.limits)
-        self.slowdown = Slowdown()
+        self.guard = Guard(self.limits)
+        self.proofs = self.lib.quic.retry.QuicRetryTokenHandler()
         self.closing = False
-        self._tasks: set[asyncio.Task] = set()
+        self.tasks: set[asyncio.Task] = set()
         self.use(identity)
 
     # Life
@@ -7488,23 +7281,15 @@ class QuicServer:
     def use(self, identity: Identity) -> None:
         """The certificate for connections from now on."""
         self.identity = identity
-        self.configuration: QuicConfiguration = self.lib.configuration.QuicConfiguration(
+        self.configuration = configured(
             is_client=False,
-            alpn_protocols=[ALPN],
             certificate=identity.certificate,
             certificate_chain=list(identity.chain),
             private_key=identity.key,
-            congestion_control_algorithm="cubic",
             idle_timeout=self.limits.idle,
             max_data=self.limits.bytes_before,
             max_stream_data=self.limits.bytes_before,
-            max_datagram_size=DATAGRAM,
-            supported_versions=[self.lib.packet.QuicProtocolVersion.VERSION_1],
         )
-
-    def reload(self, cert: Path, key: Path | None = None) -> None:
-        """Read the certificate again; ConfigError leaves the old one in use."""
-        self.use(load_certificate(cert, key))
 
     async def start(self, addresses: Iterable[tuple[str, int]]) -> None:
         """Listen on these addresses, all or none."""
@@ -7512,7 +7297,7 @@ class QuicServer:
             for sock in listening(addresses):
                 self.ports.append(await Port.open(sock, self.received, lambda error: None))
         except BaseException:
-            self._close_ports()
+            await self.close()
             raise
 
     @property
@@ -7523,25 +7308,21 @@ class QuicServer:
     async def close(self, code: int = Code.SHUTTING_DOWN, reason: str = "shutting down") -> None:
         """Tell every stream and connection, end the handlers, give up the sockets; nobody is waited for."""
         self.closing = True
-        for link in list(self.gate.everybody):
+        for link in list(self.guard.links):
             for stream in list(link.streams.values()):
-                stream.refuse(WireError("shutting_down", reason))
+                stream.finish(WireError("shutting_down", reason))
             link.close(code, reason)
-        for task in self._tasks:
+        for task in self.tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
-        self._close_ports()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=1.0)
+        while self.ports:
+            self.ports.pop().close()
         await asyncio.sleep(0)  # a transport closes its socket in the next turn
-
-    def _close_ports(self) -> None:
-        for port in self.ports:
-            port.close()
-        self.ports = []
 
     def cut(self, device: Any) -> int:
         """Close the connections of a device that was revoked; how many there were."""
-        links = [link for link in self.gate.everybody if device in link.devices]
+        links = [link for link in self.guard.links if device in link.devices]
         for link in links:
             link.close(Code.REVOKED, "revoked")
         return len(links)
@@ -7552,169 +7333,170 @@ class QuicServer:
         """Hand each datagram to its connection; then each of those transmits once."""
         touched = {}  # a set would forget the order
         for data, address in batch:
-            link = self.links.get(data[1:9]) if data and data[0] < 0x80 else self.by_long_header(data, address, port)
+            short = data and data[0] < 0x80
+            link = self.links.get(data[1:9]) if short else self.by_long_header(data, address, port)
             if link:
                 link.receive(data, address)
                 touched[link] = None
         for link in touched:
             # Its first datagram could not be read: junk, or not even QUIC.
-            if link.quic and link.quic._state is self.lib.connection.QuicConnectionState.FIRSTFLIGHT:
-                self.gate.junk += 1
+            if link.quic and link.quic._state is self.lib.quic.connection.QuicConnectionState.FIRSTFLIGHT:
+                self.guard.junk += 1
                 link.end(GatewayError("junk"))
             else:
                 link.touch()
 
     def by_long_header(self, data: bytes, address: tuple, port: Port) -> ServerLink | None:
-        """The connection that a datagram with a long header belongs to or begins."""
-        if len(data) < 7:
+        """The connection that a datagram with a long header belongs to or begins; else it may be answered."""
+        packet = self.lib.quic.packet
+        try:
+            header = packet.pull_quic_header(self.lib.buffer.Buffer(data=data), host_cid_length=8)
+        except ValueError:
             return None
-        cid = data[6 : 6 + data[5]]
-        if link := self.links.get(cid):
-            return link
+        cid, versions = header.destination_cid, self.configuration.supported_versions
+        if cid in self.links:
+            return self.links[cid]
         if len(data) < 1_200 or self.closing or not 8 <= len(cid) <= 20:  # RFC 9000, 14.1 and 7.2
             return None
-        version = int.from_bytes(data[1:5], "big")
-        if version in self.configuration.supported_versions:
-            return self.admit(data, address, port) if data[0] & 0x30 == 0 else None  # 0: an Initial
-        if version:  # 0 is an answer of this kind itself: two servers could be made to send them for ever
-            self.name_versions(data, cid, address, port)
+        if header.version in versions:
+            return self.admit(header, address, port) if header.packet_type is packet.QuicPacketType.INITIAL else None
+        if header.version:  # 0 is an answer of this kind itself: two servers could be made to send them for ever
+            answer = packet.encode_quic_version_negotiation(
+                source_cid=cid, destination_cid=header.source_cid, supported_versions=versions
+            )
+            port.send(answer, address)
         return None
 
-    def name_versions(self, data: bytes, cid: bytes, address: tuple, port: Port) -> None:
-        """Say which versions are spoken here."""
-        start = 7 + len(cid)
-        source = data[start : start + data[start - 1]]
-        answer = self.lib.packet.encode_quic_version_negotiation(
-            source_cid=cid, destination_cid=source, supported_versions=self.configuration.supported_versions
-        )
-        port.send(answer, address)
-
-    def admit(self, data: bytes, address: tuple, port: Port) -> ServerLink | None:
-        """A new connection, if the gate lets it in; what the gate has to say instead is sent."""
-        try:
-            header = self.lib.packet.pull_quic_header(self.lib.buffer.Buffer(data=data), host_cid_length=8)
-            original, answer = self.gate.knock(header, address)
-        except ValueError:  # no header; a token that is not ours, not this address's, or too old
+    def admit(self, header: Any, address: tuple, port: Port) -> ServerLink | None:
+        """A new connection, if there is room; under pressure its client has to prove its address first."""
+        first, now, network = header.destination_cid, asyncio.get_running_loop().time(), network_of(address[0])
+        if not self.guard.has_room(network):
             return None
-        if answer:
-            port.send(answer, address)
-        return self.new_link(original, header, address, port) if original else None
-
-    def new_link(self, original: bytes, header: Any, address: tuple, port: Port) -> ServerLink:
-        """Begin a connection."""
-        link: ServerLink
-        quic = self.lib.connection.QuicConnection(
+        if header.token:
+            try:
+                first = self.proofs.validate_token(
+                    address=address, destination_cid=header.destination_cid, token=header.token, now=now
+                )
+            except ValueError:  # not ours, not this address's, or too old
+                return None
+        elif self.guard.pressed(now):
+            port.send(self.ask_again(header, address, now), address)
+            return None
+        link = ServerLink(self, network)
+        quic = self.lib.quic.connection.QuicConnection(
             configuration=self.configuration,
-            original_destination_connection_id=original,
+            original_destination_connection_id=first,
             retry_source_connection_id=header.destination_cid if header.token else None,
             session_ticket_fetcher=self.tickets.pop,
-            session_ticket_handler=lambda ticket: link.keep_ticket(ticket),
+            session_ticket_handler=lambda ticket: setattr(link, "ticket", ticket),
         )
         quic._local_max_streams_bidi.value = quic._local_max_streams_bidi.sent = self.limits.streams_before
         quic._local_max_streams_uni.value = quic._local_max_streams_uni.sent = 0
-        link = ServerLink(self, quic, port, address)
-        link.cids = {header.destination_cid, quic.host_cid}
-        self.links |= dict.fromkeys(link.cids, link)
-        self.gate.enter(link)
+        link.begin(quic, port, address)
+        self.links |= dict.fromkeys((header.destination_cid, quic.host_cid), link)
+        self.guard.links.add(link)
         return link
+
+    def ask_again(self, header: Any, address: tuple, now: float) -> bytes:
+        """A Retry: only who really is at this address can go on, and we keep nothing till then."""
+        ours, first = os.urandom(8), header.destination_cid
+        token = self.proofs.create_token(
+            address=address, original_destination_connection_id=first, retry_source_connection_id=ours, now=now
+        )
+        more = {"destination_cid": header.source_cid, "original_destination_cid": first, "retry_token": token}
+        return self.lib.quic.packet.encode_quic_retry(version=header.version, source_cid=ours, **more)
 
     def gone(self, link: ServerLink) -> None:
         """A connection is over."""
-        for cid in link.cids:
-            self.links.pop(cid, None)
-        self.gate.leave(link)
+        self.guard.links.discard(link)
+        for cid in [cid for cid, one in self.links.items() if one is link]:
+            del self.links[cid]
 
     # Requests
-
-    def accepts(self, link: ServerLink, number: int) -> bool:
-        """Whether a stream is a new request."""
-        return not self.closing and number % 4 == 0 and number in link.quic._streams
-
-    def begin(self, stream: Stream) -> None:
-        """Start the handler once the first frame is whole; till then its time is limited."""
-        stream.begun = bool(stream.frames or stream.ended or stream.problem)
-        if stream.frames:
-            stream.request = stream.frames.popleft()
-            stream.decoder.limit = SMALL_FRAME  # what follows are answers to questions
-        elif stream.begun and not stream.problem:
-            stream.problem = WireError("bad_request", "the stream ended before a frame")
-        loop = asyncio.get_running_loop()
-        if stream.begun:
-            self._tasks.add(task := loop.create_task(self.serve(stream)))
-            task.add_done_callback(self._tasks.discard)
-        elif not stream.late:
-            stream.late = loop.call_later(self.limits.frame, self.late, stream)
 
     async def serve(self, stream: Stream) -> None:
         """One request, from its first frame to the last of the answer."""
         try:
-            await self.authenticated(stream)
+            await self.let_in(stream)
             await self.handler(stream)
             stream.finish()
-            await stream.room(SMALL_FRAME)
+            await stream.room(SMALL_FRAME)  # what no reader has taken is not to pile up behind finished handlers
         except WireError as error:
-            stream.refuse(error)
-        except GatewayError as error:
-            log.debug("stream %d of %s: %s", stream.number, stream.peer[0], error)
-            stream.reset(Code.INTERNAL)
+            stream.finish(error)
         except asyncio.CancelledError:
             stream.reset(Code.CANCELLED)
             raise
-        except Exception:  # a bug in the handler ends its stream, others live on
-            log.exception("the handler of %r failed", stream.request.get("type"))
+        except Exception as error:  # a bug in the handler ends its stream, others live on
+            if not isinstance(error, GatewayError):
+                log.exception("the handler of %r failed", stream.request.get("type"))
             stream.reset(Code.INTERNAL)
         finally:
+            self.tasks.discard(asyncio.current_task())
             stream.link.forget(stream)
 
-    def late(self, stream: Stream) -> None:
-        """The first frame of a stream takes too long."""
-        stream.problem = WireError("too_slow", f"no whole frame in {self.limits.frame:g} s")
-        self.begin(stream)
-
-    async def authenticated(self, stream: Stream) -> None:
-        """Let the request pass if it is one and comes from a device; else WireError, later and later."""
+    async def let_in(self, stream: Stream) -> None:
+        """Wait for the request; if it is none, or from no device, then WireError, later and later."""
         link = stream.link
         try:
-            if stream.problem or link.problem:
-                raise stream.problem or link.problem
+            stream.request = stream.frames.popleft() if stream.frames else await self.first_frame(stream)
+            if stream.deaf:
+                raise stream.deaf
             check_frame(stream.request)
             stream.device = self.authenticate(stream.request, stream.peer)
             if stream.device is None:
                 raise WireError("unauthorized", "this token is not known here")
-            link.welcome(stream.device)
         except WireError as error:
-            if not link.known or error.word == "unauthorized":
-                await asyncio.sleep(self.slowdown.failed(link.network))
+            if not link.devices or error.word == "unauthorized":
+                await asyncio.sleep(self.guard.wrong(link.network))
                 link.failures += 1
                 if link.failures >= self.limits.failures:
-                    stream.refuse(error)
+                    stream.finish(error)
                     link.close(Code.UNAUTHORIZED, "too many failures")
             raise
+        link.welcome(stream.device)
+        stream.decoder.limit = SMALL_FRAME  # what follows are answers to questions
+
+    async def first_frame(self, stream: Stream) -> dict[str, Any]:
+        """The request, if it comes whole and in time."""
+        try:
+            return await asyncio.wait_for(stream.receive(), self.limits.frame) or {}
+        except TimeoutError:
+            raise WireError("too_slow", f"no whole frame in {self.limits.frame:g} s") from None
 
 
 # The client
 
 
 class ClientLink(Link):
-    """A connection to one address of the server."""
+    """A connection to the server, by the first of its addresses that answers."""
 
-    def __init__(self, client: QuicClient, quic: QuicConnection, port: Port, address: tuple):
-        super().__init__(quic, port, address)
+    def __init__(self, client: QuicClient):
+        super().__init__()
         self.client = client
-        self.ready = self.loop.create_future()  # True: the pinned server is there; False: see problem
-        self.unsure: list[tuple[Stream, bytes, bool]] | None = []  # written before that: it may have to go another way
-        self.tickets: list[SessionTicket] = []
-        self.pings: dict[int, asyncio.Future] = {}
+        # What was written before the server was there: it has to go to the next address too.
+        self.unsure: list[tuple[int, bytes, bool]] | None = []
+        self.answer: asyncio.Future[GatewayError | None] = self.loop.create_future()  # why there is none
+        self.pings: dict[int, asyncio.Event] = {}
+        self._numbers = itertools.count(0, 4)  # of the streams that a client opens
+
+    def begin(self, quic: QuicConnection, port: Port, address: tuple) -> None:
+        super().begin(quic, port, address)
+        self.answer = self.loop.create_future()
+        quic.connect(address, now=self.loop.time())
+        for number, data, finish in self.unsure or ():
+            quic.send_stream_data(number, data, finish)
+        self.touch()
 
     def receive(self, data: bytes, address: tuple) -> None:
-        spaces = self.quic._loss.spaces if self.quic else None
+        quic = self.quic
+        spaces = quic._loss.spaces if quic else None
         super().receive(data, address)
-        if self.quic and self.quic._loss.spaces is not spaces:
+        if quic and self.quic is quic and quic._loss.spaces is not spaces:
             # A Retry: aioquic begins anew and forgets what it sent as early data.
             for space in spaces:
                 self.send_again(space, list(space.sent_packets.values()))
 
-    def take(self, batch: list[tuple[bytes, tuple]]) -> None:
+    def take(self, batch: list[tuple[bytes, tuple]], port: Port) -> None:
         """What the socket had."""
         for data, address in batch:
             self.receive(data, address)
@@ -7725,89 +7507,71 @@ class ClientLink(Link):
         now = self.loop.time()
         self.quic._loss._on_packets_lost(packets=packets, space=space, now=now, congestion_event=False)
 
-    def on_handshake(self, event: Any) -> None:
+    def on_HandshakeCompleted(self, event: Any) -> None:
         """The server is there: is it the right one? Nothing but early data has gone out to it yet.
 
         Early data can be read only by who knows the ticket's secret: the server that was checked here when it gave
         us the ticket. Who does not know it cannot resume the session either, so it must show its certificate.
         """
-        super().on_handshake(event)
+        super().on_HandshakeCompleted(event)
+        self.unsure = None
         if not event.session_resumed:
             self.client.fingerprint = seen = fingerprint(self.quic.tls._peer_certificate)
             if self.client.pinned not in ("", seen):
-                return self.refuse(seen)
+                said = f"the server has another certificate than the pinned one: {seen}"
+                hint = "if it was made anew on purpose, take a new invite; if not, somebody may be listening in"
+                return self.close(Code.CANCELLED, "wrong certificate", WrongServer(said, hint, seen))
         if not event.early_data_accepted:
             space = self.quic._loss.spaces[-1]
-            early = self.client.lib.packet.QuicPacketType.ZERO_RTT
+            early = self.client.lib.quic.packet.QuicPacketType.ZERO_RTT
             self.send_again(space, [packet for packet in space.sent_packets.values() if packet.packet_type is early])
-        self.client.early_accepted, self.unsure = event.early_data_accepted, None
+        self.client.early_accepted = event.early_data_accepted
         hear_refusals(self.port.sock, False)
-        self.ready.set_result(True)
+        self.answer.set_result(None)
 
-    def refuse(self, seen: str) -> None:
-        """Somebody else answered: go, and send nothing."""
-        problem = WrongServer(
-            f"the server has another certificate than the pinned one: {seen}",
-            "if it was made anew on purpose, take a new invite; if not, somebody may be listening in",
-            seen,
-        )
-        self.leave(Code.WRONG_SERVER, "wrong certificate", problem)
+    def on_ticket(self, ticket: SessionTicket) -> None:
+        """A ticket, if it is the right server's."""
+        if self.handshaken and self.quic:
+            self.client.on_ticket(ticket)
 
-    def take_events(self) -> None:
-        super().take_events()
-        if self.handshaken and self.quic:  # only then it is known from whom they came
-            while self.tickets:
-                self.client.on_ticket(self.tickets.pop())
+    def open(self) -> Stream:
+        """A new stream."""
+        stream = Stream(self, next(self._numbers))
+        self.streams[stream.number] = stream
+        return stream
 
-    def write(self, stream: Stream, data: bytes, finish: bool = False) -> None:
-        super().write(stream, data, finish)
+    def write(self, number: int, data: bytes, finish: bool) -> None:
         if self.unsure is not None:
-            self.unsure.append((stream, data, finish))
+            self.unsure.append((number, data, finish))
+        if self.quic:
+            super().write(number, data, finish)
 
-    def on_data(self, event: Any) -> None:
-        super().on_data(event)
-        if event.end_stream and (stream := self.streams.pop(event.stream_id, None)):
+    def settle(self, stream: Stream) -> None:
+        """Forget a stream that the server has ended."""
+        if stream.ended:
+            del self.streams[stream.number]
             stream.finish()
 
-    def on_reset(self, event: Any) -> None:
-        super().on_reset(event)
-        if stream := self.streams.pop(event.stream_id, None):
-            stream.finish()
-
-    def on_ping(self, event: Any) -> None:
-        if (waiter := self.pings.pop(event.uid, None)) and not waiter.done():
-            waiter.set_result(None)
+    def on_PingAcknowledged(self, event: Any) -> None:
+        if pong := self.pings.pop(event.uid, None):
+            pong.set()
 
     def failed(self, error: OSError) -> None:
         """The kernel says that nothing gets through; later than at first that may pass."""
-        if not self.ready.done():
-            refused = isinstance(error, ConnectionRefusedError)
-            said = "nobody listens there" if refused else error.strerror
+        if self.unsure is not None:
+            said = "nobody listens there" if isinstance(error, ConnectionRefusedError) else error.strerror
             self.end(GatewayError(f"cannot reach {self.client.place}: {said}", "is openpista running there?"))
 
     def end(self, problem: GatewayError) -> None:
-        if not self.ready.done():
-            self.streams = {}  # the race tells them, or moves them to another address
-        super().end(problem)
+        if self.unsure is None:
+            super().end(problem)
+        else:
+            self.let_go()  # there may be another address
         self.port.close()
-        if not self.ready.done():
-            self.ready.set_result(False)
-        for waiter in self.pings.values():
-            if not waiter.done():
-                waiter.set_exception(problem)
-
-    def moved_to(self, winner: ClientLink) -> None:
-        """What was said here is said there: nobody may have heard it. If both do, the request's id shows it."""
-        for stream, data, finish in self.unsure or ():
-            if stream.link is self:
-                winner.adopt(stream)
-            winner.write(stream, data, finish)
-        self.streams, self.unsure = {}, None
-
-    def adopt(self, stream: Stream) -> None:
-        """Make this stream one of this connection."""
-        stream.link, stream.number = self, self.quic.get_next_available_stream_id()
-        self.streams[stream.number] = stream
+        for pong in self.pings.values():
+            pong.set()
+        if not self.answer.done():
+            self.answer.set_result(problem)
 
 
 class QuicClient:
@@ -7851,9 +7615,10 @@ class QuicClient:
     async def __aenter__(self) -> QuicClient:
         """Connected; or, with a ticket, ready to send early data: the connection is then made by the way."""
         rest = collections.deque(await self._resolve())
-        self.link = await self._open_next(rest)
-        self._race = asyncio.create_task(self._find([self.link], rest))
-        self._tasks = [self._race, asyncio.create_task(self._stay_alive())]
+        link = ClientLink(self)
+        await self._open_next(link, rest)
+        self.link = link
+        self._tasks = [asyncio.create_task(self._connect(rest)), asyncio.create_task(self._stay_alive())]
         try:
             if not self.early:
                 await self.connected()
@@ -7870,12 +7635,14 @@ class QuicClient:
 
     def close(self, code: int = Code.DONE, reason: str = "") -> None:
         """Say goodbye, and do not wait for an answer."""
-        if self.link:
+        if self.link and self.link.problem is None:
+            self.link.unsure = None
             self.link.close(code, reason)
+            self.link.end(GatewayError("the connection was closed here"))  # if it was between two addresses
 
     async def connected(self) -> None:
         """Wait for the handshake; GatewayError if it fails, WrongServer if somebody else is there."""
-        await asyncio.wait([self._race])
+        await asyncio.wait(self._tasks[:1])
         if self.link.problem:
             raise self.link.problem
 
@@ -7886,25 +7653,24 @@ class QuicClient:
         if self.link.problem:
             raise self.link.problem
         data = encode_frame(frame)
-        self.link.adopt(stream := Stream(self.link, -1, FRAME_LIMIT, sys.maxsize))
+        stream = self.link.open()
         stream.write(data, last)
         return stream
 
     async def ping(self, time_limit: float = PING_TIME) -> float:
         """The round trip in seconds, QUIC's own; when there is no answer in time the connection is over."""
-        link, started = self.link, asyncio.get_running_loop().time()
-        if link.problem:
-            raise link.problem
-        waiter = link.pings[id(link)] = link.loop.create_future()
-        link.quic.send_ping(id(link))
+        await self.connected()
+        link, pong, started = self.link, asyncio.Event(), time.monotonic()
+        link.pings[id(pong)] = pong
+        link.quic.send_ping(id(pong))
         link.touch()
         try:
-            async with asyncio.timeout(time_limit):
-                await waiter
+            await asyncio.wait_for(pong.wait(), time_limit)
         except TimeoutError:
             link.end(GatewayError(f"{self.place} does not answer any more"))
-            raise link.problem from None
-        return link.loop.time() - started
+        if link.problem:
+            raise link.problem
+        return time.monotonic() - started
 
     async def rebind(self) -> None:
         """Go on from another UDP socket, as when the network has changed."""
@@ -7916,9 +7682,8 @@ class QuicClient:
 
     async def _stay_alive(self) -> None:
         """Ping, so that routers keep the way open and a dead server is noticed."""
-        await asyncio.wait([self._race])
         with contextlib.suppress(GatewayError):
-            while self.link.problem is None:
+            while True:
                 await asyncio.sleep(self.keep_alive)
                 await self.ping()
 
@@ -7926,97 +7691,51 @@ class QuicClient:
 
     async def _resolve(self) -> list[tuple[int, tuple]]:
         """Family and address of each place where the server may be, in the system's order."""
-        loop = asyncio.get_running_loop()
         try:
-            infos = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)
+            infos = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)
         except socket.gaierror as error:
             raise GatewayError(f"{self.host!r} has no address: {error.strerror}", "check the name") from None
         return [(info[0], info[4]) for info in infos]
 
-    async def _open_next(self, rest: collections.deque[tuple[int, tuple]]) -> ClientLink:
-        """Begin a connection to the next address for which this machine has a socket."""
+    async def _connect(self, rest: collections.deque[tuple[int, tuple]]) -> None:
+        """Go from address to address till one answers; what was written goes with us."""
+        link, limit = self.link, min(self.time_limit, NEXT_ADDRESS) if rest else self.time_limit
         while True:
+            await asyncio.wait([link.answer], timeout=limit)
+            if link.handshaken or link.problem:
+                return
+            if not link.answer.done():
+                hint = "is openpista running there? a firewall on the way may block UDP"
+                link.end(GatewayError(f"no answer from {self.place} in {limit:g} s", hint))
+            try:
+                await self._open_next(link, rest)
+            except GatewayError as error:
+                link.unsure = None
+                return link.end(error)
+
+    async def _open_next(self, link: ClientLink, rest: collections.deque[tuple[int, tuple]]) -> None:
+        """Begin at the next address for which this machine has a socket; GatewayError if there is no more."""
+        problem = link.answer.result() if link.answer.done() else GatewayError(f"{self.host!r} has no address")
+        while rest:
             family, address = rest.popleft()
             try:
-                return await self._open(udp_socket(family), address)
+                return await self._open(link, udp_socket(family), address)
             except OSError as error:
-                if not rest:
-                    raise GatewayError(f"cannot reach {self.place}: {error.strerror}") from None
+                problem = GatewayError(f"cannot reach {self.place}: {error.strerror}")
+        raise problem
 
-    async def _open(self, sock: socket.socket, address: tuple) -> ClientLink:
-        """Begin a connection; nothing is sent before this loop turn ends, so a request can join the first datagram."""
-        link: ClientLink
-        first = self.link is None  # a ticket is good for one connection
-        quic = self.lib.connection.QuicConnection(
-            configuration=self._configuration(self.ticket if first and self.pinned else None),
-            session_ticket_handler=lambda ticket: link.tickets.append(ticket),
+    async def _open(self, link: ClientLink, sock: socket.socket, address: tuple) -> None:
+        """Begin at an address. The pin is checked after the handshake, and no other authority is asked."""
+        ticket, self.ticket = self.ticket if self.pinned else None, None  # good for one connection
+        # aioquic uses a ticket only under the server's name that it was given for. We name it by 128 bits of the pin
+        # (as an IPv6 address, since those are never sent): a ticket is of no use for another pin.
+        name = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(self.pinned)[:16]) if self.pinned else "::"
+        quic = self.lib.quic.connection.QuicConnection(
+            configuration=configured(server_name=name, session_ticket=ticket, verify_mode=0),  # ssl.CERT_NONE
+            session_ticket_handler=lambda ticket: link.loop.call_soon(link.on_ticket, ticket),  # after the pin's check
         )
-        for limit in (quic._local_max_streams_bidi, quic._local_max_streams_uni):
-            limit.value = limit.sent = 0
         hear_refusals(sock, True)
-        port = await Port.open(sock, lambda batch, port: link.take(batch), lambda error: link.failed(error))
-        link = ClientLink(self, quic, port, address)
-        quic.connect(address, now=link.loop.time())
-        link.touch()
-        return link
-
-    def _configuration(self, ticket: SessionTicket | None) -> QuicConfiguration:
-        """The pin is checked by ClientLink.on_handshake, and no other authority is asked."""
-        return self.lib.configuration.QuicConfiguration(
-            alpn_protocols=[ALPN],
-            congestion_control_algorithm="cubic",
-            max_datagram_size=DATAGRAM,
-            server_name=pin_name(self.pinned) if self.pinned else "::",
-            session_ticket=ticket,
-            supported_versions=[self.lib.packet.QuicProtocolVersion.VERSION_1],
-            verify_mode=0,  # ssl.CERT_NONE
-        )
-
-    async def _find(self, links: list[ClientLink], rest: collections.deque[tuple[int, tuple]]) -> None:
-        """Try one address after the other, each with a head start; the first that answers is the connection."""
-        problem = None
-        try:
-            async with asyncio.timeout(self.time_limit):
-                while rest or any(not link.ready.done() for link in links):
-                    going = [link.ready for link in links if not link.ready.done()]
-                    if going:
-                        await asyncio.wait(going, timeout=HEAD_START if rest else None, return_when="FIRST_COMPLETED")
-                    if any(link.handshaken or isinstance(link.problem, WrongServer) for link in links):
-                        break
-                    if rest:
-                        links.append(await self._open_next(rest))
-        except TimeoutError:
-            hint = "is openpista running there? a firewall on the way may block UDP"
-            problem = GatewayError(f"no answer from {self.place} in {self.time_limit:g} s", hint)
-        except GatewayError as error:
-            problem = error
-        except asyncio.CancelledError:
-            for link in links:
-                link.leave(Code.DONE, "not needed")
-            raise
-        self._choose(links, problem)
-
-    def _choose(self, links: list[ClientLink], problem: GatewayError | None) -> None:
-        """Stay with the connection that stands, if there is one; tell the requests if there is none."""
-        winner = next((link for link in links if link.quic and link.handshaken), None)
-        if winner is None:
-            self.link = next((link for link in links if isinstance(link.problem, WrongServer)), links[-1])
-            problem = self.link.problem or problem
-        for link in links:
-            if link is not winner:
-                if winner:
-                    link.moved_to(winner)
-                for stream, _, _ in link.unsure or ():
-                    stream.lost(problem)
-                link.close(Code.DONE, "not needed", problem)
-        self.link = winner or self.link
-
-
-def hear_refusals(sock: socket.socket, on: bool) -> None:
-    """Have the kernel say when nobody listens at a port, where it can: on Linux (IP_RECVERR, IPV6_RECVERR)."""
-    if sys.platform == "linux":
-        option = (socket.IPPROTO_IP, 11) if sock.family == socket.AF_INET else (socket.IPPROTO_IPV6, 25)
-        sock.setsockopt(*option, on)
+        link.begin(quic, await Port.open(sock, link.take, link.failed), address)
 
 
 # ===== 19. Terminal ===========================================================

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import openpista
-from openpista import Message, Role, Store, StoreError, ToolCall, ToolResult, Usage, iso
+from openpista import Message, Role, Store, StoreError, ToolCall, ToolResult, Usage
 
 ROOT = Path(openpista.__file__).parent
 
