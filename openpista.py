@@ -8730,7 +8730,7 @@ class Editor(Line):
     """An input of several lines with history, search, completion, undo; asks nothing and paints nothing itself."""
 
     LIMIT, HISTORY_KEPT = 4 << 20, 1_000
-    ANSWERS = by_key({"interrupt": "ctrl-c", "clear-screen": "ctrl-l", "suspend": "ctrl-z"})
+    DECISIONS = by_key({"interrupt": "ctrl-c", "clear-screen": "ctrl-l", "suspend": "ctrl-z"})
 
     def __init__(self, history: Sequence[str] = (), complete: Callable[[str], list[str]] = lambda text: []):
         self.history, self._complete = list(history)[-self.HISTORY_KEPT :], complete
@@ -8760,8 +8760,8 @@ class Editor(Line):
         if self._search and self._press_search(key):
             return ""
         menu, self._menu = self._menu, None
-        if key.name in self.ANSWERS or (key.name == "ctrl-d" and self.is_empty):
-            return self.ANSWERS.get(key.name, "leave")
+        if key.name in self.DECISIONS or (key.name == "ctrl-d" and self.is_empty):
+            return self.DECISIONS.get(key.name, "leave")
         breaks = self.text.endswith("\\", 0, self.at) and self.at == line_end(self.text, self.at)
         if key.name == "enter" and not breaks:
             return "submit" if self.text.strip() else ""
@@ -10363,7 +10363,7 @@ class LineReader:
             loop.remove_reader(self.handle)
 
 
-ANSWERS = {  # a key -> what it says to a risky call; the Korean letters lie on the same keys
+DECISIONS = {  # a key -> what it says to a risky call; the Korean letters lie on the same keys
     "y": Decision.ONCE,
     "ㅛ": Decision.ONCE,
     "a": Decision.ALWAYS,
@@ -10682,7 +10682,7 @@ class ScreenChat(Chat):
         return key.name in ("text", "escape") and self.clock() - since >= self.SETTLE
 
     def _decide(self, key: KeyPress) -> None:
-        decision = Decision.DENY if key.name == "escape" else ANSWERS.get(key.text.lower())
+        decision = Decision.DENY if key.name == "escape" else DECISIONS.get(key.text.lower())
         if decision and not self.question.answer.done():
             self.question.answer.set_result(decision)
 
