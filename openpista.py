@@ -6991,7 +6991,7 @@ def contained(step: Callable[..., None]) -> Callable[..., None]:
         try:
             if link.quic:
                 step(link, *args)
-        except Exception:
+        except Exception:  # the bytes came from anybody; others live on
             log.exception("a connection with %s failed", link.peer[0])
             link.end(GatewayError("an error in this connection"))
 
