@@ -2794,9 +2794,10 @@ class HttpProvider:
         self._client: httpx.AsyncClient | None = None
 
     async def aclose(self) -> None:
-        """Close the connections."""
-        if self._client:
-            await self._client.aclose()
+        """Close the connections; another request would open new ones."""
+        client, self._client = self._client, None
+        if client:
+            await client.aclose()
 
     def warm(self) -> None:
         """Load what the first request needs, which takes 0.2 s; for a thread, while a person types."""
@@ -3016,6 +3017,7 @@ class Models:
 
     def __init__(self, providers: Sequence[Provider]):
         self.providers = list(providers)
+        self._asking, self._retired = 0, False
 
     @property
     def name(self) -> str:
@@ -3027,18 +3029,23 @@ class Models:
         """Tokens of the window of the one that is asked first."""
         return self.providers[0].window if self.providers else DEFAULT_WINDOW
 
-    async def use(self, providers: Sequence[Provider]) -> None:
-        """From now on ask these; those that were asked before are closed."""
-        former, self.providers = Models(self.providers), list(providers)
-        await former.aclose()
-
-    async def aclose(self) -> None:
-        """Close them all."""
-        for provider in self.providers:
+    async def retire(self) -> None:
+        """Close them all, as soon as nobody asks: a turn that has begun with them ends with them."""
+        self._retired = True
+        for provider in self.providers if not self._asking else ():
             await provider.aclose()
 
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The first answer. One that fails goes to the end of the line; if all fail, the first one's error."""
+        self._asking += 1
+        try:
+            return await self._complete(request, tell)
+        finally:
+            self._asking -= 1
+            if self._retired:
+                await self.retire()
+
+    async def _complete(self, request: Request, tell: Tell) -> Completion:
         if not self.providers:
             raise no_model()
         failed: list[PistaError] = []
@@ -5203,10 +5210,15 @@ class Record(NamedTuple):
 
 
 class Agent:
-    """Answers for one model, one toolbox and one database; `turn` and `resume` are all there is to call."""
+    """Answers for one toolbox and one database; `turn` and `resume` are all there is to call.
 
-    def __init__(self, models: Models, toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str):
-        self.models, self.toolbox, self.store = models, toolbox, store
+    `pick` gives the models for what a session has as its model.
+    """
+
+    def __init__(
+        self, pick: Callable[[str], Models], toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str
+    ):
+        self.pick, self.toolbox, self.store = pick, toolbox, store
         self.settings, self.system = settings, system
         self.bytes_per_token = 3.2  # a careful guess until a provider reports its count
 
@@ -5275,7 +5287,8 @@ class Turn:
     def __init__(self, agent: Agent, session: Session, gate: Gate, tell: Tell, record: Record):
         self.agent, self.store, self.session, self.gate, self.tell = agent, agent.store, session, gate, tell
         self.record = record
-        self.usage, self.model = Usage(), agent.models.name
+        self.models = agent.pick(session.model)
+        self.usage, self.model = Usage(), self.models.name
         self.done: list[tuple[ToolCall, ToolResult]] = []
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
         self._seen: dict[str, int] = {}  # call and result -> how often
@@ -5384,7 +5397,7 @@ class Turn:
     async def _spend(self, request: Request, tell: Tell) -> Completion:
         """What the model says, and what that costs noted."""
         started = time.monotonic()
-        answer = await self.agent.models.complete(request, tell)
+        answer = await self.models.complete(request, tell)
         log.debug("%s answered after %.2f s: %s", answer.model, time.monotonic() - started, answer.usage)
         self.usage = self.usage.plus(answer.usage)
         with contextlib.suppress(StoreError):  # not worth an answer: what fails here fails again where it counts
@@ -5443,7 +5456,7 @@ class Turn:
         return len(self.agent.system.encode()) + len(to_json(self.agent.toolbox.specs))
 
     def _window(self) -> int:
-        return self.agent.settings.context_tokens or self.agent.models.window
+        return self.agent.settings.context_tokens or self.models.window
 
     def _budget(self) -> int:
         """Bytes of messages that fit, with room left for the answer."""
@@ -9594,30 +9607,56 @@ class Context(NamedTuple):
         return user_path(url) if url else self.home / "memory.db"
 
 
+class Pool:
+    """The models of the sessions, by what a session has as its model; opened when first asked for, and kept."""
+
+    def __init__(self, ctx: Context, endpoints: Sequence[Endpoint] = ()):
+        self.ctx, self.endpoints = ctx, endpoints  # if there are endpoints, they answer every session
+        self._models: dict[str, Models] = {}
+
+    def pick(self, name: str) -> Models:
+        """Those for provider/model, or for a provider; '' is the configured one. CredentialError, ConfigError."""
+        if name not in self._models:
+            endpoints = self.endpoints or chosen_endpoints(self.ctx, name)
+            self._models[name] = Models(open_providers(self.ctx, endpoints))
+        return self._models[name]
+
+    async def renew(self, ctx: Context | None = None) -> None:
+        """Open all anew when they are next asked for, since keys or settings have changed; also the end of all."""
+        self.ctx = ctx or self.ctx
+        former, self._models = self._models, {}
+        for models in former.values():
+            await models.retire()
+
+
 class App(NamedTuple):
     """The objects of a running openpista."""
 
     store: Store
-    models: Models
+    models: Pool
     agent: Agent
 
 
 @contextlib.asynccontextmanager
-async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[App]:
+async def open_app(ctx: Context, endpoints: Sequence[Endpoint] = ()) -> AsyncIterator[App]:
     """Everything a turn needs, opened in order and closed in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         make_home(ctx.home)
-        skills, problems = load_skills(ctx.workspace)
-        for problem in problems:
-            log.info("%s", problem)
         store = stack.enter_context(Store(ctx.database))
-        settings = ctx.config.agent
-        models = Models(open_providers(ctx, endpoints))
-        stack.push_async_callback(models.aclose)
-        bench = Bench(ctx.config.tools, ctx.environ, ctx.home, ctx.redact, tuple(skills))
-        where = describe_machine(bench.folder(), ctx.environ)
-        system = build_prompt(settings.prompt, skills, where, f"{datetime.now():%Y-%m-%d}")
-        yield App(store, models, Agent(models, Toolbox(bench), store, settings=settings, system=system))
+        models = Pool(ctx, endpoints)
+        stack.push_async_callback(models.renew)
+        toolbox, system = furnish(ctx)
+        yield App(store, models, Agent(models.pick, toolbox, store, settings=ctx.config.agent, system=system))
+
+
+def furnish(ctx: Context) -> tuple[Toolbox, str]:
+    """The tools, and the system prompt as it is today."""
+    skills, problems = load_skills(ctx.workspace)
+    for problem in problems:
+        log.info("%s", problem)
+    bench = Bench(ctx.config.tools, ctx.environ, ctx.home, ctx.redact, tuple(skills))
+    where = describe_machine(bench.folder(), ctx.environ)
+    return Toolbox(bench), build_prompt(ctx.config.agent.prompt, skills, where, f"{datetime.now():%Y-%m-%d}")
 
 
 def open_providers(ctx: Context, endpoints: Iterable[Endpoint]) -> list[Provider]:
@@ -10094,29 +10133,32 @@ class Local:
 
     def __init__(self, ctx: Context, app: App):
         self.ctx, self.app, self.chosen = ctx, app, ""
+        self.models = Models([])  # who answers next; nobody while a key is missing
         self._always: dict[str, set[str]] = {}  # session -> calls that need no more asking
 
     @property
     def model(self) -> str:
         """Who answers next, as provider/model."""
-        return self.app.models.name
+        return self.models.name
 
     @property
     def provider(self) -> str:
         """Whose models are offered; OpenCode Zen's, whose list is public, while there is none."""
-        return self.model.partition("/")[0] if self.app.models.providers else "opencode"
+        return self.model.partition("/")[0] if self.models.providers else "opencode"
 
     def warm(self) -> None:
         """Load what the first turn needs; what is wrong will be said there."""
-        for provider in self.app.models.providers[:1]:
+        for provider in self.models.providers[:1]:
             with contextlib.suppress(PistaError):
                 provider.warm()
 
     async def use(self, chosen: str) -> None:
         """Ask this provider/model from now on; '' is the configured one. An error leaves the old one."""
-        endpoints = chosen_endpoints(self.ctx, chosen)
-        await self.app.models.use(open_providers(self.ctx, endpoints))
-        self.chosen = chosen
+        self.models, self.chosen = self.app.models.pick(chosen), chosen
+
+    async def renew(self) -> None:
+        """Take note of keys that have changed."""
+        await self.app.models.renew()
 
     async def resume(self, name: str) -> None:
         """Ask the model that the session was given. StoreError if there is no such session."""
@@ -10124,14 +10166,18 @@ class Local:
 
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words."""
-        if not self.app.models.providers:
-            await self.use(self.chosen)  # or says what is missing
-        session = self.app.store.session(name)
-        if session.model != self.chosen:
-            self.app.store.set_model(session, self.chosen)
+        session = await self.settle(name)
         mode = "never" if self.ctx.args.yes else self.ctx.config.tools.approval
         gate = Gate(mode, approve, self._always.setdefault(name, set()))
         return await self.app.agent.turn(session, text, gate, tell)
+
+    async def settle(self, name: str) -> Session:
+        """The session, with the model that was chosen for it."""
+        await self.use(self.chosen)  # or says what is missing
+        session = self.app.store.session(name)
+        if session.model != self.chosen:
+            self.app.store.set_model(session, self.chosen)
+        return session._replace(model=self.chosen)
 
     def sessions(self) -> list[SessionInfo]:
         """The sessions, the last used first."""
@@ -10285,7 +10331,7 @@ class Chat:
     def greet(self, new: str) -> None:
         """Say who answers."""
         self.say(f"openpista {__version__} · {self.desk.model} · {new}session {self.session}", "dim")
-        if not self.desk.app.models.providers:
+        if not self.desk.models.providers:
             self.say("/login signs in to a provider", "ask")
 
     def show_past(self) -> None:
@@ -10344,6 +10390,7 @@ class Chat:
     async def _login(self, rest: str) -> None:
         provider = await self.log_in()
         if provider:
+            await self.desk.renew()
             await self._use_provider(provider)
 
     async def _use_provider(self, provider: str) -> None:
@@ -11083,7 +11130,7 @@ def cmd_tui(ctx: Context) -> int:
 async def chat(ctx: Context) -> int:
     """A chat on the terminal if that can do it, else in plain lines; its exit code."""
     given = ctx.args.session is not None
-    async with open_app(ctx, ()) as app:
+    async with open_app(ctx) as app:
         desk = Local(ctx, app)
         if usable(0, sys.stdout, ctx.environ):
             tty = Tty(0, sys.stdout, ctx.environ)
