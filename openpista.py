@@ -37,7 +37,8 @@ Map. Each section uses only those above it, so read on from any point.
     22. App           the one place where the objects meet
     23. Login         signing in to a provider, browsing its models
     24. Chat          the conversation at a terminal
-    25. Commands      the command line
+    25. Scheduler     jobs: when they fire, and the tools that plan them
+    26. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -59,6 +60,7 @@ import calendar
 import codecs
 import collections
 import contextlib
+import contextvars
 import errno
 import functools
 import hashlib
@@ -1618,7 +1620,8 @@ class Outbox(Table):
 class Jobs(Table):
     """Prompts on a schedule. When one is due is for the caller to say: this knows no cron."""
 
-    COLUMNS = "id, name, schedule, tz, prompt, session, channel, reply_to, catch_up, origin, state, next_at"
+    SETTINGS = "name, schedule, tz, prompt, session, channel, reply_to, catch_up, origin, state, next_at"
+    COLUMNS = f"id, {SETTINGS}"
     KEPT = 100  # runs of a job that are remembered
 
     def add(self, job: Job) -> Job:
@@ -1626,15 +1629,16 @@ class Jobs(Table):
         with self.atomic():
             if self.find(job.name):
                 raise StoreError(f"there is a job named {job.name!r} already", "remove it, or choose another --name")
-            columns = self.COLUMNS.removeprefix("id, ")
-            row = self._run(
-                f"INSERT INTO jobs ({columns}, created_at) VALUES ({', '.join('?' * 12)})",
-                *[storable(text) for text in job[1:7]],
-                storable(to_json(dict(job.reply_to))),
-                *job[8:],
-                self.stamp(),
-            )
-            return job._replace(id=row.lastrowid)
+            sql = f"INSERT INTO jobs ({self.SETTINGS}, created_at) VALUES ({', '.join('?' * 12)})"
+            return job._replace(id=self._run(sql, *self._values(job), self.stamp()).lastrowid)
+
+    def change(self, old: Job, new: Job) -> bool:
+        """Write a job anew; False if it was fired, paused or removed meanwhile."""
+        sql = f"UPDATE jobs SET ({self.SETTINGS}) = ({', '.join('?' * 11)}) WHERE id = ? AND state = ? AND next_at IS ?"
+        return self._run(sql, *self._values(new), old.id, old.state, old.next_at).rowcount == 1
+
+    def _values(self, job: Job) -> list[Any]:
+        return [*map(storable, job[1:7]), storable(to_json(dict(job.reply_to))), *job[8:]]
 
     def list(self) -> list[Job]:
         """All jobs, the next one first."""
@@ -1643,6 +1647,13 @@ class Jobs(Table):
     def find(self, name: str) -> Job | None:
         """The job of this name."""
         return next(iter(self._jobs("name = ?", storable(name))), None)
+
+    def get(self, name: str) -> Job:
+        """The job of this name; StoreError if there is none."""
+        if job := self.find(name):
+            return job
+        names = [job.name for job in self.list()]
+        raise StoreError(f"no job named {clip(name, 60)!r}{near(name, names)}", "see `openpista cron list`")
 
     def due(self, most: int = 100) -> list[Job]:
         """The active jobs whose time has come, the oldest first."""
@@ -1722,6 +1733,11 @@ class Jobs(Table):
             limit,
         )
         return [JobRun(*row) for row in rows]
+
+    def prune(self, days: float) -> None:
+        """Forget the jobs that ran for the last time so many days ago."""
+        recent = "SELECT 1 FROM job_runs WHERE job_id = jobs.id AND fired_at >= ?"
+        self._run(f"DELETE FROM jobs WHERE state = 'done' AND NOT EXISTS ({recent})", self.stamp(days=days))
 
 
 class Devices(Table):
@@ -4826,6 +4842,10 @@ class Bench(NamedTuple):
         return child_environment(self.environ, self.settings.keep_env, self.redact) | dict(extra or {})
 
 
+# The Event that the turn answers, for tools that act in its name; None outside of the Hub.
+ASKED_IN: contextvars.ContextVar[Event | None] = contextvars.ContextVar("ASKED_IN", default=None)
+
+
 class Tool:
     """Something the model may do."""
 
@@ -5056,7 +5076,12 @@ class Toolbox:
 
     def __init__(self, bench: Bench):
         self.redact = bench.redact
-        self.tools = {name: cls(bench) for name, cls in TOOLS.items() if bench.skills or not name.startswith("skill.")}
+        self.tools: dict[str, Tool] = {}
+        self.add(cls(bench) for name, cls in TOOLS.items() if bench.skills or not name.startswith("skill."))
+
+    def add(self, tools: Iterable[Tool]) -> None:
+        """Offer these too."""
+        self.tools |= {tool.spec.name: tool for tool in tools}
         self.specs = tuple(tool.spec for tool in self.tools.values())
 
     async def refusal(self, call: ToolCall, gate: Gate) -> str:
@@ -5978,6 +6003,7 @@ class Hub:
             if item.state == "running" and item.message_id is None:
                 raise StoreError("given up: its session was deleted while openpista was not running", "say it again")
             self.inbox.attempt(item.id)
+            ASKED_IN.set(item.event)  # this turn is a task of its own, and so are its tools
             session = self.store.session(item.event.session)
             gate = Gate(self.approval, self._approve(item, place), self._always.setdefault(session.name, set()))
             tell = functools.partial(self._tell, run)
@@ -6021,13 +6047,13 @@ class Hub:
         if approve is None:
             return None
 
-        async def ask(call: ToolCall, danger: str) -> Decision:
+        async def decide(call: ToolCall, danger: str) -> Decision:
             try:
                 return await place.lend(asyncio.wait_for(approve(call, danger), self.ASKING))
             except TimeoutError:
                 return Decision.DENY
 
-        return ask
+        return decide
 
     def _tell(self, run: Run, progress: Progress) -> None:
         run.calls += progress.kind == "tool_started"
@@ -11062,7 +11088,297 @@ TOLD = {
 }
 
 
-# ===== 25. Commands ===========================================================
+# ===== 25. Scheduler ==========================================================
+#
+# A job lies in the database with the time it is due next. The Scheduler looks
+# there, puts what is due into the inbox and moves that time on in one transaction,
+# so that no time is fired twice, whoever else looks. A time to come is the one that
+# the schedule gives from now on: where that may have changed (the clock was set
+# back, the machine has another time zone) it is reckoned again. A time more than a
+# minute past was missed; the job's catch_up says what then.
+
+LATE = timedelta(seconds=60)  # more than that, and a time was missed
+MOST_MISSED = 100  # times that catch_up "all" makes up for
+JOB_QUEUE = 20  # that may wait in a session: a job that takes longer than until its next time must not pile up
+CATCH_UPS = ("skip", "once", "all")
+CHANNEL = re.compile(rf"cli|job|(?:{'|'.join(ChannelsConfig._fields)}|quic):\S+")
+
+
+def next_time(job: Job, after: datetime, zone: tzinfo) -> datetime | None:
+    """When a job is due next; None if never, as for @reboot. The zone is for jobs that name none."""
+    zone = zone_of(job, zone)
+    if is_moment(job.schedule):
+        moment = datetime.fromisoformat(job.schedule)
+        return moment if moment > after else None
+    return Cron.parse(job.schedule).next_after(after, zone)
+
+
+def is_moment(schedule: str) -> bool:
+    """Whether it is one moment, as `timed` writes it, and not the fields of cron."""
+    return re.match(r"\d{4}-", schedule) is not None
+
+
+def zone_of(job: Job, zone: tzinfo) -> tzinfo:
+    """The time zone of a job."""
+    return parse_zone(job.tz) if job.tz else zone
+
+
+def timed(job: Job, now: datetime, zone: tzinfo, once: str = "") -> Job:
+    """A new job with its first time. CronError if that never comes, or something else in it cannot be."""
+    for what, text in (("name", job.name), ("session", job.session or "-")):
+        if not (0 < len(text) <= 60 and text.isprintable() and text.strip() == text):
+            raise CronError(f"a job's {what} must be 1 to 60 printable characters, not {clip(text, 80)!r}")
+    if not job.prompt.strip():
+        raise CronError("the prompt is empty")
+    if job.channel and not CHANNEL.fullmatch(job.channel):
+        close = near(job.channel.partition(":")[0], ChannelsConfig._fields)
+        hint = "a channel is such as telegram:123456789"
+        raise CronError(f"there is no channel {clip(job.channel, 60)!r}{close}", hint)
+    if once:
+        job = job._replace(schedule=iso(parse_moment(once, zone_of(job, zone), now)))
+    cron = None if once else Cron.parse(job.schedule)
+    due = next_time(job, now, zone)
+    if due is None and not (cron and cron.reboot):
+        raise CronError(f"{clip(once, 60)!r} is past" if once else f"{job.schedule!r} never comes")
+    return job._replace(session=job.session or f"cron-{job.name}", next_at=due and iso(due))
+
+
+def add_job(jobs: Jobs, job: Job, zone: tzinfo, once: str = "") -> Job:
+    """Write a new job down, with a name if it has none; those that are long done make room."""
+    with jobs.atomic():
+        jobs.prune(Hub.KEPT_DAYS)
+        taken = {known.name for known in jobs.list()}
+        name = job.name or next(name for name in map("job-{}".format, itertools.count(1)) if name not in taken)
+        return jobs.add(timed(job._replace(name=name), jobs.store.now(), zone, once))
+
+
+def remove_job(jobs: Jobs, name: str) -> None:
+    """Forget a job; an error if there is none of this name, or the configuration would bring it back."""
+    if jobs.get(name).origin == "config":
+        raise ConfigError(f"the job {name!r} stands in the configuration", "remove its [[cron]] table, or pause it")
+    jobs.remove(name)
+
+
+def due_text(job: Job, zone: tzinfo) -> str:
+    """When a job is due next, as its time zone's clock shows it, or why it is not."""
+    if job.state != "active":
+        return job.state
+    return clock_text(job.next_at, zone_of(job, zone)) if job.next_at else "at each start"
+
+
+def clock_text(moment: str, zone: tzinfo) -> str:
+    """A moment of the database as a clock of this zone shows it."""
+    return f"{datetime.fromisoformat(moment).astimezone(zone):%a %Y-%m-%d %H:%M %Z}"
+
+
+class Scheduler:
+    """Fires jobs when they are due."""
+
+    LOOK = 2.0  # seconds, at most, between two looks: other processes add jobs, clocks are set, machines sleep
+
+    def __init__(
+        self,
+        store: Store,
+        wake: Callable[[str], None],
+        *,
+        zone: tzinfo,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ):
+        self.store, self.jobs, self.inbox = store, Jobs(store), Inbox(store)
+        self.wake, self.zone, self.sleep = wake, zone, sleep
+        self._seen = datetime.max.replace(tzinfo=UTC)  # the clock at the last look; at the first it is far back
+
+    async def run(self) -> None:
+        """Look for what is due until cancelled."""
+        while True:
+            try:
+                seconds = self.look()
+            except StoreError as error:
+                log.warning("jobs wait: %s", error)
+                seconds = self.LOOK
+            await self.sleep(seconds)
+
+    def look(self) -> float:
+        """Fire what is due, and take up what other processes put into the inbox; seconds until the next look."""
+        now = self.store.now()
+        if now < self._seen - LATE:
+            self._reckon(now)
+        self._seen = now
+        for job in self.jobs.due():
+            with self._pausing(job):
+                self._attend(job, now)
+        for session in self.inbox.waiting():
+            self.wake(session)
+        next_at = self.jobs.next_at()
+        left = (datetime.fromisoformat(next_at) - now).total_seconds() if next_at else self.LOOK
+        return min(max(left, 0.05), self.LOOK)
+
+    def run_reboot_jobs(self) -> None:
+        """Fire the jobs of @reboot; for the daemon's start."""
+        for job in self.jobs.list():
+            if job.state == "active" and not job.next_at:
+                self.jobs.run(job, iso(self.store.now()), JOB_QUEUE)
+
+    def sync_config(self, tables: Sequence[CronConfig]) -> None:
+        """Let the jobs of the configuration be what its tables say; ConfigError names one that cannot be."""
+        with self.store.atomic():
+            wanted: dict[str, Job] = {}
+            for number, table in enumerate(tables, 1):
+                job = self._from_config(table, f"config-{number}")
+                if job.name in wanted:
+                    raise ConfigError(f"two [[cron]] tables have the name {job.name!r}")
+                wanted[job.name] = job
+            for old in self.jobs.list():
+                if old.origin == "config" and old.name not in wanted:
+                    self.jobs.remove(old.name)
+            for job in wanted.values():
+                self._put(job)
+
+    def _from_config(self, table: CronConfig, name: str) -> Job:
+        name = table.name or name
+        job = Job(
+            0, name, table.schedule, table.tz, table.prompt, "", table.channel, {}, "once", "config", "active", None
+        )
+        try:
+            return timed(job, self.store.now(), self.zone)
+        except CronError as error:
+            raise ConfigError(f"[[cron]] {name}: {error.args[0]}", error.hint) from None
+
+    def _put(self, job: Job) -> None:
+        """Write a job of the configuration down; one that is there keeps its time if its schedule is the same."""
+        old = self.jobs.find(job.name)
+        if old is None:
+            self.jobs.add(job)
+        elif old.origin != "config":
+            raise ConfigError(f"[[cron]] {job.name}: there is a job of this name", "rename it, or remove the other one")
+        elif (old.schedule, old.tz) == (job.schedule, job.tz):
+            self.jobs.change(old, job._replace(state=old.state, next_at=old.next_at))
+        else:
+            self.jobs.change(old, job._replace(state="paused" if old.state == "paused" else "active"))
+
+    def _reckon(self, now: datetime) -> None:
+        """Put the times to come right."""
+        for job in self.jobs.list():
+            if job.state == "active" and job.next_at and job.next_at > iso(now):
+                with self._pausing(job):
+                    if due := next_time(job, now, self.zone):
+                        self.jobs.change(job, job._replace(next_at=iso(due)))
+
+    @contextlib.contextmanager
+    def _pausing(self, job: Job) -> Iterator[None]:
+        """Pause a job whose schedule means nothing any more: a time zone may be gone from the machine."""
+        try:
+            yield
+        except CronError as error:
+            log.error("the job %s is paused: %s", job.name, error)
+            with self.store.atomic():
+                self.jobs.pause(job.name)
+                self.jobs.note(job, job.next_at, None, f"paused: {error}")
+
+    def _attend(self, job: Job, now: datetime) -> None:
+        """Fire a job that is due, or do about it what is to be done when it is late."""
+        due = datetime.fromisoformat(job.next_at)
+        if now - due > LATE:
+            CATCHING_UP[job.catch_up](self, job, now)
+        else:
+            self.jobs.fire(job, next_time(job, due, self.zone), JOB_QUEUE)
+
+    def _skip(self, job: Job, now: datetime) -> None:
+        following = next_time(job, now - LATE, self.zone)
+        self.jobs.skip(job, following, "missed: openpista was not running, or the machine slept")
+
+    def _once(self, job: Job, now: datetime) -> None:
+        self.jobs.fire(job, next_time(job, now, self.zone), JOB_QUEUE)
+
+    def _all(self, job: Job, now: datetime) -> None:
+        for _ in range(MOST_MISSED):
+            following = next_time(job, datetime.fromisoformat(job.next_at), self.zone)
+            fired = self.jobs.fire(job, following, MOST_MISSED)
+            if not (fired and following) or following > now - LATE:
+                return
+            job = job._replace(next_at=iso(following))
+        self._skip(job, now)
+
+
+CATCHING_UP = {"skip": Scheduler._skip, "once": Scheduler._once, "all": Scheduler._all}
+
+
+class CronTool(Tool):
+    """A tool on the table of jobs; offered where a Scheduler runs."""
+
+    def __init__(self, jobs: Jobs, zone: tzinfo):
+        self.jobs, self.zone = jobs, zone
+
+
+class CronAdd(CronTool):
+    """cron.add: a prompt for later. What it says is answered in the session and the channel of this turn."""
+
+    spec = ToolSpec(
+        "cron.add",
+        "Have yourself asked something later in this conversation, on a schedule or once. Returns the next time.",
+        schema(
+            ["prompt"],
+            prompt=STRING | {"description": "what you are asked then, such as: Tell me that it is time to stretch."},
+            schedule=STRING | {"description": "five fields as in crontab"},
+            once=STRING | {"description": "in its place: 2026-03-01T09:00, 09:00 or +10m"},
+            tz=STRING | {"description": "such as Asia/Seoul; default: this machine's"},
+            name=STRING,
+        ),
+    )
+
+    def danger(self, arguments: dict[str, Any]) -> str:
+        """It acts when nobody looks."""
+        return "has openpista act later by itself"
+
+    async def run(self, arguments: dict[str, Any]) -> ToolResult:
+        """The name and the next time."""
+        event, schedule, once = ASKED_IN.get(), arguments.get("schedule", ""), arguments.get("once", "")
+        if event is None:
+            raise ToolError("there is no conversation here that could be gone on with later")
+        if bool(schedule) == bool(once):
+            raise ToolError("give either schedule or once")
+        words = (arguments.get("name", ""), schedule, arguments.get("tz", ""), arguments["prompt"], event.session)
+        job = Job(0, *words, event.channel, dict(event.reply_to), "once", "agent", "active", None)
+        job = add_job(self.jobs, job, self.zone, once)
+        return ToolResult("", f"job {job.name}, next: {due_text(job, self.zone)}")
+
+
+class CronList(CronTool):
+    """cron.list: the jobs."""
+
+    spec = ToolSpec("cron.list", "List the jobs of cron.add and others: name, schedule, next time, prompt.", schema())
+
+    async def run(self, arguments: dict[str, Any]) -> ToolResult:
+        """A line for each."""
+        jobs = self.jobs.list()
+        rows = (f"{j.name}: {j.schedule} {j.tz} (next: {due_text(j, self.zone)}): {clip(j.prompt, 200)}" for j in jobs)
+        return ToolResult("", "\n".join(rows) or "no jobs")
+
+
+class CronRemove(CronTool):
+    """cron.remove: a job that is no longer wanted."""
+
+    spec = ToolSpec("cron.remove", "Remove a job.", schema(["name"], name=STRING))
+
+    def danger(self, arguments: dict[str, Any]) -> str:
+        """What somebody relies on would not happen any more."""
+        return "ends a job"
+
+    async def run(self, arguments: dict[str, Any]) -> ToolResult:
+        """That it is gone."""
+        remove_job(self.jobs, arguments["name"])
+        return ToolResult("", "removed")
+
+
+CRON_TOOLS = {tool.spec.name: tool for tool in (CronAdd, CronList, CronRemove)}
+
+
+def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
+    """The tools on jobs, for the Toolbox of a process that fires them."""
+    return [cls(jobs, zone) for cls in CRON_TOOLS.values()]
+
+
+# ===== 26. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -11459,6 +11775,130 @@ def cmd_sessions_delete(ctx: Context) -> int:
     return 0
 
 
+# ---- cron ----
+
+WHICH_JOB = arg("name", metavar="NAME", help="a name of `openpista cron list`")
+
+
+@contextlib.contextmanager
+def open_jobs(ctx: Context) -> Iterator[Jobs]:
+    """The table of jobs. The daemon looks there every few seconds."""
+    with Store(ctx.database) as store:
+        yield Jobs(store)
+
+
+@command(
+    "cron add",
+    arg("schedule", nargs="?", default="", metavar="SCHEDULE", help='as in crontab, such as "0 9 * * mon-fri"'),
+    arg("prompt", metavar="PROMPT", help="what is asked then"),
+    arg("--once", metavar="AT", default="", help="instead of a schedule: 2026-03-01T09:00, 09:00, +10m"),
+    arg("--tz", metavar="ZONE", default="", help="time zone, such as Asia/Seoul; default: the machine's"),
+    arg("--channel", metavar="CHANNEL", default="", help="where the answer goes, such as telegram:123456789"),
+    arg("--session", metavar="NAME", default="", help="the session it is asked in; default: one of its own"),
+    arg("--catch-up", choices=CATCH_UPS, default="once", help="what about missed times; default: once for all of them"),
+    arg("--name", metavar="NAME", default="", help="what it is called; default: job-1, job-2, …"),
+)
+def cmd_cron_add(ctx: Context) -> int:
+    """Have a prompt answered on a schedule, or once."""
+    args, zone = ctx.args, local_zone(ctx.environ)
+    if bool(args.schedule) == bool(args.once):
+        raise UsageError("cron add needs either SCHEDULE or --once AT", "see `openpista cron add --help`")
+    words = map(clean, (args.name, args.schedule, args.tz, args.prompt, args.session, args.channel))
+    with open_jobs(ctx) as jobs:
+        job = add_job(jobs, Job(0, *words, {}, args.catch_up, "command", "active", None), zone, args.once)
+    print(f"added {job.name}, next: {due_text(job, zone)}")
+    return 0
+
+
+@command("cron list", arg("--json", action="store_true", help="for scripts"))
+def cmd_cron_list(ctx: Context) -> int:
+    """List the jobs: when each comes next, how it went last."""
+    zone = local_zone(ctx.environ)
+    with open_jobs(ctx) as jobs:
+        found = [(job, next(iter(jobs.history(job.name, 1)), None)) for job in jobs.list()]
+    if ctx.args.json:
+        print_json([job._asdict() | {"last": run and run._asdict()} for job, run in found])
+    elif not found:
+        print("no jobs")
+    else:
+        print_table([("JOB", "SCHEDULE", "NEXT", "LAST", "PROMPT")] + [job_row(job, run, zone) for job, run in found])
+    return 0
+
+
+def job_row(job: Job, run: JobRun | None, zone: tzinfo) -> tuple[str, ...]:
+    """A job and its last run for a table."""
+    schedule = "once" if is_moment(job.schedule) else job.schedule
+    return job.name, schedule, due_text(job, zone), how_it_went(run), clip(job.prompt, 40)
+
+
+def how_it_went(run: JobRun | None) -> str:
+    """The end of a run, in a word or two."""
+    return clip(run.note or run.state or "forgotten", 40) if run else ""
+
+
+@command("cron remove", WHICH_JOB)
+def cmd_cron_remove(ctx: Context) -> int:
+    """Remove a job and its history."""
+    with open_jobs(ctx) as jobs:
+        remove_job(jobs, ctx.args.name)
+    print(f"removed {ctx.args.name}")
+    return 0
+
+
+@command("cron pause", WHICH_JOB)
+def cmd_cron_pause(ctx: Context) -> int:
+    """Let a job rest until it is resumed."""
+    with open_jobs(ctx) as jobs:
+        job = jobs.get(ctx.args.name)
+        if not jobs.pause(job.name):
+            raise PistaError(f"{job.name} is {job.state}, not active")
+    print(f"paused {job.name}")
+    return 0
+
+
+@command("cron resume", WHICH_JOB)
+def cmd_cron_resume(ctx: Context) -> int:
+    """Let a paused job go on; the times meanwhile are not made up for."""
+    zone = local_zone(ctx.environ)
+    with open_jobs(ctx) as jobs:
+        job = jobs.get(ctx.args.name)
+        due = next_time(job, jobs.store.now(), zone)
+        if due is None and job.next_at:
+            raise PistaError(f"the time of {job.name} is past", f"openpista cron remove {job.name}")
+        if not jobs.resume(job.name, due):
+            raise PistaError(f"{job.name} is {job.state}, not paused")
+        print(f"resumed {job.name}, next: {due_text(jobs.get(job.name), zone)}")
+    return 0
+
+
+@command("cron run", WHICH_JOB)
+def cmd_cron_run(ctx: Context) -> int:
+    """Have a job done now, whatever its schedule says; the daemon does it."""
+    with open_jobs(ctx) as jobs:
+        job = jobs.get(ctx.args.name)
+        if jobs.run(job, iso(jobs.store.now()), JOB_QUEUE).answer == "full":
+            raise PistaError(f"too much waits in the session {job.session!r}", "try again when it is done")
+    print(f"{job.name} is done as soon as the daemon has time; see `openpista cron history {job.name}`")
+    return 0
+
+
+@command("cron history", WHICH_JOB, arg("--json", action="store_true", help="for scripts"))
+def cmd_cron_history(ctx: Context) -> int:
+    """Show the last runs of a job, the newest first."""
+    with open_jobs(ctx) as jobs:
+        job = jobs.get(ctx.args.name)
+        runs = jobs.history(job.name)
+    if ctx.args.json:
+        print_json([run._asdict() for run in runs])
+    elif not runs:
+        print(f"{job.name} has not run yet")
+    else:
+        zone = zone_of(job, local_zone(ctx.environ))
+        rows = [(clock_text(run.due_at, zone), how_it_went(run), clip(run.answer, 70)) for run in runs]
+        print_table([("DUE", "STATE", "ANSWER"), *rows])
+    return 0
+
+
 # ---- skills ----
 
 
@@ -11566,7 +12006,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     parser = global_options(Parser(prog=f"openpista {name}", description=summary(entry)))
     for names, settings in entry.options:
         parser.add_argument(*names, **settings)
-    return entry, parser.parse_args(words[len(name.split()) :], args)
+    return entry, parser.parse_intermixed_args(words[len(name.split()) :], args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -843,9 +843,9 @@ def test_usage_adds_up(store, session):
 
 
 def test_names_of_new_sessions():
-    name = openpista.new_session_name(datetime(2026, 3, 1, 9, 0, 0, tzinfo=UTC))
+    name = openpista.new_session_name(datetime(2026, 3, 1, 9, 0, 0, tzinfo=UTC), "run")
     assert name.startswith("run-20260301-090000-")
-    assert len({openpista.new_session_name(datetime(2026, 3, 1, tzinfo=UTC)) for _ in range(20)}) > 15
+    assert len({openpista.new_session_name(datetime(2026, 3, 1, tzinfo=UTC), "run") for _ in range(20)}) > 15
 
 
 # Jobs, devices, tickets
