@@ -1511,6 +1511,11 @@ class Inbox(Table):
         event = Event(channel, identity, session, text, sender, json.loads(reply_to), json.loads(metadata))
         return Item(number, event, *rest)
 
+    def open_of(self, channel: str) -> list[int]:
+        """The events of a channel that have no answer."""
+        sql = f"SELECT id FROM inbox WHERE channel = ? AND {self.OPEN} ORDER BY id"
+        return [row[0] for row in self._run(sql, channel)]
+
     def waiting(self) -> dict[str, int]:
         """The sessions with events that have no answer, and how many."""
         return dict(self._run(f"SELECT session, count(*) FROM inbox WHERE {self.OPEN} GROUP BY session"))
@@ -5916,6 +5921,17 @@ class Hub:
         await asyncio.wait([run.task], timeout=self.STOPPING)
         return run.stopped
 
+    async def cancel(self, number: int) -> str:
+        """End the turn of one event, or have it not begin. In words what was done."""
+        item = self.inbox.get(number)
+        if item is None or item.state not in ("waiting", "running"):
+            return "Nothing is running."
+        if self.running.get(item.event.session) == number:
+            return await self.stop(item.event.session)
+        self._end(item, "stopped", said := "Stopped before it began.", {"is_error": True})
+        self._announce(item, Answer("stopped", said, True))
+        return said
+
     async def close(self, grace: float = 0.0) -> None:
         """Take nothing more, give running turns so many seconds, then cut them off: the next start goes on with them.
 
@@ -6038,7 +6054,7 @@ class Hub:
         if not isinstance(result, PistaError):
             log.error("session %s: a turn failed", run.item.event.session, exc_info=result)
             result = PistaError(f"openpista failed: {result!r}", "this is a bug; the log has more")
-        return "failed", self.redact(str(result)), {"is_error": True}
+        return "failed", self.redact(str(result)), {"is_error": True, "exit_code": result.exit_code}
 
     def _approve(self, item: Item, place: Place) -> Approve | None:
         """Whom this turn asks about a risky call, for a limited time."""
@@ -6492,7 +6508,8 @@ FRAME_LIMIT = 1 << 20  # bytes; DESIGN 5
 DEPTH_LIMIT = 64  # of nesting: walking the object must not overflow somebody's stack later
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # the escape of a surrogate, which may lack its other half
 
-REQUESTS = {  # type of frame -> its fields: kind and longest; a question mark: may be missing
+ASKING = {"id?": (str, 100), "token": (str, 200)}  # type of frame -> its fields: kind and longest; ?: may be missing
+REQUESTS: dict[str, dict[str, tuple[type, int]]] = {
     "message": {
         "id": (str, 100),
         "token": (str, 200),
@@ -6502,14 +6519,19 @@ REQUESTS = {  # type of frame -> its fields: kind and longest; a question mark: 
         "metadata?": (dict, 100),
         "on_disconnect?": (str, 20),
     },
-    "status": {"id?": (str, 100), "token": (str, 200)},
-    "ping": {"id?": (str, 100), "token": (str, 200)},
-    "stop": {"id?": (str, 100), "token": (str, 200), "session_id?": (str, 200)},
-    "sessions": {"id?": (str, 100), "token": (str, 200)},
-    "history": {"id?": (str, 100), "token": (str, 200), "session_id?": (str, 200), "limit?": (int, 1_000)},
+    "status": ASKING,
+    "ping": ASKING,
+    "stop": ASKING | {"session_id?": (str, 200), "message_id?": (str, 100)},
+    "sessions": ASKING,
+    "history": ASKING | {"session_id?": (str, 200), "limit?": (int, 1_000)},
+    "models": ASKING | {"provider?": (str, 100), "refresh?": (bool, 1)},
+    "model": ASKING | {"session_id?": (str, 200), "model?": (str, 300)},
+    "usage": ASKING | {"session_id?": (str, 200)},
+    "tools": ASKING,
+    "skills": ASKING,
 }
-ANSWERS = {"approval_answer": {"approval_id": (int, 1 << 53), "decision": (str, 20)}}  # later on a stream
-KIND_NAMES = {str: "a string", int: "a whole number", dict: "an object"}
+FOLLOW_UPS = {"approval_answer": {"approval_id": (int, 1 << 53), "decision": (str, 20)}}  # later on a stream
+KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
 
 
 def encode_frame(frame: dict[str, Any]) -> bytes:
@@ -6623,7 +6645,7 @@ def check_field(frame: dict[str, Any], name: str, kind: type, limit: int, option
         raise WireError("bad_request", f"{name} is empty")
     if kind is int and not 0 <= value <= limit:
         raise WireError("bad_request", f"{name} must be between 0 and {limit:,}")
-    if kind is not int and len(value) > limit:
+    if kind in (str, dict) and len(value) > limit:
         raise WireError("too_large", f"{name} is too long: {len(value):,}, the limit is {limit:,}")
 
 
@@ -10157,6 +10179,8 @@ class BrowserLogin:
 class Local:
     """What a chat talks to: the agent in this process."""
 
+    place = ""  # not elsewhere
+
     def __init__(self, ctx: Context, app: App):
         self.ctx, self.app, self.chosen = ctx, app, ""
         self.models = Models([])  # who answers next; nobody while a key is missing
@@ -10166,6 +10190,16 @@ class Local:
     def model(self) -> str:
         """Who answers next, as provider/model."""
         return self.models.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is somebody who answers."""
+        return bool(self.models.providers)
+
+    @property
+    def approval(self) -> str:
+        """Which calls a person is asked about."""
+        return self.ctx.config.tools.approval
 
     @property
     def provider(self) -> str:
@@ -10181,6 +10215,10 @@ class Local:
     async def use(self, chosen: str) -> None:
         """Ask this provider/model from now on; '' is the configured one. An error leaves the old one."""
         self.models, self.chosen = self.app.models.pick(chosen), chosen
+
+    def named(self, chosen: str) -> str:
+        """Who answers a session for which this was chosen. CredentialError, ConfigError if nobody can."""
+        return self.app.models.pick(chosen).name
 
     async def renew(self) -> None:
         """Take note of keys that have changed."""
@@ -10205,15 +10243,15 @@ class Local:
             self.app.store.set_model(session, self.chosen)
         return session._replace(model=self.chosen)
 
-    def sessions(self) -> list[SessionInfo]:
+    async def sessions(self) -> list[SessionInfo]:
         """The sessions, the last used first."""
         return self.app.store.sessions(200)
 
-    def recent(self, name: str) -> list[Message]:
+    async def recent(self, name: str) -> list[Message]:
         """The last messages of a session; nothing of one that is new."""
         return [entry.message for entry in self.app.store.tail(self.app.store.find_session(name), 4_000)]
 
-    def usage(self, name: str) -> Usage:
+    async def usage(self, name: str) -> Usage:
         """What a session has used; nothing, if it is new."""
         with contextlib.suppress(StoreError):
             return self.app.store.usage(self.app.store.find_session(name))
@@ -10223,15 +10261,19 @@ class Local:
         """The models of a provider."""
         return await load_catalogue(listed_endpoint(self.ctx, provider)[0], self.ctx.model_lists, refresh=refresh)
 
+    def known_sessions(self) -> list[str]:
+        """The names of the sessions, as far as they are known without asking."""
+        return [session.name for session in self.app.store.sessions(200)]
+
     def known_models(self) -> list[str]:
         """The ids of the models of the provider that answers, as far as they are known without asking."""
         return [model.id for model in known_models(listed_endpoint(self.ctx, self.provider)[0], self.ctx.model_lists)]
 
-    def tools(self) -> list[tuple[str, str]]:
+    async def tools(self) -> list[tuple[str, str]]:
         """The name of each tool, and what it does."""
         return [(spec.name, spec.description.partition(". ")[0]) for spec in self.app.agent.toolbox.specs]
 
-    def skills(self) -> list[tuple[str, str]]:
+    async def skills(self) -> list[tuple[str, str]]:
         """The name of each skill, and what it is for."""
         return [(skill.name, skill.description) for skill in load_skills(self.ctx.workspace)[0]]
 
@@ -10352,17 +10394,17 @@ class Chat:
             self.complain(error)
         self.greet("" if known else "new ")
         if known:
-            self.show_past()
+            await self.show_past()
 
     def greet(self, new: str) -> None:
         """Say who answers."""
         self.say(f"openpista {__version__} · {self.desk.model} · {new}session {self.session}", "dim")
-        if not self.desk.models.providers:
+        if not self.desk.ready:
             self.say("/login signs in to a provider", "ask")
 
-    def show_past(self) -> None:
+    async def show_past(self) -> None:
         """What was said last in the session."""
-        for message in self.desk.recent(self.session):
+        for message in await self.desk.recent(self.session):
             if message.role is Role.USER:
                 self.say(f"› {head_and_tail(self.redact(printable(message.text)), 2_000)}", "bold")
             elif message.role is Role.ASSISTANT:
@@ -10398,7 +10440,7 @@ class Chat:
         known, begun = [], word.rpartition(" ")[0]  # the editor completes the last word, and a name may have several
         with contextlib.suppress(PistaError):  # a broken file: who asks for the model will be told
             if name == "/resume":
-                known = [session.name for session in self.desk.sessions()]
+                known = self.desk.known_sessions()
             elif name == "/model":
                 known = ["reset", *self.desk.known_models()]
         return [entry[len(begun) :].lstrip() for entry in known if entry.startswith(word)]
@@ -10414,6 +10456,8 @@ class Chat:
     KEYS = ""
 
     async def _login(self, rest: str) -> None:
+        if self.desk.place:
+            raise UsageError(f"keys are kept on {self.desk.place}", "run `openpista auth login` there")
         provider = await self.log_in()
         if provider:
             await self.desk.renew()
@@ -10476,10 +10520,10 @@ class Chat:
             await self.desk.resume(name)
             self.session = name
             self.greet("")
-            self.show_past()
+            await self.show_past()
 
     async def _pick_session(self) -> str:
-        sessions = [session for session in self.desk.sessions() if session.messages]
+        sessions = [session for session in await self.desk.sessions() if session.messages]
         if not sessions:
             self.say("no sessions yet")
             return ""
@@ -10502,22 +10546,22 @@ class Chat:
         await self.stop()
 
     async def _usage(self, rest: str) -> None:
-        usage = self.desk.usage(self.session)
+        usage = await self.desk.usage(self.session)
         cached = f", {usage.cached:,} of them cached" if usage.cached else ""
         cost = "unknown" if usage.cost is None else f"${usage.cost:.4f}"
         self.say(f"this session: {usage.input:,} tokens in{cached}, {usage.output:,} out; cost {cost}")
 
     async def _tools(self, rest: str) -> None:
-        for name, what in self.desk.tools():
+        for name, what in await self.desk.tools():
             self.say(f"  {name:<12} {what}")
-        self.say(f"approval: {self.desk.ctx.config.tools.approval}", "dim")
+        self.say(f"approval: {self.desk.approval}", "dim")
 
     async def _skills(self, rest: str) -> None:
-        skills = self.desk.skills()
+        skills = await self.desk.skills()
         for name, what in skills:
             self.say(printable(f"  {name:<20} {clip(what, 200)}"))
         if not skills:
-            self.say(f"no skills in {self.desk.ctx.workspace / 'skills'}")
+            self.say(f"no skills in {self.desk.place or self.desk.ctx.workspace / 'skills'}")
 
     async def _quit(self, rest: str) -> None:
         self.left = True
