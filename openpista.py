@@ -38,7 +38,8 @@ Map. Each section uses only those above it, so read on from any point.
     23. Login         signing in to a provider, browsing its models
     24. Chat          the conversation at a terminal
     25. Scheduler     jobs: when they fire, and the tools that plan them
-    26. Commands      the command line
+    26. Daemon        what `start` runs: opening, signals, closing; who runs
+    27. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -871,6 +872,12 @@ def load_config(path: Path | None, environ: Mapping[str, str], named: bool = Tru
     return config
 
 
+def read_config(chosen: str | None, environ: Mapping[str, str]) -> tuple[Config, Path | None]:
+    """The settings as they are now, and the file that they are in."""
+    path = find_config(chosen, environ)
+    return load_config(path, environ, bool(chosen or environ.get("OPENPISTA_CONFIG"))), path
+
+
 # ===== 5. Credentials =========================================================
 #
 # A key is looked for in the environment, then in config.toml, then in what
@@ -1289,8 +1296,15 @@ class Store:
 
     def usage(self, session: Session) -> Usage:
         """All that a session has used."""
+        return self._usage("session_id = ?", session.id)
+
+    def usage_since(self, moment: datetime) -> Usage:
+        """All that was used since then."""
+        return self._usage("at >= ?", iso(moment))
+
+    def _usage(self, where: str, *values: Any) -> Usage:
         sums = "sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(cost_usd)"
-        row = self._run(f"SELECT {sums} FROM usage WHERE session_id = ?", session.id).fetchone()
+        row = self._run(f"SELECT {sums} FROM usage WHERE {where}", *values).fetchone()
         return Usage(row[0] or 0, row[1] or 0, row[2] or 0, row[3])
 
     # ---- the file ----
@@ -1573,6 +1587,10 @@ class Outbox(Table):
     def channels(self) -> list[str]:
         """For whom something lies here."""
         return [row[0] for row in self._run(f"SELECT DISTINCT channel FROM outbox WHERE {self.OPEN}")]
+
+    def unsent(self) -> int:
+        """How many pieces lie here."""
+        return self._run(f"SELECT count(*) FROM outbox WHERE {self.OPEN}").fetchone()[0]
 
     def next(self, channel: str) -> Delivery | None:
         """The oldest piece for a channel that was not sent."""
@@ -4146,7 +4164,7 @@ class Child:
     def __init__(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], capture: Capture, stdin: Any):
         self.capture, self._eof, self._gone = capture, asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._mark = os.urandom(8).hex()
+        self._mark = f"{env.get(self.MARK, '')}.{os.urandom(8).hex()}"
         self._process = subprocess.Popen(
             argv,
             stdin=stdin,
@@ -4245,21 +4263,25 @@ class Child:
                 await event.wait()
 
 
-def kill_marked(mark: bytes, first: int) -> None:
-    """KILL the processes that have the mark in their environment (Linux): setsid takes a daemon out of the group.
+def kill_marked(mark: bytes, first: int) -> int:
+    """KILL the processes that have the mark in their environment (Linux); how many they were.
 
-    Only pids after the first are looked at, which are few: a child is younger than its leader.
+    They need not be of the leader's group: setsid takes a daemon out of it. Only pids after the first are looked
+    at, which are few: a child is younger than its leader.
     """
     if not sys.platform.startswith("linux"):
-        return
+        return 0
+    killed = set()
     for _ in range(5):  # again while there are some: they may have forked meanwhile
         younger = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) > first]
         marked = [pid for pid in younger if mark in environment_of(pid)]
         for pid in marked:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
         if not marked:
-            return
+            break
+    return len(killed)
 
 
 def environment_of(pid: int) -> bytes:
@@ -4318,7 +4340,7 @@ def start_in_background(shell: str, command: str, *, cwd: Path, env: Mapping[str
         done = subprocess.run(
             [shell, "-c", script, shell, command, str(log_path)],
             cwd=cwd,
-            env=env,
+            env={name: value for name, value in env.items() if name != Child.MARK},  # it outlives who started it
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -5657,12 +5679,17 @@ class Courier:
 
     def __init__(self, outbox: Outbox, outlets: Mapping[str, Outlet], closing: asyncio.Event, patience: Patience):
         self.outbox, self.outlets, self.closing, self.patience = outbox, outlets, closing, patience
+        self.alive: dict[str, str] = {}  # kind of channel -> when it last brought or took something
         self._tasks: dict[str, asyncio.Task[None]] = {}  # channel -> who carries for it
         self._places = asyncio.Semaphore(self.SIDE_BY_SIDE)
 
     def outlet(self, channel: str) -> Outlet | None:
         """How this channel takes what goes out; None if it is not there now."""
         return self.outlets.get(channel.partition(":")[0])
+
+    def note(self, channel: str) -> None:
+        """A channel has shown that it works."""
+        self.alive[channel.partition(":")[0]] = self.outbox.stamp()
 
     def open(self) -> None:
         """Take up what the last process left."""
@@ -5719,6 +5746,7 @@ class Courier:
     async def _attempt(self, delivery: Delivery, outlet: Outlet) -> None:
         async with asyncio.timeout(self.patience.sending):
             await outlet.send(delivery)
+        self.note(delivery.channel)
         with contextlib.suppress(StoreError):  # tried again by `surely`. At once: a kill in between leaves it in doubt
             self.outbox.sent(delivery.id)
 
@@ -5865,6 +5893,7 @@ class Hub:
 
     def submit(self, event: Event) -> Receipt:
         """Write an event down; it is answered in its turn. StoreError: it was not taken, the sender keeps it."""
+        self.courier.note(event.channel)
         if self.closing.is_set():
             known = self.inbox.find(event.channel, event.identity)
             return Receipt("duplicate", known.id) if known else Receipt("closing")
@@ -9669,6 +9698,13 @@ class Pool:
             self._models[name] = Models(open_providers(self.ctx, endpoints))
         return self._models[name]
 
+    def name_of(self, name: str) -> str:
+        """Who answers first, or why nobody can."""
+        try:
+            return self.pick(name).name
+        except (CredentialError, ConfigError) as error:
+            return f"none: {error}"
+
     async def renew(self, ctx: Context | None = None) -> None:
         """Open all anew when they are next asked for, since keys or settings have changed; also the end of all."""
         self.ctx = ctx or self.ctx
@@ -10797,8 +10833,13 @@ class ScreenChat(Chat):
     # ---- the loop ----
 
     async def run(self, given: bool) -> int:
-        """Keys in, answers out, until the person leaves."""
-        with interruptible(), self.tty, logging_to(self):  # above the input, and not in it
+        """Keys in, answers out, until the person leaves or a signal comes."""
+        with interruptible():
+            return await self.talk(given)
+
+    async def talk(self, given: bool) -> int:
+        """The same, with the signals left to somebody else."""
+        with self.tty, logging_to(self):  # above the input, and not in it
             helpers = [asyncio.create_task(self._tick())]
             try:
                 await self.open(given)
@@ -11422,7 +11463,480 @@ def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
     return [cls(jobs, zone) for cls in CRON_TOOLS.values()]
 
 
-# ===== 26. Commands ===========================================================
+# ===== GATEWAY-STAND-IN: cut at the merge =====
+
+import socket as _s
+
+
+class Gateway:
+    """Stand-in."""
+
+    def __init__(self, hub, store, *, status, desk):
+        self.hub, self.status = hub, status
+        hub.outlets["quic"] = Outlet()
+        self.addresses, self.fingerprint = [("127.0.0.1", 1)], "00"
+
+    async def open(self, home, config):
+        """Stand-in."""
+
+        async def serve(reader, writer):
+            await reader.readline()
+            writer.write(json.dumps({"status": self.status()}).encode())
+            writer.close()
+
+        self.server = await asyncio.start_unix_server(serve, home / "g")
+
+    async def reload(self, config):
+        """Stand-in."""
+
+    async def close(self, code=0, reason=""):
+        """Stand-in."""
+        self.server.close()
+
+
+async def ask_daemon(home, config, request, timeout):
+    """Stand-in."""
+    reader, writer = await asyncio.open_unix_connection(home / "g")
+    writer.write(json.dumps(request).encode() + b"\n")
+    return json.loads(await reader.read())
+
+
+# ===== END OF STAND-IN =====
+
+
+# ===== 26. Daemon =============================================================
+#
+# What `start` runs for months: the hub and what stands around it, opened in order
+# and closed in reverse when a signal says so. Who runs lies in the PID file, held
+# by a lock that ends with its process: a file without the lock is what a kill -9
+# left. What its commands left running is found by their mark at the next start.
+
+PID_FILE, LOG_FILE = "openpista.pid", "openpista.log"
+LOG_LIMIT = 5 << 20  # bytes; a longer log is put aside at the next start
+
+
+class Holder(NamedTuple):
+    """The process that holds a file."""
+
+    pid: int
+    machine: str  # or container: outside of it the number means another process
+
+
+def holder(path: Path) -> Holder | None:
+    """Who holds a file by its lock; None if nobody does."""
+    import fcntl
+
+    for _ in range(20):  # it is locked a moment before it says by whom
+        try:
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            with contextlib.suppress(OSError, ValueError):
+                pid, machine = path.read_text().split()
+                return Holder(int(pid), machine)
+        time.sleep(0.02)
+    raise PistaError(f"{path} is locked by a process that does not say who it is")
+
+
+@contextlib.contextmanager
+def held(path: Path, said: str) -> Iterator[None]:
+    """Hold a file, with our pid in it. PistaError with these words if another process does."""
+    handle = lock_file(path)
+    if handle is None:
+        raise PistaError(said.format(other.pid if (other := holder(path)) else "?"), "`openpista stop` ends it")
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n{machine_name()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def lock_file(path: Path) -> int | None:
+    """A descriptor that locks the file until it is closed; None if another process has it locked."""
+    import fcntl
+
+    for _ in range(10):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except BlockingIOError:
+            time.sleep(0.02)  # perhaps only `holder`, which looks
+        os.close(handle)  # or it was removed by whoever held it before
+    return None
+
+
+class Notifier:
+    """Tells who started us, by sd_notify(3), how it goes; nothing if they do not ask."""
+
+    VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # not for our children
+
+    def __init__(self, environ: Mapping[str, str]):
+        name, most, pid = (environ.get(variable, "") for variable in self.VARIABLES)
+        self.address = re.sub("^@", "\0", name)
+        feeds = self.address and most.isdecimal() and pid in ("", str(os.getpid()))
+        self.interval = int(most) / 2e6 if feeds else 0.0  # seconds between two signs of life; 0: none is wanted
+
+    def __call__(self, *lines: str) -> None:
+        if self.address and lines:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.setblocking(False)  # who does not listen must not hold us up
+                out.sendto("\n".join(lines).encode(), self.address)
+
+
+class HubDesk(Local):
+    """What the chat beside the daemon talks to: its turns go through the hub, as everybody's do."""
+
+    def __init__(self, ctx: Context, app: App, hub: Hub):
+        super().__init__(ctx, app)
+        self.hub = hub
+        self.show: Callable[[str], None] = print  # an answer that no turn of this chat waits for, such as a job's
+        self._askers: dict[int, Approve | None] = {}  # inbox row -> who is asked about its risky calls
+        hub.outlets["cli"] = Outlet(self._send, lambda item: self._askers.get(item.id))
+
+    async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
+        """The answer to a person's words."""
+        await self.settle(name)
+        receipt = self.hub.submit(Event("cli", os.urandom(8).hex(), name, text))
+        if not receipt.id:
+            raise ChannelBusy(f"not taken: {REFUSALS[receipt.answer]}")
+        self._askers[receipt.id] = approve
+        calls: list[tuple[ToolCall, ToolResult]] = []
+
+        def hear(progress: Progress) -> None:
+            if progress.kind == "tool_finished":
+                calls.append((progress.call, progress.result))
+            tell(progress)
+
+        try:
+            answer = await self.hub.watch(receipt.id, hear)
+        except asyncio.CancelledError:
+            if not self.hub.closing.is_set():  # else the next start goes on with it
+                await self.hub.cancel(receipt.id)
+            raise
+        if answer.is_error:
+            raise PistaError(answer.text)
+        known = answer.metadata
+        usage = Usage(**known["usage"])
+        return Reply(answer.text, name, known["model"], usage, tuple(calls), known.get("problem", ""))
+
+    async def _send(self, delivery: Delivery) -> None:
+        if delivery.inbox_id in self._askers:  # whoever asked has it from `watch`
+            del self._askers[delivery.inbox_id]
+        else:
+            self.show(f"\n{printable(delivery.text)}\n")
+
+
+REFUSALS = {  # why the hub did not take an event
+    "full": "too much waits in this session",
+    "closing": "openpista is shutting down",
+}
+
+
+class Daemon:
+    """What runs, and the signals that steer it."""
+
+    BEAT = 60.0  # seconds between two looks at the calendar
+    RESTART = ("gateway.port", "channels", "database.url")  # settings that a running daemon does not take up
+
+    def __init__(self, ctx: Context, app: App, notify: Notifier, ready: Callable[[str], None]):
+        self.ctx, self.app, self.notify, self.ready = ctx, app, notify, ready
+        self.zone, self.started = local_zone(ctx.environ), utc_now()
+        self.hub = Hub(app.store, app.agent, {}, approval=ctx.config.tools.approval, redact=ctx.redact)
+        self.desks: list[Local] = [Local(ctx, app)]
+        self.gateway: Gateway | None = None
+        if ctx.config.gateway.port:
+            self.gateway = Gateway(self.hub, app.store, status=self.status, desk=self.desks[0])
+        self.scheduler = Scheduler(app.store, self.hub.wake, zone=self.zone)
+        self.chat: ScreenChat | None = None
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._ending, self._reread = asyncio.Event(), asyncio.Event()
+        self._hurry: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Serve until a signal ends it, or the person leaves the chat."""
+        loop = asyncio.get_running_loop()
+        handlers = {signal.SIGTERM: self.end, signal.SIGINT: self.end, signal.SIGHUP: self._reread.set}
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            await self._open()
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await self._close()
+            for number in handlers:
+                loop.remove_signal_handler(number)
+        for task in self._tasks:
+            if not task.cancelled():
+                task.result()  # what ended it may be an error
+
+    def end(self) -> None:
+        """End all in order; the second time at once."""
+        if self._ending.is_set():
+            self._hurry = self._hurry or asyncio.create_task(self.hub.close())
+        self._ending.set()
+
+    def say(self, text: str) -> None:
+        """A line for who looks, above the chat's input if there is one."""
+        if self.chat:
+            self.chat.say(text, "dim")
+            return
+        try:
+            print(text, flush=True)
+        except OSError:  # nobody looks any more
+            drop(sys.stdout)
+
+    # ---- opening and closing ----
+
+    async def _open(self) -> None:
+        config = self.ctx.config
+        if left := kill_marked(f"{Child.MARK}={daemon_mark(self.ctx.home)}.".encode(), first=0):
+            log.warning("ended what a killed openpista had left running: %s", plural(left, "command"))
+        self._furnish(self.ctx)
+        self.scheduler.sync_config(config.cron)
+        if self.gateway:
+            await self.gateway.open(self.ctx.home, config.gateway)
+        chats = config.channels.cli.enabled and usable(0, sys.stdout, self.ctx.environ)
+        desk = HubDesk(self.ctx, self.app, self.hub) if chats else None
+        lines = self.first_lines()
+        self.say(lines)
+        if desk:
+            self.desks.append(desk)
+            self.chat = ScreenChat(desk, "", self.ctx.redact, Tty(0, sys.stdout, self.ctx.environ))
+            desk.show = self.chat.say
+            self._begin(self.chat.talk(False))
+            await asyncio.sleep(0)  # now it has the terminal
+        self.hub.open()
+        self.scheduler.run_reboot_jobs()
+        for work in (self.scheduler.run(), self._beat(), self._watch_settings(), self._ending.wait()):
+            self._begin(work)
+        self.notify("READY=1", f"STATUS=answering with {self.app.models.name_of('')}")
+        self.ready(lines)
+
+    def _begin(self, work: Awaitable[Any]) -> None:
+        self._tasks.append(asyncio.ensure_future(work))
+
+    async def _close(self) -> None:
+        """Take nothing more; give the turns that run their grace; send the answers; let everybody go."""
+        self._ending.set()
+        grace = self.ctx.config.gateway.grace
+        self.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={(grace + 20) * 1_000_000}")
+        if runs := self.hub.running:
+            self.say(f"ending: {plural(len(runs), 'turn')} may run on for {grace} s; one more signal ends at once")
+        await self.hub.close(grace)
+        if self.gateway:
+            await self.gateway.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *filter(None, [self._hurry]), return_exceptions=True)
+
+    def _furnish(self, ctx: Context) -> None:
+        """Tools, system prompt and settings of the turns to come."""
+        toolbox, system = furnish(ctx)
+        toolbox.add(cron_tools(Jobs(self.app.store), self.zone))
+        agent = self.app.agent
+        agent.toolbox, agent.system, agent.settings = toolbox, system, ctx.config.agent
+
+    async def _beat(self) -> None:
+        """Show that the loop turns. A new day needs another system prompt."""
+        today = date.today()
+        while True:
+            self.notify(*["WATCHDOG=1"] if self.notify.interval else [])
+            await asyncio.sleep(self.notify.interval or self.BEAT)
+            if date.today() != today:
+                today = date.today()
+                try:
+                    self._furnish(self.ctx)
+                except PistaError as error:
+                    log.warning("%s", error)
+
+    # ---- settings ----
+
+    async def _watch_settings(self) -> None:
+        while True:
+            await self._reread.wait()
+            self._reread.clear()
+            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1_000}")
+            try:
+                config, path = read_config(self.ctx.args.config, self.ctx.environ)
+                await self._take(self.ctx._replace(config=config))
+                self.say(f"settings read from {path or 'the environment alone'}")
+            except PistaError as error:
+                self.say(self.ctx.redact(f"settings refused, the old ones stay: {error}"))
+            self.notify("READY=1")
+
+    async def _take(self, ctx: Context) -> None:
+        """Use other settings from now on. An error leaves all as it was."""
+        former = self.ctx
+        ctx.redact.add(*ctx.config.secrets())
+        with contextlib.suppress(CredentialError):  # said when somebody asks
+            chosen_endpoints(ctx)
+        try:
+            self.scheduler.sync_config(ctx.config.cron)
+            self._furnish(ctx)
+            if self.gateway and ctx.config.gateway.port:
+                await self.gateway.reload(ctx.config.gateway)
+        except PistaError:
+            self.scheduler.sync_config(former.config.cron)
+            self._furnish(former)
+            raise
+        self.ctx = ctx
+        for desk in self.desks:
+            desk.ctx = ctx
+        self.hub.approval = ctx.config.tools.approval
+        await self.app.models.renew(ctx)
+        changed = [name for name in self.RESTART if setting(ctx.config, name) != setting(former.config, name)]
+        if changed:
+            self.say(f"{' and '.join(changed)} will count after a restart")
+
+    # ---- what others are told ----
+
+    def first_lines(self) -> str:
+        """What runs here, and with what."""
+        path = read_config(self.ctx.args.config, self.ctx.environ)[1]
+        rows = {
+            "configuration": str(path or "none, all as by default"),
+            "gateway": "off ([gateway] port = 0)",
+            "channels": ", ".join(self.channels()) or "none",
+            "jobs": jobs_line(self.status()["jobs"]),
+            "model": self.app.models.name_of(""),
+        }
+        if self.gateway:
+            rows["gateway"] = f"{addresses_line(self.gateway.addresses)}, sha256 {self.gateway.fingerprint}"
+        head = f"openpista {__version__}, pid {os.getpid()}"
+        lines = [head, *(f"  {name:<15}{text}" for name, text in rows.items())]
+        if "cli" in self.hub.outlets:
+            lines.append("Leaving the chat ends openpista.")
+        return printable(self.ctx.redact("\n".join(lines)))
+
+    def channels(self) -> list[str]:
+        """The names of those that there are."""
+        return sorted(self.hub.outlets.keys() - {"job"})
+
+    def status(self) -> dict[str, Any]:
+        """How it goes, for `status` and for devices."""
+        store, now = self.app.store, utc_now()
+        midnight = datetime.now(self.zone).replace(hour=0, minute=0, second=0, microsecond=0)
+        jobs = [job for job in Jobs(store).list() if job.state == "active"]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started_at": iso(self.started),
+            "uptime": round((now - self.started).total_seconds()),
+            "model": self.app.models.name_of(""),
+            "sessions": len(store.sessions(1_000_000)),
+            "running": sorted(self.hub.running),
+            "queue": sum(self.hub.inbox.waiting().values()),
+            "unsent": self.hub.outbox.unsent(),
+            "channels": {name: self.hub.courier.alive.get(name) for name in self.channels()},
+            "jobs": {"active": len(jobs), "next_at": Jobs(store).next_at()},
+            "usage_today": store.usage_since(midnight)._asdict(),
+            "memory": memory_used(),
+        }
+
+
+def setting(config: Config, name: str) -> Any:
+    """The value of section.key, or of a section."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def daemon_mark(folder: Path) -> str:
+    """What the commands of a home's daemon are marked with, and nobody else's."""
+    return f"daemon-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}"
+
+
+def memory_used() -> int:
+    """Bytes of memory that this process has now; where only that is known, the most that it ever had."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def addresses_line(addresses: Iterable[tuple[str, int]]) -> str:
+    """Addresses as they are written in URLs."""
+    return ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
+
+
+def jobs_line(jobs: Mapping[str, Any]) -> str:
+    """How many jobs there are, and when the next one is due."""
+    due = f", the next at {jobs['next_at'][:16].replace('T', ' ')} UTC" if jobs["next_at"] else ""
+    return f"{jobs['active']}{due}" if jobs["active"] else "none"
+
+
+async def serve(ctx: Context, ready: Callable[[str], None] = lambda lines: None) -> int:
+    """Run the daemon of this home until it is told to end. PistaError if there is one, or it cannot begin."""
+    make_home(ctx.home)
+    make_private(ctx.database.parent)
+    notify = Notifier(ctx.environ)
+    environ = {name: value for name, value in ctx.environ.items() if name not in Notifier.VARIABLES}
+    ctx = ctx._replace(environ=environ | {Child.MARK: daemon_mark(ctx.home)})
+    by_another = f"the database {ctx.database} is used by another openpista, pid {{}}"
+    with (
+        held(ctx.home / PID_FILE, "openpista runs already, pid {}"),
+        held(ctx.database.with_name(f"{ctx.database.name}.pid"), by_another),
+    ):
+        async with open_app(ctx) as app:
+            await Daemon(ctx, app, notify, ready).run()
+    return 0
+
+
+def detach(ctx: Context) -> int:
+    """The daemon in the background; returns when it is ready, or says why it is not."""
+    make_home(ctx.home)
+    path = ctx.home / LOG_FILE
+    if path.exists() and path.stat().st_size > LOG_LIMIT:
+        path.replace(path.with_name(f"{LOG_FILE}.1"))
+    sys.stdout.flush()
+    told, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(told)
+        return in_background(ctx, path, tell)
+    os.close(tell)
+    with open(told, encoding="utf-8", errors="replace") as pipe:
+        words = pipe.read()  # until it is ready, or gone
+    if not words.startswith("openpista "):
+        raise PistaError(words or f"openpista ended before it was ready; {path} may say why")
+    print(f"{words}\n  {'log':<15}{path}\nopenpista runs in the background; `openpista stop` ends it.")
+    return 0
+
+
+def in_background(ctx: Context, path: Path, tell: int) -> int:
+    """Go on without a terminal, with a log; `tell` takes the first lines, or what is wrong."""
+    os.setsid()
+    log_file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for handle, stream in ((os.open(os.devnull, os.O_RDONLY), 0), (log_file, 1), (log_file, 2)):
+        os.dup2(handle, stream)
+
+    def ready(lines: str) -> None:
+        os.write(tell, lines.encode())
+        os.close(tell)
+
+    try:
+        return asyncio.run(serve(ctx, ready))
+    except PistaError as error:
+        with contextlib.suppress(OSError):  # it was ready before
+            os.write(tell, ctx.redact(str(error)).encode())
+        raise
+
+
+def running_daemon(ctx: Context) -> Holder:
+    """Who runs with this home. PistaError if nobody does."""
+    if found := holder(ctx.home / PID_FILE):
+        return found
+    raise PistaError("openpista is not running", "`openpista start --detach` starts it")
+
+
+# ===== 27. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -11496,6 +12010,212 @@ async def chat(ctx: Context) -> int:
             tty = Tty(0, sys.stdout, ctx.environ)
             return await ScreenChat(desk, ctx.args.session or "", ctx.redact, tty).run(given)
         return await LineChat(desk, ctx.args.session or "", ctx.redact, ctx.environ).run(given)
+
+
+# ---- the daemon ----
+
+
+@command("start", arg("--detach", action="store_true", help="in the background, with a log in the home folder"))
+def cmd_start(ctx: Context) -> int:
+    """Run the daemon: channels, gateway and jobs; at a terminal with a chat."""
+    if os.name != "posix":
+        raise PistaError("start needs Linux or macOS", "on Windows start openpista inside WSL")
+    return detach(ctx) if ctx.args.detach else asyncio.run(serve(ctx))
+
+
+STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has to end
+
+
+@command("stop")
+def cmd_stop(ctx: Context) -> int:
+    """End the running daemon, and wait until it is gone."""
+    pid, machine = running_daemon(ctx)
+    if machine != machine_name():
+        raise PistaError(f"openpista runs on {machine}, pid {pid}", "stop it there")
+    os.kill(pid, signal.SIGTERM)
+    grace, started, said = ctx.config.gateway.grace, time.monotonic(), False
+    while (found := holder(ctx.home / PID_FILE)) and found.pid == pid:
+        waited = time.monotonic() - started
+        if waited > grace + STOP_MARGIN:
+            raise PistaError(f"openpista, pid {pid}, has not ended within {waited:.0f} s", f"kill -9 {pid} ends it")
+        if waited > 1 and not said:
+            said = True
+            print(f"openpista: waiting for running turns, at most {grace} s", file=sys.stderr)
+        time.sleep(0.05)
+    print(f"stopped openpista, pid {pid}")
+    return 0
+
+
+@command("status", arg("--json", action="store_true", help="for scripts"))
+def cmd_status(ctx: Context) -> int:
+    """Show how the running daemon is doing."""
+    pid = running_daemon(ctx).pid
+    gateway = ctx.config.gateway
+    found = asyncio.run(ask_daemon(ctx.home, gateway, {"type": "status"}, 5.0))["status"] if gateway.port else {}
+    if ctx.args.json:
+        print_json(found or {"pid": pid, "gateway": "off"})
+    elif not found:
+        print(f"openpista runs, pid {pid}; no more can be asked: its gateway is off ([gateway] port = 0)")
+    else:
+        for name, text in status_rows(found).items():
+            print(printable(f"{name:<14}{text}"))
+    return 0
+
+
+def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """A daemon's status for a person."""
+    now, used = utc_now(), Usage(**found["usage_today"])
+    running = f", in a turn: {', '.join(found['running'])}" if found["running"] else ""
+    channels = (
+        f"{name} ({since(at, now) + ' ago' if at else 'not used yet'})" for name, at in found["channels"].items()
+    )
+    return {
+        "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
+        "model": found["model"],
+        "sessions": f"{found['sessions']:,}{running}",
+        "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
+        "channels": ", ".join(channels) or "none",
+        "jobs": jobs_line(found["jobs"]),
+        "used today": tokens(used),
+        "memory": f"{found['memory'] / 2**20:.0f} MiB",
+    }
+
+
+def since(moment: str, now: datetime) -> str:
+    """How long ago a moment was, roughly: 5 s, 12 min, 3 h, 9 d."""
+    seconds = max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+SYSTEMD = """\
+# {save}
+[Unit]
+Description=openpista
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=300
+StartLimitBurst=5
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+WorkingDirectory={folder}
+{environment}
+# Keys, such as OPENAI_API_KEY=..., may stand in this file (mode 0600), if `openpista auth login` did not store them.
+EnvironmentFile=-{home}/environment
+WatchdogSec=60
+TimeoutStopSec={stopping}
+Restart=on-failure
+RestartSec=5
+# Wrong settings (2) are not mended by another start.
+RestartPreventExitStatus=2
+KillMode=control-group
+# One command that takes all the memory is ended, and not the service with it.
+OOMPolicy=continue
+# The commands that openpista runs have the same limits. With this one they cannot become root: delete it, and the
+# Restrict and Lock lines, which imply it, if `sudo` is to work.
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+LockPersonality=yes
+{system}
+[Install]
+WantedBy={target}
+"""
+SYSTEM_ONLY = """\
+User={user}
+ProtectSystem=full
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+"""
+
+
+@command(
+    "service print",
+    arg(
+        "--user", dest="kind", action="store_const", const="user", help="a systemd unit of yours (on Linux the default)"
+    ),
+    arg("--system", dest="kind", action="store_const", const="system", help="a systemd unit of the machine's"),
+    arg("--launchd", dest="kind", action="store_const", const="launchd", help="a launchd agent (on macOS the default)"),
+)
+def cmd_service_print(ctx: Context) -> int:
+    """Print a service that keeps the daemon running."""
+    kind = ctx.args.kind or ("launchd" if sys.platform == "darwin" else "user")
+    print(launchd_agent(ctx) if kind == "launchd" else systemd_unit(ctx, kind), end="")
+    return 0
+
+
+def own_command(ctx: Context) -> list[str]:
+    """The words that start this very openpista as a daemon."""
+    program = Path(sys.argv[0]) if Path(sys.argv[0]).is_file() else Path(__file__)
+    config = ["--config", os.path.abspath(user_path(ctx.args.config))] if ctx.args.config else []
+    return [sys.executable, os.path.abspath(program), "start", *config]
+
+
+def own_variables(ctx: Context) -> dict[str, str]:
+    """What the daemon needs of this environment: where commands are, and its home if that is not the usual one."""
+    names = ("PATH", "LANG", "OPENPISTA_HOME", "OPENPISTA_CONFIG")
+    return {name: ctx.environ[name] for name in names if ctx.environ.get(name)}
+
+
+def unit_word(text: str) -> str:
+    """A word of a unit file: quoted, since it may hold a space, and with nothing that systemd would replace."""
+    return '"' + text.translate({ord("\\"): r"\\", ord('"'): r"\"", ord("%"): "%%", ord("$"): "$$"}) + '"'
+
+
+def systemd_unit(ctx: Context, kind: str) -> str:
+    """A unit file for the machine, or for its user."""
+    import getpass
+
+    own = kind == "user"
+    save = (
+        "~/.config/systemd/user/openpista.service; then: systemctl --user enable --now openpista; "
+        "loginctl enable-linger keeps it after you log out"
+        if own
+        else "/etc/systemd/system/openpista.service; then: systemctl enable --now openpista"
+    )
+    return SYSTEMD.format(
+        save=save,
+        command=" ".join(map(unit_word, own_command(ctx))),
+        folder=str(user_path("~")).replace("%", "%%"),
+        environment="\n".join(
+            f"Environment={unit_word(f'{k}={v}').replace('$$', '$')}" for k, v in own_variables(ctx).items()
+        ),
+        home=str(ctx.home.absolute()).replace("%", "%%"),
+        stopping=ctx.config.gateway.grace + int(STOP_MARGIN),
+        system="" if own else SYSTEM_ONLY.format(user=getpass.getuser()),
+        target="default.target" if own else "multi-user.target",
+    )
+
+
+def launchd_agent(ctx: Context) -> str:
+    """A property list for ~/Library/LaunchAgents/openpista.plist."""
+    import plistlib
+
+    log_path = str(ctx.home.absolute() / LOG_FILE)
+    agent = {
+        "Label": "openpista",
+        "ProgramArguments": own_command(ctx),
+        "EnvironmentVariables": own_variables(ctx),
+        "WorkingDirectory": str(user_path("~")),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": 10,
+        "ExitTimeOut": ctx.config.gateway.grace + int(STOP_MARGIN),
+        "StandardOutPath": log_path,
+        "StandardErrorPath": log_path,
+        "Umask": 0o077,
+    }
+    return plistlib.dumps(agent).decode()
 
 
 # ---- run ----
@@ -12063,8 +12783,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entry, args = parse(argv)
         setup_logging("debug" if args.debug else args.log_level, redact)
-        named = bool(args.config or os.environ.get("OPENPISTA_CONFIG"))
-        config = load_config(find_config(args.config, os.environ), os.environ, named)
+        config = read_config(args.config, os.environ)[0]
         redact.add(*config.secrets())
         code = entry.run(Context(args, config, home(os.environ), os.environ, redact))
         sys.stdout.flush()
