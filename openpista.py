@@ -11465,8 +11465,6 @@ def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
 
 # ===== GATEWAY-STAND-IN: cut at the merge =====
 
-import socket as _s
-
 
 class Gateway:
     """Stand-in."""
