@@ -12064,15 +12064,13 @@ def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
     """A daemon's status for a person."""
     now, used = utc_now(), Usage(**found["usage_today"])
     running = f", in a turn: {', '.join(found['running'])}" if found["running"] else ""
-    channels = (
-        f"{name} ({since(at, now) + ' ago' if at else 'not used yet'})" for name, at in found["channels"].items()
-    )
+    ages = ((name, f"{since(at, now)} ago" if at else "not used yet") for name, at in found["channels"].items())
     return {
         "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
         "model": found["model"],
         "sessions": f"{found['sessions']:,}{running}",
         "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
-        "channels": ", ".join(channels) or "none",
+        "channels": ", ".join(f"{name} ({age})" for name, age in ages) or "none",
         "jobs": jobs_line(found["jobs"]),
         "used today": tokens(used),
         "memory": f"{found['memory'] / 2**20:.0f} MiB",
@@ -12112,11 +12110,12 @@ Restart=on-failure
 RestartSec=5
 # Wrong settings (2) are not mended by another start.
 RestartPreventExitStatus=2
+# Commands in the background end with the service.
 KillMode=control-group
 # One command that takes all the memory is ended, and not the service with it.
 OOMPolicy=continue
-# The commands that openpista runs have the same limits. With this one they cannot become root: delete it, and the
-# Restrict and Lock lines, which imply it, if `sudo` is to work.
+# The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.
+# Delete what is in the way of yours; `sudo` needs all of them gone.
 NoNewPrivileges=yes
 RestrictSUIDSGID=yes
 RestrictRealtime=yes
@@ -12181,13 +12180,12 @@ def systemd_unit(ctx: Context, kind: str) -> str:
         if own
         else "/etc/systemd/system/openpista.service; then: systemctl enable --now openpista"
     )
+    variables = (unit_word(f"{name}={value}").replace("$$", "$") for name, value in own_variables(ctx).items())
     return SYSTEMD.format(
         save=save,
         command=" ".join(map(unit_word, own_command(ctx))),
         folder=str(user_path("~")).replace("%", "%%"),
-        environment="\n".join(
-            f"Environment={unit_word(f'{k}={v}').replace('$$', '$')}" for k, v in own_variables(ctx).items()
-        ),
+        environment="\n".join(f"Environment={words}" for words in variables),
         home=str(ctx.home.absolute()).replace("%", "%%"),
         stopping=ctx.config.gateway.grace + int(STOP_MARGIN),
         system="" if own else SYSTEM_ONLY.format(user=getpass.getuser()),
@@ -12211,7 +12209,6 @@ def launchd_agent(ctx: Context) -> str:
         "ExitTimeOut": ctx.config.gateway.grace + int(STOP_MARGIN),
         "StandardOutPath": log_path,
         "StandardErrorPath": log_path,
-        "Umask": 0o077,
     }
     return plistlib.dumps(agent).decode()
 
