@@ -11684,9 +11684,12 @@ class Daemon:
         """A line for who looks, above the chat's input if there is one."""
         if self.chat:
             self.chat.say(text, "dim")
-            return
+        else:
+            self._print(text + "\n")
+
+    def _print(self, text: str) -> None:
         try:
-            print(text, flush=True)
+            print(text, end="", flush=True)
         except OSError:  # nobody looks any more
             drop(sys.stdout)
 
@@ -11696,6 +11699,8 @@ class Daemon:
         config = self.ctx.config
         if left := kill_marked(f"{Child.MARK}={daemon_mark(self.ctx.home)}.".encode(), first=0):
             log.warning("ended what a killed openpista had left running: %s", plural(left, "command"))
+        with contextlib.suppress(CredentialError):  # it is said in the first lines, and to whoever asks
+            self.app.models.pick("")
         self._furnish(self.ctx)
         self.scheduler.sync_config(config.cron)
         if self.gateway:
@@ -11733,6 +11738,7 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *filter(None, [self._hurry]), return_exceptions=True)
+        self._print("")  # what a terminal that is gone did not take is forgotten
 
     def _furnish(self, ctx: Context) -> None:
         """Tools, system prompt and settings of the turns to come."""
@@ -11901,8 +11907,8 @@ def detach(ctx: Context) -> int:
         return in_background(ctx, path, tell)
     os.close(tell)
     with open(told, encoding="utf-8", errors="replace") as pipe:
-        words = pipe.read()  # until it is ready, or gone
-    if not words.startswith("openpista "):
+        ready, _, words = pipe.read().partition("\n")  # until it is ready, or gone
+    if not ready:
         raise PistaError(words or f"openpista ended before it was ready; {path} may say why")
     print(f"{words}\n  {'log':<15}{path}\nopenpista runs in the background; `openpista stop` ends it.")
     return 0
@@ -11916,14 +11922,14 @@ def in_background(ctx: Context, path: Path, tell: int) -> int:
         os.dup2(handle, stream)
 
     def ready(lines: str) -> None:
-        os.write(tell, lines.encode())
+        os.write(tell, f"ready\n{lines}".encode())
         os.close(tell)
 
     try:
         return asyncio.run(serve(ctx, ready))
     except PistaError as error:
         with contextlib.suppress(OSError):  # it was ready before
-            os.write(tell, ctx.redact(str(error)).encode())
+            os.write(tell, f"\n{ctx.redact(str(error))}".encode())
         raise
 
 
