@@ -11463,45 +11463,6 @@ def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
     return [cls(jobs, zone) for cls in CRON_TOOLS.values()]
 
 
-# ===== GATEWAY-STAND-IN: cut at the merge =====
-
-
-class Gateway:
-    """Stand-in."""
-
-    def __init__(self, hub, store, *, status, desk):
-        self.hub, self.status = hub, status
-        hub.outlets["quic"] = Outlet()
-        self.addresses, self.fingerprint = [("127.0.0.1", 1)], "00"
-
-    async def open(self, home, config):
-        """Stand-in."""
-
-        async def serve(reader, writer):
-            await reader.readline()
-            writer.write(json.dumps({"status": self.status()}).encode())
-            writer.close()
-
-        self.server = await asyncio.start_unix_server(serve, home / "g")
-
-    async def reload(self, config):
-        """Stand-in."""
-
-    async def close(self, code=0, reason=""):
-        """Stand-in."""
-        self.server.close()
-
-
-async def ask_daemon(home, config, request, timeout):
-    """Stand-in."""
-    reader, writer = await asyncio.open_unix_connection(home / "g")
-    writer.write(json.dumps(request).encode() + b"\n")
-    return json.loads(await reader.read())
-
-
-# ===== END OF STAND-IN =====
-
-
 # ===== 26. Daemon =============================================================
 #
 # What `start` runs for months: the hub and what stands around it, opened in order
