@@ -11346,7 +11346,8 @@ class Scheduler:
         for job in self.jobs.list():
             if job.state == "active" and job.next_at and job.next_at > iso(now):
                 with self._pausing(job):
-                    if due := next_time(job, now, self.zone):
+                    due = next_time(job, now, self.zone)
+                    if due and iso(due) != job.next_at:
                         self.jobs.change(job, job._replace(next_at=iso(due)))
 
     @contextlib.contextmanager

@@ -2026,7 +2026,7 @@ class ScriptedModels:
 
 
 class FakeClock:
-    """now() for what takes a clock; it moves only when told."""
+    """now() and sleep() for what takes a clock; it moves only when told."""
 
     def __init__(self, moment):
         self.moment = moment
@@ -2036,6 +2036,14 @@ class FakeClock:
 
     def advance(self, step):
         self.moment += step
+
+    async def sleep(self, seconds):
+        """The time passes at once."""
+        import asyncio  # not above: the model server needs neither
+        from datetime import timedelta
+
+        await asyncio.sleep(0)
+        self.advance(timedelta(seconds=seconds))
 
 
 if __name__ == "__main__":

@@ -500,7 +500,7 @@ def test_help_and_version(openpista, home):
     assert not home.exists()
 
 
-GROUPS = [["auth", "--help"], ["sessions", "--help"], ["skills", "-h"]]
+GROUPS = [["auth", "--help"], ["cron", "--help"], ["sessions", "--help"], ["skills", "-h"]]
 
 
 def test_a_group_has_help(openpista):
