@@ -10373,7 +10373,8 @@ class Chat:
 
     def greet(self, new: str) -> None:
         """Say who answers."""
-        self.say(f"openpista {__version__} · {self.desk.model} · {new}session {self.session}", "dim")
+        at = f"{self.desk.place} · " if self.desk.place else ""
+        self.say(f"openpista {__version__} · {at}{self.desk.model} · {new}session {self.session}", "dim")
         if not self.desk.ready:
             self.say("/login signs in to a provider", "ask")
 
@@ -11136,7 +11137,7 @@ class Who(NamedTuple):
     token_hash: str
 
 
-class Question(NamedTuple):
+class Doubt(NamedTuple):
     """A risky call that waits for an answer from a client."""
 
     frame: dict[str, Any]
@@ -11299,7 +11300,7 @@ class Exchange:
     def __init__(self, hub: Hub, redact: Redactor):
         self.hub, self.redact = hub, redact
         self._listeners: dict[int, list[Listener]] = {}  # inbox row -> who waits for its answer
-        self._questions: dict[int, dict[int, Question]] = {}  # inbox row -> what must be answered, by number
+        self._questions: dict[int, dict[int, Doubt]] = {}  # inbox row -> what must be answered, by number
         self._numbers = itertools.count(1)
 
     async def serve(self, stream: Stream) -> None:
@@ -11413,7 +11414,7 @@ class Exchange:
         told_of = told_call(call, self.redact)
         frame = {"type": "approval", "approval_id": approval_id, "tool": call.name, "reason": danger}
         frame |= {"call_id": call.id, "arguments": told_of["arguments"]}
-        question = Question(frame, asyncio.get_running_loop().create_future())
+        question = Doubt(frame, asyncio.get_running_loop().create_future())
         self._questions.setdefault(number, {})[approval_id] = question
         for listener in self._listeners.get(number, ()):
             listener.put(frame)
@@ -11424,7 +11425,7 @@ class Exchange:
             if not self._questions[number]:
                 del self._questions[number]
 
-    async def _answer(self, number: int, question: Question) -> Decision:
+    async def _answer(self, number: int, question: Doubt) -> Decision:
         """The person's decision; no, if there is nobody any more who could answer."""
         absent = 0.0
         while not question.answer.done():
@@ -11676,7 +11677,7 @@ class Invite(NamedTuple):
         return f"openpista://{self.token}@{self.place}/#sha256={self.fingerprint}"
 
 
-def parse_invite(text: str) -> Invite:
+def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
     """HOST, HOST:PORT, or what `devices add` printed. UsageError if it is none of these."""
     from urllib.parse import urlsplit
 
@@ -11685,7 +11686,7 @@ def parse_invite(text: str) -> Invite:
         text = f"openpista://[{text}]" if text.count(":") > 1 and "[" not in text else f"openpista://{text}"
     try:
         url = urlsplit(text)
-        host, port = url.hostname or "", url.port or GatewayConfig().port
+        host, port = url.hostname or "", url.port or default_port
     except ValueError as error:
         raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
     pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
@@ -12068,12 +12069,6 @@ async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any],
         raise GatewayError(f"the daemon did not answer within {timeout:g} s") from None
 
 
-async def seen_fingerprint(invite: Invite) -> str:
-    """Who answers there; nothing is sent to them."""
-    async with QuicClient(invite.host, invite.port) as client:
-        return client.fingerprint
-
-
 # ===== 26. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
@@ -12124,9 +12119,14 @@ def with_choice(ctx: Context) -> Context:
         agent = turned_to(agent, args.provider, ctx.environ)
     if args.model:
         agent = agent._replace(model=args.model)
-    if args.session is not None and not (0 < len(args.session) <= 200 and args.session.isprintable()):
-        raise UsageError("--session must be 1 to 200 printable characters")
+    check_session(args.session)
     return ctx._replace(config=ctx.config._replace(agent=agent))
+
+
+def check_session(name: str | None) -> None:
+    """UsageError if this cannot be a session's name."""
+    if name is not None and not (0 < len(name) <= 200 and name.isprintable()):
+        raise UsageError("--session must be 1 to 200 printable characters")
 
 
 @command(
@@ -12141,13 +12141,16 @@ def cmd_tui(ctx: Context) -> int:
 
 async def chat(ctx: Context) -> int:
     """A chat on the terminal if that can do it, else in plain lines; its exit code."""
-    given = ctx.args.session is not None
     async with open_app(ctx) as app:
-        desk = Local(ctx, app)
-        if usable(0, sys.stdout, ctx.environ):
-            tty = Tty(0, sys.stdout, ctx.environ)
-            return await ScreenChat(desk, ctx.args.session or "", ctx.redact, tty).run(given)
-        return await LineChat(desk, ctx.args.session or "", ctx.redact, ctx.environ).run(given)
+        return await talk(ctx, Local(ctx, app))
+
+
+async def talk(ctx: Context, desk: Local | RemoteDesk) -> int:
+    """A chat with whoever answers."""
+    given, name = ctx.args.session is not None, ctx.args.session or ""
+    if usable(0, sys.stdout, ctx.environ):
+        return await ScreenChat(desk, name, ctx.redact, Tty(0, sys.stdout, ctx.environ)).run(given)
+    return await LineChat(desk, name, ctx.redact, ctx.environ).run(given)
 
 
 # ---- run ----
@@ -12167,14 +12170,24 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
 def cmd_run(ctx: Context) -> int:
     """LiveAnswer one request and leave."""
     args = ctx.args
-    if args.timeout is not None and not 0 < args.timeout <= 86_400:
-        raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {args.timeout:g}")
+    check_timeout(args.timeout)
     ctx = with_choice(ctx)
     endpoints = chosen_endpoints(ctx)  # a missing key is said before anything is read or written
+    return asyncio.run(answer_once(ctx, endpoints, request_text(args)))
+
+
+def check_timeout(seconds: float | None) -> None:
+    """UsageError if this is no time limit."""
+    if seconds is not None and not 0 < seconds <= 86_400:
+        raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {seconds:g}")
+
+
+def request_text(args: argparse.Namespace) -> str:
+    """What is asked: the words of -e, and piped input."""
     text = "\n\n".join(filter(None, (clean(args.execute).strip(), piped_input(args.timeout))))
     if not text:
         raise UsageError("nothing to do", "say what with -e TEXT")
-    return asyncio.run(answer_once(ctx, endpoints, text))
+    return text
 
 
 def clean(text: str) -> str:
@@ -12216,30 +12229,35 @@ def portions_of(handle: int, timeout: float) -> Iterator[bytes]:
 
 
 async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) -> int:
+    """One turn of the agent in this process; the exit code."""
+    mode = "never" if ctx.args.yes else ctx.config.tools.approval
+    with interruptible():
+        async with open_app(ctx, endpoints) as app:
+            session = app.store.session(ctx.args.session or new_session_name(utc_now(), "run"))
+            turn = functools.partial(app.agent.turn, session, text)
+            return await one_turn(ctx, session.name, lambda approve, tell: turn(Gate(mode, approve), tell))
+
+
+async def one_turn(ctx: Context, name: str, turn: Callable[[Approve | None, Tell], Awaitable[Reply]]) -> int:
     """One turn at the terminal or in a pipe; the exit code."""
     args = ctx.args
     keys = keyboard()
     console = Console(sys.stdout, sys.stderr, ctx.environ, ctx.redact, keys)
     console.streams = console.streams and not args.json
     approve = console.ask if console.shows and keys is not None else None
-    gate = Gate("never" if args.yes else ctx.config.tools.approval, approve)
     started = time.monotonic()
-    with interruptible():
-        async with open_app(ctx, endpoints) as app:
-            session = app.store.session(args.session or new_session_name(utc_now(), "run"))
-            ticking = asyncio.create_task(console.ticking())
-            try:
-                async with asyncio.timeout(args.timeout) as limit:
-                    reply = await app.agent.turn(session, text, gate, console.tell)
-            except BaseException as error:
-                console.abandon()
-                if isinstance(error, TimeoutError) and limit.expired():
-                    hint = f"session {session.name} has what was done"
-                    raise PistaError(f"no answer within {args.timeout:g} s", hint) from None
-                raise
-            finally:
-                ticking.cancel()
-                console.close()
+    ticking = asyncio.create_task(console.ticking())
+    try:
+        async with asyncio.timeout(args.timeout) as limit:
+            reply = await turn(approve, console.tell)
+    except BaseException as error:
+        console.abandon()
+        if isinstance(error, TimeoutError) and limit.expired():
+            raise PistaError(f"no answer within {args.timeout:g} s", f"session {name} has what was done") from None
+        raise
+    finally:
+        ticking.cancel()
+        console.close()
     if args.json:
         print_json(reply_dict(reply))
     else:
@@ -12512,6 +12530,169 @@ def cmd_skills_validate(ctx: Context) -> int:
         for error in errors:
             print(f"  - {printable(error)}")
     return 1 if bad else 0
+
+
+# ---- connect ----
+
+
+@command(
+    "connect",
+    arg("gateway", metavar="HOST[:PORT]", help="or an invite; - reads an invite, which `ps` would show, from stdin"),
+    arg("--token", metavar="FILE", help="a file with the device's token, - for stdin; default: $OPENPISTA_TOKEN"),
+    arg("-e", "--execute", metavar="TEXT", help="one request; piped standard input is added to it"),
+    arg("-s", "--session", metavar="NAME", help="go on with this session, or begin one of this name"),
+    arg("--timeout", type=float, metavar="S", help="with -e: give up after so many seconds"),
+    arg("--json", action="store_true", help="with -e: print one JSON object"),
+)
+def cmd_connect(ctx: Context) -> int:
+    """Chat with a daemon on another machine; with -e one request."""
+    args = ctx.args
+    check_session(args.session)
+    check_timeout(args.timeout)
+    if "-" == args.gateway == args.token:
+        raise UsageError("an invite has its token in it", "leave out --token")
+    invite = parse_invite(secret_line("Invite: ") if args.gateway == "-" else args.gateway)
+    known = KnownGateways(ctx.home)
+    invite = known.find(invite._replace(token=invite.token or device_token(ctx)))
+    ctx.redact.add(invite.token)
+    if not invite.token:
+        raise CredentialError(
+            f"no token for {invite.place}", "give the invite that `openpista devices add` prints there"
+        )
+    text = request_text(args) if args.execute is not None else ""
+    make_home(ctx.home)
+    return asyncio.run(connect(ctx, invite, known, text))
+
+
+def secret_line(prompt: str) -> str:
+    """A line of standard input, typed without echo; what follows stays there to be read."""
+    if sys.stdin.isatty():
+        import getpass
+
+        with contextlib.suppress(EOFError):
+            return getpass.getpass(prompt).strip()
+        return ""
+    line = b""
+    while len(line) < 4_096 and not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
+        line += byte
+    return line.decode("utf-8", "replace").strip()
+
+
+def device_token(ctx: Context) -> str:
+    """The token from --token or the environment; '' if it is in neither."""
+    source = ctx.args.token
+    if source is None:
+        return variable("TOKEN", ctx.environ)[0]
+    if source == "-":
+        return secret_line("Token: ")
+    if re.fullmatch(r"[\w-]{43}", source) and not os.path.exists(source):
+        raise UsageError("a token on the command line is for all to see", "put it into a file, or give --token -")
+    try:
+        return user_path(source).read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the token from {source}: {error}") from None
+
+
+async def connect(ctx: Context, invite: Invite, known: KnownGateways, text: str) -> int:
+    """A chat or one request, there; the exit code."""
+    if not invite.fingerprint:
+        invite = await first_sight(ctx, invite)
+    async with RemoteDesk(ctx, invite, known) as desk:
+        if not text:
+            await desk.ask("ping")  # what is wrong with the way is said before the chat begins
+            return await talk(ctx, desk)
+        name = ctx.args.session or new_session_name(utc_now(), "run")
+        with interruptible():
+            return await one_turn(ctx, name, functools.partial(desk.turn, name, text))
+
+
+async def first_sight(ctx: Context, invite: Invite) -> Invite:
+    """Have the person compare the fingerprint of a gateway that is not known yet."""
+    if ctx.args.execute is not None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        hint = "give its invite, or connect once at a terminal"
+        raise UsageError(f"{invite.place} is not known here, and nobody can be asked about its fingerprint", hint)
+    async with QuicClient(invite.host, invite.port) as client:  # nothing is sent to it
+        seen = client.fingerprint
+    print(f"{invite.place} is not known here. Its fingerprint is\n  sha256={seen}", file=sys.stderr)
+    print(
+        "`openpista status` there shows the right one. Is it the same? [y]es, [N]o: ",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
+    if (await read_line(sys.stdin.fileno())).strip().lower() not in ("y", "yes"):
+        raise UsageError("not connected", "the invite that `openpista devices add` prints has the fingerprint in it")
+    return invite._replace(fingerprint=seen)
+
+
+# ---- devices ----
+
+
+@command(
+    "devices add",
+    arg("name", metavar="NAME"),
+    arg("--host", metavar="HOST[:PORT]", help="where the other machine finds this one; default: its own idea of it"),
+)
+def cmd_devices_add(ctx: Context) -> int:
+    """Let another machine speak to the gateway; prints its invite, once."""
+    name, config = ctx.args.name, ctx.config.gateway
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name) or name == LOCAL:
+        raise UsageError(f"a device's name is 1 to 64 letters, digits, and . _ -, and not {LOCAL!r}")
+    if not config.port:
+        raise ConfigError("there is no gateway: [gateway] port is 0")
+    host = ctx.args.host or (config.host if is_open(config) and config.host not in ("0.0.0.0", "::") else own_address())
+    invite = parse_invite(f"[{host}]" if host.count(":") > 1 and "[" not in host else host, config.port)
+    make_home(ctx.home)
+    pin = load_certificate(*certificate_files(ctx.home, config)).fingerprint
+    token = new_token()
+    with Store(ctx.database) as store:
+        Devices(store).add(name, hash_token(token))
+    print(invite._replace(token=token, fingerprint=pin), flush=True)
+    said = f"shown once; on the other machine `openpista connect -` asks for it. It leads to {invite.place}"
+    print(f"openpista: {said}{'' if ctx.args.host else '; --host names another address'}", file=sys.stderr)
+    return 0
+
+
+def own_address() -> str:
+    """The address that this machine has towards the rest of the world."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("192.0.2.1", 9))  # nothing is sent by this
+        return sock.getsockname()[0]
+    return "127.0.0.1"
+
+
+@command("devices list", arg("--json", action="store_true", help="for scripts"))
+def cmd_devices_list(ctx: Context) -> int:
+    """List the devices that may speak to the gateway, and those that no longer may."""
+    with Store(ctx.database) as store:
+        devices = Devices(store).list()
+    if ctx.args.json:
+        print_json([device._asdict() for device in devices])
+    elif not devices:
+        print("no devices yet")
+    else:
+        heads = ("DEVICE", "ADDED (UTC)", "LAST SEEN (UTC)", "STATE")
+        shown = [[(moment or "never")[:16].replace("T", " ") for moment in device[1:3]] for device in devices]
+        states = ["revoked" if device.revoked_at else "active" for device in devices]
+        print_table([heads, *((d.name, *times, state) for d, times, state in zip(devices, shown, states, strict=True))])
+    return 0
+
+
+@command("devices revoke", arg("names", nargs="+", metavar="NAME"))
+def cmd_devices_revoke(ctx: Context) -> int:
+    """Let devices speak no more; one that is connected is cut off."""
+    with Store(ctx.database) as store:
+        devices = Devices(store)
+        active = [device.name for device in devices.list() if not device.revoked_at]
+        for name in ctx.args.names:
+            if name not in active:
+                raise UsageError(
+                    f"no device named {name!r} may speak{near(name, active)}", "see `openpista devices list`"
+                )
+        for name in (names := dict.fromkeys(ctx.args.names)):
+            devices.revoke(name)
+    print(f"revoked {plural(len(names), 'device')}")
+    return 0
 
 
 # ---- the parser, and main ----
