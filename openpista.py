@@ -6568,6 +6568,7 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_number(word: str) -> NoReturn:
+    """ValueError: the word cannot stand in JSON."""
     raise ValueError(f"{word} is no number")
 
 
