@@ -38,8 +38,9 @@ Map. Each section uses only those above it, so read on from any point.
     23. Login         signing in to a provider, browsing its models
     24. Chat          the conversation at a terminal
     25. Scheduler     jobs: when they fire, and the tools that plan them
-    26. Daemon        what `start` runs: opening, signals, closing; who runs
-    27. Commands      the command line
+    26. Gateway       the protocol of remote clients, both ends
+    27. Daemon        what `start` runs: opening, signals, closing; who runs
+    28. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -6622,6 +6623,7 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_number(word: str) -> NoReturn:
+    """ValueError: the word cannot stand in JSON."""
     raise ValueError(f"{word} is no number")
 
 
@@ -10434,7 +10436,8 @@ class Chat:
 
     def greet(self, new: str) -> None:
         """Say who answers."""
-        self.say(f"openpista {__version__} · {self.desk.model} · {new}session {self.session}", "dim")
+        at = f"{self.desk.place} · " if self.desk.place else ""
+        self.say(f"openpista {__version__} · {at}{self.desk.model} · {new}session {self.session}", "dim")
         if not self.desk.ready:
             self.say("/login signs in to a provider", "ask")
 
@@ -11464,7 +11467,968 @@ def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
     return [cls(jobs, zone) for cls in CRON_TOOLS.values()]
 
 
-# ===== 26. Daemon =============================================================
+# ===== 26. Gateway ============================================================
+#
+# The protocol openpista/1, as docs/gateway-protocol.md has it, between a
+# QuicServer's streams and the Hub. A message is an Event of the channel
+# quic:DEVICE; who sends its id again hears how its turn goes on, or its answer.
+# The other end is RemoteDesk, which a chat cannot tell from the agent itself.
+
+LOCAL = "local"  # the machine's own device
+LOOK_EVERY = 1.0  # seconds until it is noticed that another process revoked a device, added one, or changed a file
+ABSENT = 120.0  # seconds that a question waits for a client that is gone; then it counts as a no
+UNHEARD = 256 << 10  # characters of progress that wait for a slow reader; the rest is left out, the reply has it all
+TOLD_TEXT, REPLY_TEXT, HISTORY_TEXT = 20_000, 150_000, 150_000  # characters: one may take six bytes in a frame
+
+ERROR_WORDS = (  # an error -> the code of its frame
+    (ChannelBusy, "shutting_down"),
+    (CredentialError, "no_key"),
+    (ConfigError, "bad_request"),
+    (StoreError, "not_found"),
+    (PistaError, "failed"),
+)
+
+
+class Who(NamedTuple):
+    """A device, as it authenticated: of its name there may be another one later."""
+
+    name: str
+    token_hash: str
+
+
+class Doubt(NamedTuple):
+    """A risky call that waits for an answer from a client."""
+
+    frame: dict[str, Any]
+    answer: asyncio.Future[Decision]
+
+
+def hash_token(token: str) -> str:
+    """What is kept of a device's token."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def new_token() -> str:
+    """A token that nobody can guess, fit for a URL."""
+    return base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
+
+
+def local_device(home: Path, devices: Devices) -> str:
+    """The token of the machine's own device, which is made if it is missing."""
+    path = home / "local.token"
+    token = path.read_text().strip() if path.exists() else ""
+    if not token or devices.find(hash_token(token)) != LOCAL:
+        with devices.atomic():
+            devices.revoke(LOCAL)
+            devices.add(LOCAL, hash_token(token := new_token()))
+        write_private(path, token + "\n")
+    return token
+
+
+def certificate_files(home: Path, config: GatewayConfig) -> tuple[Path, Path | None]:
+    """The files of the certificate and its key: those of [gateway], else our own, made if it is missing."""
+    if config.tls_key and not config.tls_cert:
+        raise ConfigError("gateway.tls_key needs gateway.tls_cert")
+    if not config.tls_cert:
+        return make_certificate(home), None
+    return user_path(config.tls_cert), user_path(config.tls_key) if config.tls_key else None
+
+
+def is_open(config: GatewayConfig) -> bool:
+    """Whether [gateway] host names an address that others can reach."""
+    return config.host != "auto" and not is_loopback(f"[{config.host}]" if ":" in config.host else config.host)
+
+
+def gateway_hosts(config: GatewayConfig, devices: Iterable[Device]) -> list[str]:
+    """Where to listen: nobody else's packets come in before there is a device that may speak."""
+    others = any(device.name != LOCAL and not device.revoked_at for device in devices)
+    if config.host == "auto":
+        return ["0.0.0.0", "::"] if others else ["127.0.0.1", "::1"]
+    if is_open(config) and not others:
+        hint = "openpista devices add NAME; or set host to auto"
+        raise ConfigError(f"gateway.host is {config.host}, but no device may speak to it yet", hint)
+    return [config.host]
+
+
+def told(value: Any, clean: Callable[[str], str], depth: int = 8) -> Any:
+    """A JSON value without secrets, its texts not too long for a frame."""
+    if isinstance(value, str):
+        return head_and_tail(clean(value), TOLD_TEXT)
+    if isinstance(value, dict) and depth:
+        return {clean(str(name)): told(inner, clean, depth - 1) for name, inner in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return [told(inner, clean, depth - 1) for inner in value]
+    return value if value is None or isinstance(value, int | float) else "…"
+
+
+def told_call(call: ToolCall, clean: Callable[[str], str]) -> dict[str, Any]:
+    """A call of a tool, for a frame."""
+    return {"id": call.id, "name": call.name, "arguments": told(call.arguments, clean)}
+
+
+class TicketShelf:
+    """The server's session tickets in the database: a restart neither forgets nor honours one twice."""
+
+    def __init__(self, table: Tickets):
+        self.table = table
+
+    def pop(self, label: bytes) -> SessionTicket | None:
+        """The ticket, which is then gone."""
+        try:
+            body = self.table.pop(label)
+        except StoreError as error:  # then there is a whole handshake, and nothing is read early
+            log.warning("a session ticket was not looked for: %s", error)
+            return None
+        return body and ticket_from_json(json.dumps(body))
+
+    def add(self, ticket: SessionTicket) -> None:
+        seconds = (ticket.not_valid_after - utc_now()).total_seconds()
+        with contextlib.suppress(StoreError):
+            self.table.add(ticket.ticket, json.loads(ticket_to_json(ticket)), seconds)
+
+
+class Listener:
+    """A client that waits for an answer. What it is told waits in a queue, so that a slow one holds up nobody."""
+
+    def __init__(self, stream: Stream, redact: Redactor):
+        self.stream, self.redact = stream, redact
+        self.can_answer = not stream.ended  # it may still say something
+        self._queue: collections.deque[dict[str, Any]] = collections.deque()
+        self._size, self._held, self._news = 0, "", asyncio.Event()
+
+    def tell(self, progress: Progress) -> None:
+        """Progress of the turn; what may be half a secret waits for the rest."""
+        if progress.kind == "delta":
+            text = self._held + progress.text
+            self._held = self.redact.half(text)
+            self._say(text.removesuffix(self._held))
+            return
+        self._say(self._held)
+        self._held = ""
+        frame = {"type": "progress", "event": progress.kind, "text": told(progress.text, self.redact)}
+        if progress.call:
+            frame["call"] = told_call(progress.call, self.redact)
+        if progress.result:
+            output = head_and_tail(progress.result.output, TOLD_TEXT)
+            frame["result"] = {"call_id": progress.result.call_id, "output": output}
+            frame["result"]["is_error"] = progress.result.is_error
+        if progress.usage:
+            frame["usage"] = progress.usage._asdict()
+        self.put(frame, 100 + len(frame.get("result", {}).get("output", "")))
+
+    def _say(self, text: str) -> None:
+        if text and self._queue and self._queue[-1]["type"] == "delta" and self._size < UNHEARD:
+            self._queue[-1]["text"] += self.redact(text)
+            self._size += len(text)
+        elif text:
+            self.put({"type": "delta", "text": self.redact(text)}, len(text))
+
+    def put(self, frame: dict[str, Any], size: int = 0) -> None:
+        """Send a frame when there is room; one with a size is left out when there is too little."""
+        if not size or self._size < UNHEARD:
+            self._queue.append(frame)
+            self._size += size
+            self._news.set()
+
+    async def run(self) -> None:
+        """Send what there is, until it is cancelled. GatewayError if nobody listens."""
+        while True:
+            await self._news.wait()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what waits."""
+        while self._queue:
+            with contextlib.suppress(WireError):  # arguments of a call that no frame can hold
+                await self.stream.send(self._queue.popleft())
+        self._size = 0
+        self._news.clear()
+
+
+def session_of(request: dict[str, Any]) -> str:
+    """The session that a request is about."""
+    name = request.get("session_id") or "main"
+    if not name.isprintable():
+        raise WireError("bad_request", "session_id must be printable")
+    return name
+
+
+class Exchange:
+    """The messages of devices: takes them, tells how their turns go, asks who waits for them."""
+
+    def __init__(self, hub: Hub, redact: Redactor):
+        self.hub, self.redact = hub, redact
+        self._listeners: dict[int, list[Listener]] = {}  # inbox row -> who waits for its answer
+        self._questions: dict[int, dict[int, Doubt]] = {}  # inbox row -> what must be answered, by number
+        self._numbers = itertools.count(1)
+
+    async def serve(self, stream: Stream) -> None:
+        """Take a message, or find it; then tell how its turn goes, and its answer."""
+        event = self._event(stream)
+        receipt = self._submit(event)
+        listener = Listener(stream, self.redact)
+        duplicate = receipt.answer == "duplicate"
+        listener.put({"type": "accepted", "id": event.identity, "duplicate": duplicate, "ahead": receipt.ahead})
+        for question in self._questions.get(receipt.id, {}).values():
+            listener.put(question.frame)
+        listeners = self._listeners.setdefault(receipt.id, [])
+        listeners.append(listener)
+        try:
+            answer = await self._outcome(receipt.id, listener)
+        finally:
+            listeners.remove(listener)
+            if not listeners:
+                self._listeners.pop(receipt.id, None)
+        if answer:
+            await listener.flush()
+            await self._reply(stream, event, answer)
+        elif stream.request.get("on_disconnect") and not listeners:
+            await self.hub.cancel(receipt.id)
+
+    def _event(self, stream: Stream) -> Event:
+        request, channel = stream.request, f"quic:{stream.device.name}"
+        if request["id"].startswith("job:"):
+            raise WireError("bad_request", "an id that begins with job: is a job's")
+        if request.get("channel_id") not in (None, "", channel):
+            raise WireError("bad_request", f"channel_id must be {channel!r} for this device, or missing")
+        if request.get("on_disconnect") not in (None, "", "cancel"):
+            raise WireError("bad_request", "on_disconnect must be 'cancel', or missing")
+        text, name = request["user_message"], stream.device.name
+        metadata = request.get("metadata") or {}
+        return Event(channel, request["id"], session_of(request), text, name, metadata=metadata)
+
+    def _submit(self, event: Event) -> Receipt:
+        """The receipt of an event that was taken, now or before."""
+        receipt = self.hub.submit(event)
+        if receipt.answer == "full":
+            raise WireError(
+                "busy", f"session {event.session} has {plural(receipt.ahead, 'message')} waiting; keep this"
+            )
+        if receipt.answer == "closing":
+            raise WireError("shutting_down", "openpista is shutting down: keep this message and send it again")
+        if receipt.answer == "duplicate":
+            known = self.hub.inbox.get(receipt.id).event
+            same = (storable(event.session), storable(event.text))
+            if known.text and (known.session, known.text) != same:  # the text is gone when its session was deleted
+                raise WireError("bad_request", f"the id {event.identity!r} was used for another message")
+        return receipt
+
+    async def _outcome(self, number: int, listener: Listener) -> Answer | None:
+        """What becomes of a message; None if the client is gone before."""
+        steps = (
+            self.hub.watch(number, listener.tell),
+            self._hear(number, listener),
+            listener.run(),
+            listener.stream.reset_by_peer.wait(),
+        )
+        watching, *others = tasks = [asyncio.create_task(step) for step in steps]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                return watching.result()
+            for task in others:
+                if task.done() and isinstance(task.exception(), WireError):
+                    raise task.exception()
+            return None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear(self, number: int, listener: Listener) -> None:
+        """Take answers to questions until the client is gone; one that comes too late is no error."""
+        while (frame := await listener.stream.receive()) is not None:
+            check_frame(frame, FOLLOW_UPS)
+            if frame["decision"] not in list(Decision):
+                raise WireError("bad_request", f"decision must be one of {', '.join(Decision)}")
+            question = self._questions.get(number, {}).get(frame["approval_id"])
+            if question and not question.answer.done():
+                question.answer.set_result(Decision(frame["decision"]))
+        listener.can_answer = False
+        await listener.stream.reset_by_peer.wait()
+
+    async def _reply(self, stream: Stream, event: Event, answer: Answer) -> None:
+        """The last frame; once it has arrived, the answer counts as fetched."""
+        known = {"id": event.identity, "session_id": event.session, "state": answer.state}
+        text = head_and_tail(answer.text, REPLY_TEXT)
+        frame = {"type": "reply", **known, "content": text, "is_error": answer.is_error, **answer.metadata}
+        stream.write(encode_frame(frame), True)
+        await stream.room(0)
+        if stream.deaf is None:
+            with contextlib.suppress(StoreError):
+                self.hub.collected(event.channel, event.identity)
+
+    # ---- questions ----
+
+    def approver(self, item: Item) -> Approve | None:
+        """How a turn asks its client; None if that has said that it will not answer."""
+        listeners = self._listeners.get(item.id)
+        if listeners and not any(listener.can_answer for listener in listeners):
+            return None
+        return functools.partial(self._ask, item.id)
+
+    async def _ask(self, number: int, call: ToolCall, danger: str) -> Decision:
+        """Ask all who wait for the answer, and who comes meanwhile."""
+        approval_id = next(self._numbers)
+        told_of = told_call(call, self.redact)
+        frame = {"type": "approval", "approval_id": approval_id, "tool": call.name, "reason": danger}
+        frame |= {"call_id": call.id, "arguments": told_of["arguments"]}
+        question = Doubt(frame, asyncio.get_running_loop().create_future())
+        self._questions.setdefault(number, {})[approval_id] = question
+        for listener in self._listeners.get(number, ()):
+            listener.put(frame)
+        try:
+            return await self._answer(number, question)
+        finally:
+            del self._questions[number][approval_id]
+            if not self._questions[number]:
+                del self._questions[number]
+
+    async def _answer(self, number: int, question: Doubt) -> Decision:
+        """The person's decision; no, if there is nobody any more who could answer."""
+        absent = 0.0
+        while not question.answer.done():
+            await asyncio.wait([question.answer], timeout=1.0)
+            listeners = self._listeners.get(number, ())
+            absent = 0.0 if listeners else absent + 1.0
+            refused = listeners and not any(listener.can_answer for listener in listeners)
+            if not question.answer.done() and (refused or absent >= ABSENT):
+                return Decision.DENY
+        return question.answer.result()
+
+
+class Gateway:
+    """Lets devices speak to the Hub. Made before the hub is opened, since its first turns may have questions."""
+
+    def __init__(self, hub: Hub, store: Store, *, status: Callable[[], dict[str, Any]], desk: Local):
+        self.hub, self.store, self.status, self.desk = hub, store, status, desk
+        self.redact: Redactor = desk.ctx.redact
+        self.devices, self.tickets = Devices(store), TicketShelf(Tickets(store))
+        self.exchange = Exchange(hub, self.redact)
+        self.outlet = hub.outlets["quic"] = Outlet(approver=self.exchange.approver)
+        self.server: QuicServer | None = None
+        self._hosts: list[str] = []
+        self._files: tuple[Any, ...] = ()  # when the certificate's were changed
+        self._seen: dict[str, float] = {}  # device -> when that was last written down
+        self._looking: asyncio.Task[None] | None = None
+
+    # ---- life ----
+
+    async def open(self, home: Path, config: GatewayConfig, limits: Limits | None = None) -> None:
+        """Listen. ConfigError and GatewayError say what is wrong."""
+        self.home, self.config = home, config
+        files = certificate_files(home, config)
+        local_device(home, self.devices)
+        self._files = self._stamp(files)
+        self.server = QuicServer(self.handle, self.authenticate, load_certificate(*files), self.tickets, limits)
+        self._hosts = gateway_hosts(config, self.devices.list())
+        await self.server.start((host, config.port) for host in self._hosts)
+        self._looking = asyncio.create_task(self._look())
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens."""
+        return self.server.addresses if self.server else []
+
+    @property
+    def fingerprint(self) -> str:
+        """What clients pin."""
+        return self.server.identity.fingerprint if self.server else ""
+
+    async def reload(self, config: GatewayConfig) -> None:
+        """Take other settings; an error leaves the old ones."""
+        identity = load_certificate(*certificate_files(self.home, config))
+        hosts = gateway_hosts(config, self.devices.list())
+        if (hosts, config.port) != (self._hosts, self.config.port):
+            await self._move(hosts, config.port)
+        self.config = config
+        self.server.use(identity)
+
+    async def close(self, code: int = Code.SHUTTING_DOWN, reason: str = "shutting down") -> None:
+        """Tell every client, and listen no more."""
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        if self.server:
+            await self.server.close(code, reason)
+
+    async def _look(self) -> None:
+        """Notice what other processes do: devices that come and go, a new certificate."""
+        last = ""
+        for count in itertools.count(1):
+            await asyncio.sleep(LOOK_EVERY)
+            try:
+                await self._cut_revoked()
+                if self.config.host == "auto" and (hosts := gateway_hosts(self.config, self.devices.list())):
+                    await self._move(hosts, self.config.port)
+                self._reread()
+                if count % 3_600 == 1:
+                    self.tickets.table.prune()
+                last = ""
+            except PistaError as error:
+                if str(error) != last:
+                    log.warning("gateway: %s", error)
+                last = str(error)
+
+    async def _cut_revoked(self) -> None:
+        for who in {who for link in self.server.gate.everybody for who in link.devices}:
+            if self.devices.find(who.token_hash) != who.name:
+                self.server.cut(who)
+                for number in self.hub.inbox.open_of(f"quic:{who.name}"):
+                    await self.hub.cancel(number)
+
+    async def _move(self, hosts: list[str], port: int) -> None:
+        """Listen elsewhere; connections go on where there is a socket of their family."""
+        if (hosts, port) == (self._hosts, self.config.port):
+            return
+        former, links = self._hosts, list(self.server.gate.everybody)
+        port = port or self.server.addresses[0][1]
+        self.server._close_ports()
+        await asyncio.sleep(0)  # a transport closes its socket in the next turn
+        try:
+            await self.server.start((host, port) for host in hosts)
+            self._hosts = hosts
+        except PistaError:
+            await self.server.start((host, self.config.port) for host in former)
+            raise
+        finally:
+            ports = {port.sock.family: port for port in self.server.ports}
+            for link in links:
+                link.port = ports.get(link.port.sock.family, link.port)
+
+    def _reread(self) -> None:
+        """Use the certificate that lies there now; one that does not fit its key leaves the old one in use."""
+        files = certificate_files(self.home, self.config)
+        if (stamp := self._stamp(files)) != self._files:
+            self._files = stamp
+            self.server.reload(*files)
+            log.warning("gateway: a new certificate, sha256 %s", self.fingerprint)
+
+    @staticmethod
+    def _stamp(files: Iterable[Path | None]) -> tuple[Any, ...]:
+        """What changes when a file does; a file that is missing for a moment counts as it stands."""
+        found = []
+        for path in filter(None, files):
+            with contextlib.suppress(OSError):
+                found.append((path.stat().st_mtime_ns, path.stat().st_ino))
+        return tuple(found)
+
+    # ---- requests ----
+
+    def authenticate(self, request: dict[str, Any], peer: tuple) -> Who | None:
+        """Whose token this is."""
+        hashed = hash_token(request["token"])
+        try:
+            name = self.devices.find(hashed)
+            if name and time.monotonic() - self._seen.get(name, -60.0) >= 60:
+                self._seen[name] = time.monotonic()
+                self.devices.seen(name)
+        except StoreError as error:
+            raise WireError("unavailable", str(error)) from None
+        return Who(name, hashed) if name else None
+
+    async def handle(self, stream: Stream) -> None:
+        """Answer one request."""
+        try:
+            fields = await HANDLERS[stream.request["type"]](self, stream)
+        except GatewayError:
+            raise
+        except PistaError as error:
+            word = next(word for kind, word in ERROR_WORDS if isinstance(error, kind))
+            if isinstance(error.__cause__, sqlite3.Error):
+                word = "unavailable"
+            raise WireError(word, self.redact(str(error))) from None
+        if fields is not None:
+            named = {"id": stream.request["id"]} if stream.request.get("id") else {}
+            await stream.send({"type": "reply", **named, **fields})
+
+    async def _ping(self, stream: Stream) -> dict[str, Any]:
+        return {"content": "pong"}
+
+    async def _status(self, stream: Stream) -> dict[str, Any]:
+        return {"status": self.status()}
+
+    async def _stop(self, stream: Stream) -> dict[str, Any]:
+        if number := stream.request.get("message_id"):
+            item = self.hub.inbox.find(f"quic:{stream.device.name}", number)
+            return {"content": await self.hub.cancel(item.id) if item else "Nothing is running."}
+        return {"content": await self.hub.stop(session_of(stream.request))}
+
+    async def _sessions(self, stream: Stream) -> dict[str, Any]:
+        return {"sessions": [told(session._asdict(), self.redact) for session in self.store.sessions(200)]}
+
+    async def _history(self, stream: Stream) -> dict[str, Any]:
+        """The last messages, the oldest first."""
+        session = self.store.find_session(session_of(stream.request))
+        entries = self.store.tail(session, HISTORY_TEXT, size=lambda entry: len(to_json(self._told_entry(entry))))
+        limit = stream.request.get("limit") or 50
+        return {"session_id": session.name, "messages": [self._told_entry(entry) for entry in entries[-limit:]]}
+
+    def _told_entry(self, entry: Entry) -> dict[str, Any]:
+        message = entry.message
+        calls = [told_call(call, self.redact) for call in message.tool_calls]
+        more = {"call_id": message.call_id, "is_error": message.is_error} if message.call_id else {}
+        fields = {"role": message.role.value, "text": told(message.text, self.redact), "created_at": entry.created_at}
+        return fields | ({"tool_calls": calls} if calls else {}) | more
+
+    async def _models(self, stream: Stream) -> dict[str, Any]:
+        provider = stream.request.get("provider") or self.desk.named("").partition("/")[0]
+        found = await self.desk.catalogue(provider, bool(stream.request.get("refresh")))
+        return found._asdict() | {"models": [info._asdict() for info in found.models]}
+
+    async def _model(self, stream: Stream) -> dict[str, Any]:
+        """Who answers a session, or would; and with a session and a model: who answers it from now on."""
+        request, chosen = stream.request, stream.request.get("model")
+        if not request.get("session_id"):
+            return {"model": self.desk.named(chosen or ""), "chosen": chosen or ""}
+        name = session_of(request)
+        if chosen is None:
+            chosen = self.store.find_session(name).model
+        model = self.desk.named(chosen)
+        if request.get("model") is not None:
+            self.store.set_model(self.store.session(name), chosen)
+        return {"model": model, "chosen": chosen}
+
+    async def _usage(self, stream: Stream) -> dict[str, Any]:
+        return {"usage": self.store.usage(self.store.find_session(session_of(stream.request)))._asdict()}
+
+    async def _tools(self, stream: Stream) -> dict[str, Any]:
+        tools = [{"name": name, "description": what} for name, what in await self.desk.tools()]
+        return {"tools": tools, "approval": self.desk.approval}
+
+    async def _skills(self, stream: Stream) -> dict[str, Any]:
+        skills = await self.desk.skills()
+        return {"skills": [{"name": name, "description": told(what, self.redact)} for name, what in skills]}
+
+
+HANDLERS: dict[str, Callable[[Gateway, Stream], Awaitable[dict[str, Any] | None]]] = {  # a row for each of REQUESTS
+    "message": lambda gateway, stream: gateway.exchange.serve(stream),
+    "status": Gateway._status,
+    "ping": Gateway._ping,
+    "stop": Gateway._stop,
+    "sessions": Gateway._sessions,
+    "history": Gateway._history,
+    "models": Gateway._models,
+    "model": Gateway._model,
+    "usage": Gateway._usage,
+    "tools": Gateway._tools,
+    "skills": Gateway._skills,
+}
+
+
+# The client
+
+
+class Invite(NamedTuple):
+    """Which gateway, and as whom."""
+
+    host: str
+    port: int
+    token: str = ""
+    fingerprint: str = ""
+
+    @property
+    def place(self) -> str:
+        """host:port"""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"openpista://{self.token}@{self.place}/#sha256={self.fingerprint}"
+
+
+def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
+    """HOST, HOST:PORT, or what `devices add` printed. UsageError if it is none of these."""
+    from urllib.parse import urlsplit
+
+    text = text.strip()
+    if "://" not in text:
+        text = f"openpista://[{text}]" if text.count(":") > 1 and "[" not in text else f"openpista://{text}"
+    try:
+        url = urlsplit(text)
+        host, port = url.hostname or "", url.port or default_port
+    except ValueError as error:
+        raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
+    pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
+    if url.scheme != "openpista" or not host or pin is None or url.password or url.path not in ("", "/"):
+        raise UsageError("this is no HOST[:PORT] and no whole invite", "it ends with #sha256= and 64 digits")
+    return Invite(host, port, url.username or "", (pin[1] or "").lower())
+
+
+class KnownGateways:
+    """Who answered where, as what we may come again, and the tickets that make coming again quick."""
+
+    def __init__(self, home: Path):
+        self.path, self.tickets = home / "known_gateways", home / "gateway_tickets"
+
+    def find(self, invite: Invite) -> Invite:
+        """The invite, with what is known in the place of what it lacks."""
+        row = self._read(self.path).get(invite.place, {})
+        return invite._replace(
+            token=invite.token or str(row.get("token", "")),
+            fingerprint=invite.fingerprint or str(row.get("fingerprint", "")),
+        )
+
+    def keep(self, invite: Invite) -> None:
+        """Remember a gateway that let us in."""
+        rows = self._read(self.path)
+        row = {"token": invite.token, "fingerprint": invite.fingerprint}
+        if rows.get(invite.place) != row:
+            self._write(self.path, rows | {invite.place: row})
+
+    def ticket(self, invite: Invite) -> SessionTicket | None:
+        """The newest ticket of this gateway; it is for one certificate alone."""
+        with contextlib.suppress(ConfigError):  # then there is a whole handshake
+            row = self._read(self.tickets).get(invite.place, {})
+            return ticket_from_json(json.dumps(row.get(invite.fingerprint)))
+        return None
+
+    def keep_ticket(self, invite: Invite, ticket: SessionTicket) -> None:
+        """Remember the ticket for the next time."""
+        with contextlib.suppress(ConfigError, OSError):
+            row = {invite.fingerprint: json.loads(ticket_to_json(ticket))}
+            self._write(self.tickets, self._read(self.tickets) | {invite.place: row})
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            rows = json.loads(path.read_text("utf-8"))
+            if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+                return rows
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            pass
+        raise ConfigError(f"{path} cannot be read", "move it away; then each gateway needs its invite once more")
+
+    @staticmethod
+    def _write(path: Path, rows: dict[str, Any]) -> None:
+        write_private(path, json.dumps(rows, indent=1) + "\n")
+
+
+class Refusal(PistaError):
+    """What a gateway said in the place of an answer."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+REFUSALS = {  # the code of an error frame -> our error for it
+    "unauthorized": CredentialError,
+    "no_key": CredentialError,
+    "bad_request": UsageError,
+    "not_found": StoreError,
+    "shutting_down": ChannelBusy,
+}
+
+
+def checked(frame: dict[str, Any] | None) -> dict[str, Any]:
+    """A frame of the gateway's; the error, if it is one."""
+    if frame is None:
+        raise GatewayError("the gateway said nothing more")
+    if frame.get("type") == "error":
+        raise REFUSALS.get(str(frame.get("code")), Refusal)(clip(str(frame.get("message") or frame.get("code")), 500))
+    return frame
+
+
+def usage_in(frame: dict[str, Any]) -> Usage:
+    """The usage in a frame."""
+    found = frame.get("usage")
+    return Usage(**{name: found.get(name) or 0 for name in Usage._fields}) if isinstance(found, dict) else Usage()
+
+
+def call_in(frame: dict[str, Any]) -> ToolCall:
+    """The call of a tool in a frame."""
+    arguments = frame.get("arguments")
+    name = str(frame.get("name") or frame.get("tool") or "")
+    call_id = str(frame.get("call_id") or frame.get("id") or "")
+    return ToolCall(call_id, name, arguments if isinstance(arguments, dict) else {})
+
+
+def progress_in(frame: dict[str, Any]) -> Progress | None:
+    """The progress in a frame; None if it is of a kind that is not known here."""
+    kind, text = str(frame.get("event")), str(frame.get("text") or "")
+    if frame.get("type") == "delta":
+        return Progress("delta", text)
+    call, found = frame.get("call"), frame.get("result")
+    if kind not in SHOW or (kind.startswith("tool") and not isinstance(call, dict)):
+        return None
+    called = call_in(call) if isinstance(call, dict) else None
+    if kind == "tool_finished":
+        found = found if isinstance(found, dict) else {}
+        result = ToolResult(called.id, str(found.get("output") or ""), bool(found.get("is_error")))
+        return Progress(kind, text, called, result)
+    return Progress(kind, text, called, usage=usage_in(frame) if "usage" in frame else None)
+
+
+class RemoteDesk:
+    """What a chat talks to: a daemon elsewhere. It connects again by itself, and collects what was said meanwhile."""
+
+    PULSE = 3.0  # seconds between two pings while an answer is waited for, and for each
+    LONGEST = 600.0  # seconds without the gateway until a turn is given up
+    ANSWER, STOPPING, TICKET = 30.0, 2.0, 1.0  # seconds for what is no turn; to stop one; for the next ticket
+
+    def __init__(self, ctx: Context, invite: Invite, known: KnownGateways):
+        self.ctx, self.invite, self.known = ctx, invite, known
+        self.place, self.chosen, self.model, self.approval, self.ready = invite.place, "", invite.place, "", True
+        self._client: QuicClient | None = None
+        self._connecting = asyncio.Lock()
+        self._pulse: asyncio.Task[None] | None = None
+        self._waiting = 0  # answers that are waited for
+        self._heard = 0.0  # when the gateway said something; 0: never yet
+        self._ticketed = asyncio.Event()
+        self._chosen: dict[str, str] = {}  # session -> the model chosen for it, as far as it is known
+        self._sessions: list[str] = []
+        self._models: list[str] = []
+
+    async def __aenter__(self) -> RemoteDesk:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Leave; the ticket for the next time may still be on its way."""
+        if self._client and self._client.problem is None and self._heard:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ticketed.wait(), self.TICKET)
+        await self._leave()
+
+    # ---- the connection ----
+
+    async def _connected(self) -> QuicClient:
+        """The connection, made anew if it has ended."""
+        async with self._connecting:
+            if self._client and self._client.problem is None:
+                return self._client
+            await self._leave()
+            invite = self.invite
+            self._ticketed.clear()
+            client = QuicClient(
+                invite.host,
+                invite.port,
+                fingerprint=invite.fingerprint,
+                ticket=self.known.ticket(invite),
+                on_ticket=self._keep,
+                keep_alive=86_400,  # see _beat
+            )
+            await client.__aenter__()
+            self._client, self._pulse = client, asyncio.create_task(self._beat(client))
+            return client
+
+    def _keep(self, ticket: SessionTicket) -> None:
+        self.known.keep_ticket(self.invite, ticket)
+        self._ticketed.set()
+
+    async def _leave(self) -> None:
+        client, self._client = self._client, None
+        if self._pulse:
+            self._pulse.cancel()
+        if client:
+            await client.__aexit__()
+
+    async def _beat(self, client: QuicClient) -> None:
+        """Notice soon that nobody is there any more while an answer is waited for; else just keep the way open."""
+        last = time.monotonic()
+        with contextlib.suppress(GatewayError):
+            await client.connected()
+            while True:
+                await asyncio.sleep(self.PULSE)
+                if self._waiting or time.monotonic() - last > KEEP_ALIVE:
+                    last = time.monotonic()
+                    await client.ping(self.PULSE)
+
+    async def _open(self, frame: dict[str, Any], last: bool) -> Stream:
+        """A stream with this request."""
+        client = await self._connected()
+        return client.open_stream({**frame, "token": self.invite.token}, last)
+
+    async def _next(self, stream: Stream) -> dict[str, Any]:
+        """The next frame of an answer. GatewayError if none comes any more, other errors if the gateway refuses."""
+        frame = checked(await stream.receive())
+        if not self._heard:
+            self.known.keep(self.invite)
+        self._heard = time.monotonic()
+        return frame
+
+    @contextlib.contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """While this runs an answer is waited for; that we were thrown out is for good."""
+        self._waiting += 1
+        try:
+            yield
+        except GatewayError as error:
+            if isinstance(error, WrongServer):
+                error.hint += f" (the pin of {self.place} is in {self.known.path})"
+            if error.code in (Code.REVOKED, Code.UNAUTHORIZED):
+                raise CredentialError(f"{self.place} lets this device in no more", "take a new invite there") from None
+            raise
+        finally:
+            self._waiting -= 1
+
+    async def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """One request and its answer; on a new connection, if the old one has ended meanwhile."""
+        for again in (True, False):
+            try:
+                with self._awaited():
+                    async with asyncio.timeout(self.ANSWER):
+                        return await self._next(await self._open({"type": kind, **fields}, True))
+            except TimeoutError:
+                raise GatewayError(f"{self.place} did not answer {kind} in {self.ANSWER:g} s") from None
+            except GatewayError as error:
+                if not (again and self._heard) or isinstance(error, WrongServer):
+                    raise
+        raise AssertionError("unreachable")
+
+    # ---- what a chat asks ----
+
+    async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
+        """The answer to a person's words, however often the connection ends."""
+        if self._chosen.get(name, "") != self.chosen:
+            await self.ask("model", session_id=name, model=self.chosen)
+            self._chosen[name] = self.chosen
+        identity = os.urandom(16).hex()
+        request = {"type": "message", "id": identity, "session_id": name, "user_message": text}
+        try:
+            return await self._until_answered(request, approve, tell)
+        except asyncio.CancelledError:
+            with contextlib.suppress(PistaError, TimeoutError):
+                async with asyncio.timeout(self.STOPPING):
+                    await self.ask("stop", message_id=identity)
+            raise
+
+    async def _until_answered(self, request: dict[str, Any], approve: Approve | None, tell: Tell) -> Reply:
+        calls: list[tuple[ToolCall, ToolResult]] = []
+        pause, started = 0.25, time.monotonic()
+        while True:
+            heard = self._heard
+            try:
+                with self._awaited():
+                    return await self._follow(request, approve, tell, calls)
+            except (GatewayError, ChannelBusy) as error:
+                silent = time.monotonic() - max(self._heard, started)
+                if not self._heard or silent > self.LONGEST or isinstance(error, WrongServer | WireError):
+                    raise
+                if self._heard > heard:  # it was there, and is gone: else it has been said
+                    tell(Progress("again", f"{error.args[0]}; connecting again"))
+                    pause = 0.25
+                await self._leave()
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, 15.0)
+
+    async def _follow(
+        self,
+        request: dict[str, Any],
+        approve: Approve | None,
+        tell: Tell,
+        calls: list[tuple[ToolCall, ToolResult]],
+    ) -> Reply:
+        """Send a message, or send it again, and hear what becomes of it."""
+        stream = await self._open(request, approve is None)
+        questions: list[asyncio.Task[None]] = []
+        try:
+            while (frame := await self._next(stream)).get("type") != "reply":
+                if frame.get("type") == "approval" and approve:
+                    questions.append(asyncio.create_task(self._answer(stream, frame, approve)))
+                elif progress := progress_in(frame):
+                    calls += [(progress.call, progress.result)] if progress.result else []
+                    tell(progress)
+        finally:
+            for question in questions:
+                question.cancel()
+            await asyncio.gather(*questions, return_exceptions=True)
+        text, model = str(frame.get("content") or ""), str(frame.get("model") or self.model)
+        if frame.get("is_error"):
+            raise Refusal(text, frame["exit_code"] if frame.get("exit_code") in (1, 2, 3) else 1)
+        name = str(frame.get("session_id") or request["session_id"])
+        return Reply(text, name, model, usage_in(frame), tuple(calls), str(frame.get("problem") or ""))
+
+    async def _answer(self, stream: Stream, frame: dict[str, Any], approve: Approve) -> None:
+        """Ask the person, and send what they say."""
+        decision = await approve(call_in(frame), str(frame.get("reason") or "risky"))
+        answer = {"type": "approval_answer", "approval_id": frame.get("approval_id"), "decision": decision.value}
+        await stream.send(answer)
+
+    @property
+    def provider(self) -> str:
+        """Whose models are offered."""
+        return self.model.partition("/")[0]
+
+    def warm(self) -> None:
+        """Nothing to load."""
+
+    async def use(self, chosen: str) -> None:
+        """Have this provider/model asked from now on; '' is the configured one. An error leaves the old one."""
+        self.model, self.chosen = str((await self.ask("model", model=chosen)).get("model")), chosen
+
+    async def resume(self, name: str) -> None:
+        """Go on with the model that the session was given. StoreError if there is no such session."""
+        found = await self.ask("model", session_id=name)
+        self.model, self.chosen = str(found.get("model")), str(found.get("chosen") or "")
+        self._chosen[name] = self.chosen
+
+    async def sessions(self) -> list[SessionInfo]:
+        """The sessions, the last used first."""
+        rows = (await self.ask("sessions"))["sessions"]
+        found = [SessionInfo(*(row[name] for name in SessionInfo._fields)) for row in rows]
+        self._sessions = [session.name for session in found]
+        return found
+
+    async def recent(self, name: str) -> list[Message]:
+        """The last messages of a session."""
+        return [
+            Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
+            for row in (await self.ask("history", session_id=name, limit=20))["messages"]
+        ]
+
+    async def usage(self, name: str) -> Usage:
+        """What a session has used; nothing, if it is new."""
+        with contextlib.suppress(StoreError):
+            return usage_in(await self.ask("usage", session_id=name))
+        return Usage()
+
+    async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
+        """The models of a provider."""
+        found = await self.ask("models", provider=provider, refresh=refresh)
+        models = tuple(ModelInfo(*(row[name] for name in ModelInfo._fields)) for row in found["models"])
+        self._models = [model.id for model in models]
+        return Catalogue(provider, models, str(found.get("fetched_at") or ""), str(found.get("note") or ""))
+
+    def known_sessions(self) -> list[str]:
+        """The names of the sessions, as far as they are known without asking."""
+        return self._sessions
+
+    def known_models(self) -> list[str]:
+        """The ids of the provider's models, as far as they are known without asking."""
+        return self._models
+
+    async def tools(self) -> list[tuple[str, str]]:
+        """The name of each tool, and what it does."""
+        found = await self.ask("tools")
+        self.approval = str(found.get("approval"))
+        return [(str(tool["name"]), str(tool["description"])) for tool in found["tools"]]
+
+    async def skills(self) -> list[tuple[str, str]]:
+        """The name of each skill, and what it is for."""
+        return [(str(skill["name"]), str(skill["description"])) for skill in (await self.ask("skills"))["skills"]]
+
+
+async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """The answer of the daemon on this machine to one request. GatewayError if it does not run."""
+    try:
+        token = (home / "local.token").read_text().strip()
+    except FileNotFoundError:
+        raise GatewayError("no daemon has run here yet", "openpista start") from None
+    everywhere = {"auto": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+    pin = load_certificate(*certificate_files(home, config)).fingerprint
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            QuicClient(everywhere.get(config.host, config.host), config.port, fingerprint=pin) as client,
+        ):
+            return checked(await client.open_stream({**request, "token": token}, True).receive())
+    except TimeoutError:
+        raise GatewayError(f"the daemon did not answer within {timeout:g} s") from None
+
+
+# ===== 27. Daemon =============================================================
 #
 # What `start` runs for months: the hub and what stands around it, opened in order
 # and closed in reverse when a signal says so. Who runs lies in the PID file, held
@@ -11902,7 +12866,7 @@ def running_daemon(ctx: Context) -> Holder:
     raise PistaError("openpista is not running", "`openpista start --detach` starts it")
 
 
-# ===== 27. Commands ===========================================================
+# ===== 28. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -11952,9 +12916,14 @@ def with_choice(ctx: Context) -> Context:
         agent = turned_to(agent, args.provider, ctx.environ)
     if args.model:
         agent = agent._replace(model=args.model)
-    if args.session is not None and not (0 < len(args.session) <= 200 and args.session.isprintable()):
-        raise UsageError("--session must be 1 to 200 printable characters")
+    check_session(args.session)
     return ctx._replace(config=ctx.config._replace(agent=agent))
+
+
+def check_session(name: str | None) -> None:
+    """UsageError if this cannot be a session's name."""
+    if name is not None and not (0 < len(name) <= 200 and name.isprintable()):
+        raise UsageError("--session must be 1 to 200 printable characters")
 
 
 @command(
@@ -11969,13 +12938,16 @@ def cmd_tui(ctx: Context) -> int:
 
 async def chat(ctx: Context) -> int:
     """A chat on the terminal if that can do it, else in plain lines; its exit code."""
-    given = ctx.args.session is not None
     async with open_app(ctx) as app:
-        desk = Local(ctx, app)
-        if usable(0, sys.stdout, ctx.environ):
-            tty = Tty(0, sys.stdout, ctx.environ)
-            return await ScreenChat(desk, ctx.args.session or "", ctx.redact, tty).run(given)
-        return await LineChat(desk, ctx.args.session or "", ctx.redact, ctx.environ).run(given)
+        return await talk(ctx, Local(ctx, app))
+
+
+async def talk(ctx: Context, desk: Local | RemoteDesk) -> int:
+    """A chat with whoever answers."""
+    given, name = ctx.args.session is not None, ctx.args.session or ""
+    if usable(0, sys.stdout, ctx.environ):
+        return await ScreenChat(desk, name, ctx.redact, Tty(0, sys.stdout, ctx.environ)).run(given)
+    return await LineChat(desk, name, ctx.redact, ctx.environ).run(given)
 
 
 # ---- the daemon ----
@@ -12198,14 +13170,24 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
 def cmd_run(ctx: Context) -> int:
     """LiveAnswer one request and leave."""
     args = ctx.args
-    if args.timeout is not None and not 0 < args.timeout <= 86_400:
-        raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {args.timeout:g}")
+    check_timeout(args.timeout)
     ctx = with_choice(ctx)
     endpoints = chosen_endpoints(ctx)  # a missing key is said before anything is read or written
+    return asyncio.run(answer_once(ctx, endpoints, request_text(args)))
+
+
+def check_timeout(seconds: float | None) -> None:
+    """UsageError if this is no time limit."""
+    if seconds is not None and not 0 < seconds <= 86_400:
+        raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {seconds:g}")
+
+
+def request_text(args: argparse.Namespace) -> str:
+    """What is asked: the words of -e, and piped input."""
     text = "\n\n".join(filter(None, (clean(args.execute).strip(), piped_input(args.timeout))))
     if not text:
         raise UsageError("nothing to do", "say what with -e TEXT")
-    return asyncio.run(answer_once(ctx, endpoints, text))
+    return text
 
 
 def clean(text: str) -> str:
@@ -12247,30 +13229,35 @@ def portions_of(handle: int, timeout: float) -> Iterator[bytes]:
 
 
 async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) -> int:
+    """One turn of the agent in this process; the exit code."""
+    mode = "never" if ctx.args.yes else ctx.config.tools.approval
+    with interruptible():
+        async with open_app(ctx, endpoints) as app:
+            session = app.store.session(ctx.args.session or new_session_name(utc_now(), "run"))
+            turn = functools.partial(app.agent.turn, session, text)
+            return await one_turn(ctx, session.name, lambda approve, tell: turn(Gate(mode, approve), tell))
+
+
+async def one_turn(ctx: Context, name: str, turn: Callable[[Approve | None, Tell], Awaitable[Reply]]) -> int:
     """One turn at the terminal or in a pipe; the exit code."""
     args = ctx.args
     keys = keyboard()
     console = Console(sys.stdout, sys.stderr, ctx.environ, ctx.redact, keys)
     console.streams = console.streams and not args.json
     approve = console.ask if console.shows and keys is not None else None
-    gate = Gate("never" if args.yes else ctx.config.tools.approval, approve)
     started = time.monotonic()
-    with interruptible():
-        async with open_app(ctx, endpoints) as app:
-            session = app.store.session(args.session or new_session_name(utc_now(), "run"))
-            ticking = asyncio.create_task(console.ticking())
-            try:
-                async with asyncio.timeout(args.timeout) as limit:
-                    reply = await app.agent.turn(session, text, gate, console.tell)
-            except BaseException as error:
-                console.abandon()
-                if isinstance(error, TimeoutError) and limit.expired():
-                    hint = f"session {session.name} has what was done"
-                    raise PistaError(f"no answer within {args.timeout:g} s", hint) from None
-                raise
-            finally:
-                ticking.cancel()
-                console.close()
+    ticking = asyncio.create_task(console.ticking())
+    try:
+        async with asyncio.timeout(args.timeout) as limit:
+            reply = await turn(approve, console.tell)
+    except BaseException as error:
+        console.abandon()
+        if isinstance(error, TimeoutError) and limit.expired():
+            raise PistaError(f"no answer within {args.timeout:g} s", f"session {name} has what was done") from None
+        raise
+    finally:
+        ticking.cancel()
+        console.close()
     if args.json:
         print_json(reply_dict(reply))
     else:
@@ -12667,6 +13654,169 @@ def cmd_skills_validate(ctx: Context) -> int:
         for error in errors:
             print(f"  - {printable(error)}")
     return 1 if bad else 0
+
+
+# ---- connect ----
+
+
+@command(
+    "connect",
+    arg("gateway", metavar="HOST[:PORT]", help="or an invite; - reads an invite, which `ps` would show, from stdin"),
+    arg("--token", metavar="FILE", help="a file with the device's token, - for stdin; default: $OPENPISTA_TOKEN"),
+    arg("-e", "--execute", metavar="TEXT", help="one request; piped standard input is added to it"),
+    arg("-s", "--session", metavar="NAME", help="go on with this session, or begin one of this name"),
+    arg("--timeout", type=float, metavar="S", help="with -e: give up after so many seconds"),
+    arg("--json", action="store_true", help="with -e: print one JSON object"),
+)
+def cmd_connect(ctx: Context) -> int:
+    """Chat with a daemon on another machine; with -e one request."""
+    args = ctx.args
+    check_session(args.session)
+    check_timeout(args.timeout)
+    if "-" == args.gateway == args.token:
+        raise UsageError("an invite has its token in it", "leave out --token")
+    invite = parse_invite(secret_line("Invite: ") if args.gateway == "-" else args.gateway)
+    known = KnownGateways(ctx.home)
+    invite = known.find(invite._replace(token=invite.token or device_token(ctx)))
+    ctx.redact.add(invite.token)
+    if not invite.token:
+        raise CredentialError(
+            f"no token for {invite.place}", "give the invite that `openpista devices add` prints there"
+        )
+    text = request_text(args) if args.execute is not None else ""
+    make_home(ctx.home)
+    return asyncio.run(connect(ctx, invite, known, text))
+
+
+def secret_line(prompt: str) -> str:
+    """A line of standard input, typed without echo; what follows stays there to be read."""
+    if sys.stdin.isatty():
+        import getpass
+
+        with contextlib.suppress(EOFError):
+            return getpass.getpass(prompt).strip()
+        return ""
+    line = b""
+    while len(line) < 4_096 and not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
+        line += byte
+    return line.decode("utf-8", "replace").strip()
+
+
+def device_token(ctx: Context) -> str:
+    """The token from --token or the environment; '' if it is in neither."""
+    source = ctx.args.token
+    if source is None:
+        return variable("TOKEN", ctx.environ)[0]
+    if source == "-":
+        return secret_line("Token: ")
+    if re.fullmatch(r"[\w-]{43}", source) and not os.path.exists(source):
+        raise UsageError("a token on the command line is for all to see", "put it into a file, or give --token -")
+    try:
+        return user_path(source).read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the token from {source}: {error}") from None
+
+
+async def connect(ctx: Context, invite: Invite, known: KnownGateways, text: str) -> int:
+    """A chat or one request, there; the exit code."""
+    if not invite.fingerprint:
+        invite = await first_sight(ctx, invite)
+    async with RemoteDesk(ctx, invite, known) as desk:
+        if not text:
+            await desk.ask("ping")  # what is wrong with the way is said before the chat begins
+            return await talk(ctx, desk)
+        name = ctx.args.session or new_session_name(utc_now(), "run")
+        with interruptible():
+            return await one_turn(ctx, name, functools.partial(desk.turn, name, text))
+
+
+async def first_sight(ctx: Context, invite: Invite) -> Invite:
+    """Have the person compare the fingerprint of a gateway that is not known yet."""
+    if ctx.args.execute is not None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        hint = "give its invite, or connect once at a terminal"
+        raise UsageError(f"{invite.place} is not known here, and nobody can be asked about its fingerprint", hint)
+    async with QuicClient(invite.host, invite.port) as client:  # nothing is sent to it
+        seen = client.fingerprint
+    print(f"{invite.place} is not known here. Its fingerprint is\n  sha256={seen}", file=sys.stderr)
+    print(
+        "`openpista status` there shows the right one. Is it the same? [y]es, [N]o: ",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
+    if (await read_line(sys.stdin.fileno())).strip().lower() not in ("y", "yes"):
+        raise UsageError("not connected", "the invite that `openpista devices add` prints has the fingerprint in it")
+    return invite._replace(fingerprint=seen)
+
+
+# ---- devices ----
+
+
+@command(
+    "devices add",
+    arg("name", metavar="NAME"),
+    arg("--host", metavar="HOST[:PORT]", help="where the other machine finds this one; default: its own idea of it"),
+)
+def cmd_devices_add(ctx: Context) -> int:
+    """Let another machine speak to the gateway; prints its invite, once."""
+    name, config = ctx.args.name, ctx.config.gateway
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name) or name == LOCAL:
+        raise UsageError(f"a device's name is 1 to 64 letters, digits, and . _ -, and not {LOCAL!r}")
+    if not config.port:
+        raise ConfigError("there is no gateway: [gateway] port is 0")
+    host = ctx.args.host or (config.host if is_open(config) and config.host not in ("0.0.0.0", "::") else own_address())
+    invite = parse_invite(f"[{host}]" if host.count(":") > 1 and "[" not in host else host, config.port)
+    make_home(ctx.home)
+    pin = load_certificate(*certificate_files(ctx.home, config)).fingerprint
+    token = new_token()
+    with Store(ctx.database) as store:
+        Devices(store).add(name, hash_token(token))
+    print(invite._replace(token=token, fingerprint=pin), flush=True)
+    said = f"shown once; on the other machine `openpista connect -` asks for it. It leads to {invite.place}"
+    print(f"openpista: {said}{'' if ctx.args.host else '; --host names another address'}", file=sys.stderr)
+    return 0
+
+
+def own_address() -> str:
+    """The address that this machine has towards the rest of the world."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("192.0.2.1", 9))  # nothing is sent by this
+        return sock.getsockname()[0]
+    return "127.0.0.1"
+
+
+@command("devices list", arg("--json", action="store_true", help="for scripts"))
+def cmd_devices_list(ctx: Context) -> int:
+    """List the devices that may speak to the gateway, and those that no longer may."""
+    with Store(ctx.database) as store:
+        devices = Devices(store).list()
+    if ctx.args.json:
+        print_json([device._asdict() for device in devices])
+    elif not devices:
+        print("no devices yet")
+    else:
+        heads = ("DEVICE", "ADDED (UTC)", "LAST SEEN (UTC)", "STATE")
+        shown = [[(moment or "never")[:16].replace("T", " ") for moment in device[1:3]] for device in devices]
+        states = ["revoked" if device.revoked_at else "active" for device in devices]
+        print_table([heads, *((d.name, *times, state) for d, times, state in zip(devices, shown, states, strict=True))])
+    return 0
+
+
+@command("devices revoke", arg("names", nargs="+", metavar="NAME"))
+def cmd_devices_revoke(ctx: Context) -> int:
+    """Let devices speak no more; one that is connected is cut off."""
+    with Store(ctx.database) as store:
+        devices = Devices(store)
+        active = [device.name for device in devices.list() if not device.revoked_at]
+        for name in ctx.args.names:
+            if name not in active:
+                raise UsageError(
+                    f"no device named {name!r} may speak{near(name, active)}", "see `openpista devices list`"
+                )
+        for name in (names := dict.fromkeys(ctx.args.names)):
+            devices.revoke(name)
+    print(f"revoked {plural(len(names), 'device')}")
+    return 0
 
 
 # ---- the parser, and main ----
