@@ -12529,7 +12529,7 @@ class HubDesk(Local):
         await self.settle(name)
         receipt = self.hub.submit(Event("cli", os.urandom(8).hex(), name, text))
         if not receipt.id:
-            raise ChannelBusy(f"not taken: {REFUSALS[receipt.answer]}")
+            raise ChannelBusy(NOT_TAKEN[receipt.answer])
         self._askers[receipt.id] = approve
         calls: list[tuple[ToolCall, ToolResult]] = []
 
@@ -12557,9 +12557,9 @@ class HubDesk(Local):
             self.show(f"\n{printable(delivery.text)}\n")
 
 
-REFUSALS = {  # why the hub did not take an event
-    "full": "too much waits in this session",
-    "closing": "openpista is shutting down",
+NOT_TAKEN = {  # the hub's answer -> why it did not take the words
+    "full": "not taken: too much waits in this session",
+    "closing": "not taken: openpista is shutting down",
 }
 
 
@@ -12567,7 +12567,6 @@ class Daemon:
     """What runs, and the signals that steer it."""
 
     BEAT = 60.0  # seconds between two looks at the calendar
-    RESTART = ("gateway.port", "channels", "database.url")  # settings that a running daemon does not take up
 
     def __init__(self, ctx: Context, app: App, notify: Notifier, ready: Callable[[str], None]):
         self.ctx, self.app, self.notify, self.ready = ctx, app, notify, ready
@@ -12639,7 +12638,7 @@ class Daemon:
             self.desks.append(desk)
             self.chat = ScreenChat(desk, "", self.ctx.redact, Tty(0, sys.stdout, self.ctx.environ))
             desk.show = self.chat.say
-            self._begin(self.chat.talk(False))
+            self._begin(self._talk(self.chat))
             await asyncio.sleep(0)  # now it has the terminal
         self.hub.open()
         self.scheduler.run_reboot_jobs()
@@ -12647,6 +12646,12 @@ class Daemon:
             self._begin(work)
         self.notify("READY=1", f"STATUS=answering with {self.app.models.name_of('')}")
         self.ready(lines)
+
+    async def _talk(self, chat: ScreenChat) -> None:
+        try:
+            await chat.talk(False)
+        finally:
+            self.chat = None  # what is said now goes to the bare terminal
 
     def _begin(self, work: Awaitable[Any]) -> None:
         self._tasks.append(asyncio.ensure_future(work))
@@ -12716,13 +12721,14 @@ class Daemon:
             self.scheduler.sync_config(former.config.cron)
             self._furnish(former)
             raise
-        self.ctx = ctx
+        self.ctx, self.hub.approval = ctx, ctx.config.tools.approval
+        await self.app.models.renew(ctx)
         for desk in self.desks:
             desk.ctx = ctx
-        self.hub.approval = ctx.config.tools.approval
-        await self.app.models.renew(ctx)
-        changed = [name for name in self.RESTART if setting(ctx.config, name) != setting(former.config, name)]
-        if changed:
+            with contextlib.suppress(CredentialError, ConfigError):
+                await desk.use(desk.chosen)
+        now, before = fixed_settings(ctx.config), fixed_settings(former.config)
+        if changed := [name for name in now if now[name] != before[name]]:
             self.say(f"{' and '.join(changed)} will count after a restart")
 
     # ---- what others are told ----
@@ -12751,7 +12757,8 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """How it goes, for `status` and for devices."""
-        store, now = self.app.store, utc_now()
+        store, now, alive = self.app.store, utc_now(), dict(self.hub.courier.alive)
+        alive["quic"] = max((device.last_seen or "" for device in Devices(store).list()), default="") or None
         midnight = datetime.now(self.zone).replace(hour=0, minute=0, second=0, microsecond=0)
         jobs = [job for job in Jobs(store).list() if job.state == "active"]
         return {
@@ -12764,16 +12771,16 @@ class Daemon:
             "running": sorted(self.hub.running),
             "queue": sum(self.hub.inbox.waiting().values()),
             "unsent": self.hub.outbox.unsent(),
-            "channels": {name: self.hub.courier.alive.get(name) for name in self.channels()},
+            "channels": {name: alive.get(name) for name in self.channels()},
             "jobs": {"active": len(jobs), "next_at": Jobs(store).next_at()},
             "usage_today": store.usage_since(midnight)._asdict(),
             "memory": memory_used(),
         }
 
 
-def setting(config: Config, name: str) -> Any:
-    """The value of section.key, or of a section."""
-    return functools.reduce(getattr, name.split("."), config)
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """What a running daemon does not take up; of the port, whether there is one."""
+    return {"gateway.port": config.gateway.port > 0, "channels": config.channels, "database.url": config.database.url}
 
 
 def daemon_mark(folder: Path) -> str:

@@ -239,6 +239,39 @@ def test_without_a_key_it_starts_and_says_so(house):
     assert code == 0 and "  model          none: no key for any model; set a provider's variable" in out
 
 
+def free_port():
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as found:
+        found.bind(("::", 0))
+        return found.getsockname()[1]
+
+
+def test_status_over_the_gateway(house, openpista):
+    port = free_port()
+    house.configure(OFFLINE.replace("port = 0", f"port = {port}"))
+    house.put("$ sleep 60", "busy")
+    house.put("$ true", "busy")
+    daemon = house.start()
+    found = json.loads(openpista("status", "--json").stdout)
+    assert found["pid"] == daemon.pid and found["running"] == ["busy"] and found["queue"] == 2
+    assert found["sessions"] == 1 and found["model"] == "offline/shell" and found["channels"]["quic"]
+    assert found["jobs"] == {"active": 0, "next_at": None} and found["usage_today"]["input"] == 0
+    assert 10 << 20 < found["memory"] < 500 << 20 and 0 <= found["uptime"] < 60
+    shown = openpista("status").stdout
+    assert (
+        f"openpista     {o.__version__}, pid {daemon.pid}, up " in shown
+        and "sessions      1, in a turn: busy\n" in shown
+    )
+    assert re.search(r"\nchannels      quic \(\d+ s ago\)\n", shown) and "\nused today    0 tokens\n" in shown
+
+    (house.folder / "other.toml").write_text(OFFLINE.replace("port = 0", f"port = {port}"))
+    other = openpista("start", "--config", "other.toml", env={"OPENPISTA_HOME": str(house.folder / "other")})
+    assert other.returncode == 1 and str(port) in other.stderr and "Traceback" not in other.stderr
+    code, out, _ = house.end(daemon)
+    assert code == 0 and re.search(
+        rf"gateway        127.0.0.1:{port}.*, sha256 [0-9a-f]{{64}}\n  channels       quic\n", out
+    )
+
+
 # Who started it
 
 
@@ -356,7 +389,6 @@ def test_a_hang_up_rereads_the_settings(house, tmp_path):
         house.configure(text)
         daemon.send_signal(signal.SIGHUP)
         house.heard.wait("READY=1")
-    assert house.answer(house.put("$ echo three")).text == "three"
     with o.Store(house.home / "memory.db") as store:
         assert [job.schedule for job in o.Jobs(store).list()] == ["0 9 * * *"]
 
@@ -434,6 +466,16 @@ def test_a_signal_while_the_chat_has_a_turn(house, chat, tmp_path):
     assert (tmp_path / "effect").read_text() == "x\n"
     tty.send("\x04")
     assert tty.end() == 0
+
+
+def test_leaving_waits_for_the_turns_of_others(house, chat, tmp_path):
+    tty = chat(OFFLINE.replace("grace = 1", "grace = 60"))
+    number = house.put(f"$ touch {tmp_path}/begun; sleep 1; echo whole")
+    until((tmp_path / "begun").exists)
+    tty.send("/quit\r")
+    tty.wait("ending: 1 turn may run on for 60 s")
+    assert tty.end() == 0 and tty.left_behind() == []
+    assert house.answer(number).text == "whole"
 
 
 def test_no_chat_if_it_is_not_wanted(house, terminal):
