@@ -1121,6 +1121,10 @@ class Store:
         )
         return [SessionInfo(*row) for row in rows]
 
+    def session_count(self) -> int:
+        """How many sessions there are."""
+        return self._run("SELECT count(*) FROM sessions").fetchone()[0]
+
     def set_model(self, session: Session, model: str) -> None:
         """Answer this session with another model, given as provider/model; '' for the configured one."""
         self._run("UPDATE sessions SET model = ? WHERE id = ?", model, session.id)
@@ -4275,7 +4279,7 @@ def kill_marked(mark: bytes, first: int) -> int:
     killed = set()
     for _ in range(5):  # again while there are some: they may have forked meanwhile
         younger = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) > first]
-        marked = [pid for pid in younger if mark in environment_of(pid)]
+        marked = [pid for pid in younger if mark in environment_of(pid) and pid != os.getpid()]
         for pid in marked:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -12767,7 +12771,7 @@ class Daemon:
             "started_at": iso(self.started),
             "uptime": round((now - self.started).total_seconds()),
             "model": self.app.models.name_of(""),
-            "sessions": len(store.sessions(1_000_000)),
+            "sessions": store.session_count(),
             "running": sorted(self.hub.running),
             "queue": sum(self.hub.inbox.waiting().values()),
             "unsent": self.hub.outbox.unsent(),
@@ -12994,9 +12998,13 @@ def cmd_stop(ctx: Context) -> int:
 @command("status", arg("--json", action="store_true", help="for scripts"))
 def cmd_status(ctx: Context) -> int:
     """Show how the running daemon is doing."""
-    pid = running_daemon(ctx).pid
-    gateway = ctx.config.gateway
-    found = asyncio.run(ask_daemon(ctx.home, gateway, {"type": "status"}, 5.0))["status"] if gateway.port else {}
+    pid, gateway, found = running_daemon(ctx).pid, ctx.config.gateway, {}
+    if gateway.port:
+        try:
+            found = asyncio.run(ask_daemon(ctx.home, gateway, {"type": "status"}, 5.0))["status"]
+        except GatewayError as error:
+            hint = "was [gateway] changed since it started?"
+            raise GatewayError(f"openpista runs, pid {pid}, but cannot be asked: {error.args[0]}", hint) from None
     if ctx.args.json:
         print_json(found or {"pid": pid, "gateway": "off"})
     elif not found:

@@ -372,8 +372,9 @@ def test_what_goes_on_in_the_background_has_no_mark(tmp_path):
 
 def test_a_hang_up_rereads_the_settings(house, tmp_path):
     house.configure(OFFLINE.replace("never", "always"))
+    number = house.put("$ echo one")
     daemon = house.start()
-    assert house.answer(house.put("$ echo one")).text.startswith("denied")
+    assert house.answer(number).text.startswith("denied")
 
     changed = '[[cron]]\nname = "morning"\nschedule = "0 9 * * *"\nprompt = "hi"\n[channels.cli]\nenabled = false\n'
     house.configure(OFFLINE.replace("port = 0", "port = 4433") + changed)
@@ -416,15 +417,15 @@ def chat(house, terminal, tmp_path):
 
 
 def test_the_chat_in_the_foreground(house, chat, tmp_path):
+    house.put("$ echo from; echo elsewhere", "other", "cli")
     tty = chat()
+    tty.wait("from\nelsewhere")
     assert tty.lines[0].startswith("openpista ") and "  channels       cli" in tty.lines
     assert "Leaving the chat ends openpista." in tty.text
     tty.send("$ echo one two\r")
     tty.wait("✓ echo one two")
     tty.wait("offline/shell · 1 tool call")
     assert "\none two\n" in tty.text
-    house.put("$ echo from; echo elsewhere", "other", "cli")
-    tty.wait("from\nelsewhere")
 
     tty.send(f"$ echo $$ > {tmp_path}/pid; sleep 60\r")
     (pid,) = until(lambda: numbers(tmp_path / "pid"))
@@ -469,8 +470,8 @@ def test_a_signal_while_the_chat_has_a_turn(house, chat, tmp_path):
 
 
 def test_leaving_waits_for_the_turns_of_others(house, chat, tmp_path):
+    number = house.put(f"$ touch {tmp_path}/begun; sleep 0.8; echo whole")
     tty = chat(OFFLINE.replace("grace = 1", "grace = 60"))
-    number = house.put(f"$ touch {tmp_path}/begun; sleep 1; echo whole")
     until((tmp_path / "begun").exists)
     tty.send("/quit\r")
     tty.wait("ending: 1 turn may run on for 60 s")
