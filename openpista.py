@@ -38,7 +38,9 @@ Map. Each section uses only those above it, so read on from any point.
     23. Login         signing in to a provider, browsing its models
     24. Chat          the conversation at a terminal
     25. Scheduler     jobs: when they fire, and the tools that plan them
-    26. Commands      the command line
+    26. Gateway       the protocol of remote clients, both ends
+    27. Daemon        what `start` runs: opening, signals, closing; who runs
+    28. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -872,6 +874,12 @@ def load_config(path: Path | None, environ: Mapping[str, str], named: bool = Tru
     return config
 
 
+def read_config(chosen: str | None, environ: Mapping[str, str]) -> tuple[Config, Path | None]:
+    """The settings as they are now, and the file that they are in."""
+    path = find_config(chosen, environ)
+    return load_config(path, environ, bool(chosen or environ.get("OPENPISTA_CONFIG"))), path
+
+
 # ===== 5. Credentials =========================================================
 #
 # A key is looked for in the environment, then in config.toml, then in what
@@ -1114,6 +1122,10 @@ class Store:
         )
         return [SessionInfo(*row) for row in rows]
 
+    def session_count(self) -> int:
+        """How many sessions there are."""
+        return self._run("SELECT count(*) FROM sessions").fetchone()[0]
+
     def set_model(self, session: Session, model: str) -> None:
         """Answer this session with another model, given as provider/model; '' for the configured one."""
         self._run("UPDATE sessions SET model = ? WHERE id = ?", model, session.id)
@@ -1290,8 +1302,15 @@ class Store:
 
     def usage(self, session: Session) -> Usage:
         """All that a session has used."""
+        return self._usage("session_id = ?", session.id)
+
+    def usage_since(self, moment: datetime) -> Usage:
+        """All that was used since then."""
+        return self._usage("at >= ?", iso(moment))
+
+    def _usage(self, where: str, *values: Any) -> Usage:
         sums = "sum(input_tokens), sum(cached_tokens), sum(output_tokens), sum(cost_usd)"
-        row = self._run(f"SELECT {sums} FROM usage WHERE session_id = ?", session.id).fetchone()
+        row = self._run(f"SELECT {sums} FROM usage WHERE {where}", *values).fetchone()
         return Usage(row[0] or 0, row[1] or 0, row[2] or 0, row[3])
 
     # ---- the file ----
@@ -1512,6 +1531,11 @@ class Inbox(Table):
         event = Event(channel, identity, session, text, sender, json.loads(reply_to), json.loads(metadata))
         return Item(number, event, *rest)
 
+    def open_of(self, channel: str) -> list[int]:
+        """The events of a channel that have no answer."""
+        sql = f"SELECT id FROM inbox WHERE channel = ? AND {self.OPEN} ORDER BY id"
+        return [row[0] for row in self._run(sql, channel)]
+
     def waiting(self) -> dict[str, int]:
         """The sessions with events that have no answer, and how many."""
         return dict(self._run(f"SELECT session, count(*) FROM inbox WHERE {self.OPEN} GROUP BY session"))
@@ -1569,6 +1593,10 @@ class Outbox(Table):
     def channels(self) -> list[str]:
         """For whom something lies here."""
         return [row[0] for row in self._run(f"SELECT DISTINCT channel FROM outbox WHERE {self.OPEN}")]
+
+    def unsent(self) -> int:
+        """How many pieces lie here."""
+        return self._run(f"SELECT count(*) FROM outbox WHERE {self.OPEN}").fetchone()[0]
 
     def next(self, channel: str) -> Delivery | None:
         """The oldest piece for a channel that was not sent."""
@@ -2811,9 +2839,10 @@ class HttpProvider:
         self._client: httpx.AsyncClient | None = None
 
     async def aclose(self) -> None:
-        """Close the connections."""
-        if self._client:
-            await self._client.aclose()
+        """Close the connections; another request would open new ones."""
+        client, self._client = self._client, None
+        if client:
+            await client.aclose()
 
     def warm(self) -> None:
         """Load what the first request needs, which takes 0.2 s; for a thread, while a person types."""
@@ -3033,6 +3062,7 @@ class Models:
 
     def __init__(self, providers: Sequence[Provider]):
         self.providers = list(providers)
+        self._asking, self._retired = 0, False
 
     @property
     def name(self) -> str:
@@ -3044,18 +3074,23 @@ class Models:
         """Tokens of the window of the one that is asked first."""
         return self.providers[0].window if self.providers else DEFAULT_WINDOW
 
-    async def use(self, providers: Sequence[Provider]) -> None:
-        """From now on ask these; those that were asked before are closed."""
-        former, self.providers = Models(self.providers), list(providers)
-        await former.aclose()
-
-    async def aclose(self) -> None:
-        """Close them all."""
-        for provider in self.providers:
+    async def retire(self) -> None:
+        """Close them all, as soon as nobody asks: a turn that has begun with them ends with them."""
+        self._retired = True
+        for provider in self.providers if not self._asking else ():
             await provider.aclose()
 
     async def complete(self, request: Request, tell: Tell) -> Completion:
         """The first answer. One that fails goes to the end of the line; if all fail, the first one's error."""
+        self._asking += 1
+        try:
+            return await self._complete(request, tell)
+        finally:
+            self._asking -= 1
+            if self._retired:
+                await self.retire()
+
+    async def _complete(self, request: Request, tell: Tell) -> Completion:
         if not self.providers:
             raise no_model()
         failed: list[PistaError] = []
@@ -4135,7 +4170,7 @@ class Child:
     def __init__(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str], capture: Capture, stdin: Any):
         self.capture, self._eof, self._gone = capture, asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._mark = os.urandom(8).hex()
+        self._mark = f"{env.get(self.MARK, '')}.{os.urandom(8).hex()}"
         self._process = subprocess.Popen(
             argv,
             stdin=stdin,
@@ -4234,21 +4269,25 @@ class Child:
                 await event.wait()
 
 
-def kill_marked(mark: bytes, first: int) -> None:
-    """KILL the processes that have the mark in their environment (Linux): setsid takes a daemon out of the group.
+def kill_marked(mark: bytes, first: int) -> int:
+    """KILL the processes that have the mark in their environment (Linux); how many they were.
 
-    Only pids after the first are looked at, which are few: a child is younger than its leader.
+    They need not be of the leader's group: setsid takes a daemon out of it. Only pids after the first are looked
+    at, which are few: a child is younger than its leader.
     """
     if not sys.platform.startswith("linux"):
-        return
+        return 0
+    killed = set()
     for _ in range(5):  # again while there are some: they may have forked meanwhile
         younger = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) > first]
-        marked = [pid for pid in younger if mark in environment_of(pid)]
+        marked = [pid for pid in younger if mark in environment_of(pid) and pid != os.getpid()]
         for pid in marked:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
         if not marked:
-            return
+            break
+    return len(killed)
 
 
 def environment_of(pid: int) -> bytes:
@@ -4307,7 +4346,7 @@ def start_in_background(shell: str, command: str, *, cwd: Path, env: Mapping[str
         done = subprocess.run(
             [shell, "-c", script, shell, command, str(log_path)],
             cwd=cwd,
-            env=env,
+            env={name: value for name, value in env.items() if name != Child.MARK},  # it outlives who started it
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -5229,10 +5268,15 @@ class Record(NamedTuple):
 
 
 class Agent:
-    """Answers for one model, one toolbox and one database; `turn` and `resume` are all there is to call."""
+    """Answers for one toolbox and one database; `turn` and `resume` are all there is to call.
 
-    def __init__(self, models: Models, toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str):
-        self.models, self.toolbox, self.store = models, toolbox, store
+    `pick` gives the models for what a session has as its model.
+    """
+
+    def __init__(
+        self, pick: Callable[[str], Models], toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str
+    ):
+        self.pick, self.toolbox, self.store = pick, toolbox, store
         self.settings, self.system = settings, system
         self.bytes_per_token = 3.2  # a careful guess until a provider reports its count
 
@@ -5301,7 +5345,8 @@ class Turn:
     def __init__(self, agent: Agent, session: Session, gate: Gate, tell: Tell, record: Record):
         self.agent, self.store, self.session, self.gate, self.tell = agent, agent.store, session, gate, tell
         self.record = record
-        self.usage, self.model = Usage(), agent.models.name
+        self.models = agent.pick(session.model)
+        self.usage, self.model = Usage(), self.models.name
         self.done: list[tuple[ToolCall, ToolResult]] = []
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
         self._seen: dict[str, int] = {}  # call and result -> how often
@@ -5410,7 +5455,7 @@ class Turn:
     async def _spend(self, request: Request, tell: Tell) -> Completion:
         """What the model says, and what that costs noted."""
         started = time.monotonic()
-        answer = await self.agent.models.complete(request, tell)
+        answer = await self.models.complete(request, tell)
         log.debug("%s answered after %.2f s: %s", answer.model, time.monotonic() - started, answer.usage)
         self.usage = self.usage.plus(answer.usage)
         with contextlib.suppress(StoreError):  # not worth an answer: what fails here fails again where it counts
@@ -5469,7 +5514,7 @@ class Turn:
         return len(self.agent.system.encode()) + len(to_json(self.agent.toolbox.specs))
 
     def _window(self) -> int:
-        return self.agent.settings.context_tokens or self.agent.models.window
+        return self.agent.settings.context_tokens or self.models.window
 
     def _budget(self) -> int:
         """Bytes of messages that fit, with room left for the answer."""
@@ -5640,12 +5685,17 @@ class Courier:
 
     def __init__(self, outbox: Outbox, outlets: Mapping[str, Outlet], closing: asyncio.Event, patience: Patience):
         self.outbox, self.outlets, self.closing, self.patience = outbox, outlets, closing, patience
+        self.alive: dict[str, str] = {}  # kind of channel -> when it last brought or took something
         self._tasks: dict[str, asyncio.Task[None]] = {}  # channel -> who carries for it
         self._places = asyncio.Semaphore(self.SIDE_BY_SIDE)
 
     def outlet(self, channel: str) -> Outlet | None:
         """How this channel takes what goes out; None if it is not there now."""
         return self.outlets.get(channel.partition(":")[0])
+
+    def note(self, channel: str) -> None:
+        """A channel has shown that it works."""
+        self.alive[channel.partition(":")[0]] = self.outbox.stamp()
 
     def open(self) -> None:
         """Take up what the last process left."""
@@ -5702,6 +5752,7 @@ class Courier:
     async def _attempt(self, delivery: Delivery, outlet: Outlet) -> None:
         async with asyncio.timeout(self.patience.sending):
             await outlet.send(delivery)
+        self.note(delivery.channel)
         with contextlib.suppress(StoreError):  # tried again by `surely`. At once: a kill in between leaves it in doubt
             self.outbox.sent(delivery.id)
 
@@ -5848,6 +5899,7 @@ class Hub:
 
     def submit(self, event: Event) -> Receipt:
         """Write an event down; it is answered in its turn. StoreError: it was not taken, the sender keeps it."""
+        self.courier.note(event.channel)
         if self.closing.is_set():
             known = self.inbox.find(event.channel, event.identity)
             return Receipt("duplicate", known.id) if known else Receipt("closing")
@@ -5903,6 +5955,17 @@ class Hub:
         run.task.cancel()
         await asyncio.wait([run.task], timeout=self.STOPPING)
         return run.stopped
+
+    async def cancel(self, number: int) -> str:
+        """End the turn of one event, or have it not begin. In words what was done."""
+        item = self.inbox.get(number)
+        if item is None or item.state not in ("waiting", "running"):
+            return "Nothing is running."
+        if self.running.get(item.event.session) == number:
+            return await self.stop(item.event.session)
+        self._end(item, "stopped", said := "Stopped before it began.", {"is_error": True})
+        self._announce(item, Answer("stopped", said, True))
+        return said
 
     async def close(self, grace: float = 0.0) -> None:
         """Take nothing more, give running turns so many seconds, then cut them off: the next start goes on with them.
@@ -6026,7 +6089,7 @@ class Hub:
         if not isinstance(result, PistaError):
             log.error("session %s: a turn failed", run.item.event.session, exc_info=result)
             result = PistaError(f"openpista failed: {result!r}", "this is a bug; the log has more")
-        return "failed", self.redact(str(result)), {"is_error": True}
+        return "failed", self.redact(str(result)), {"is_error": True, "exit_code": result.exit_code}
 
     def _approve(self, item: Item, place: Place) -> Approve | None:
         """Whom this turn asks about a risky call, for a limited time."""
@@ -6479,8 +6542,7 @@ def instant(wall: datetime, zone: tzinfo) -> datetime:
 FRAME_LIMIT = 1 << 20  # bytes; DESIGN 5
 DEPTH_LIMIT = 64  # of nesting: walking the object must not overflow somebody's stack later
 
-# Type of frame -> its fields: kind and longest; a question mark: may be missing.
-ASKING = {"id?": (str, 100), "token": (str, 200)}
+ASKING = {"id?": (str, 100), "token": (str, 200)}  # type of frame -> its fields: kind and longest; ?: may be missing
 REQUESTS: dict[str, dict[str, tuple[type, int]]] = {
     "message": {
         "id": (str, 100),
@@ -6493,12 +6555,17 @@ REQUESTS: dict[str, dict[str, tuple[type, int]]] = {
     },
     "status": ASKING,
     "ping": ASKING,
-    "stop": ASKING | {"session_id?": (str, 200)},
+    "stop": ASKING | {"session_id?": (str, 200), "message_id?": (str, 100)},
     "sessions": ASKING,
     "history": ASKING | {"session_id?": (str, 200), "limit?": (int, 1_000)},
+    "models": ASKING | {"provider?": (str, 100), "refresh?": (bool, 1)},
+    "model": ASKING | {"session_id?": (str, 200), "model?": (str, 300)},
+    "usage": ASKING | {"session_id?": (str, 200)},
+    "tools": ASKING,
+    "skills": ASKING,
 }
-ANSWERS = {"approval_answer": {"approval_id": (int, 1 << 53), "decision": (str, 20)}}  # later on a stream
-KIND_NAMES = {str: "a string", int: "a whole number", dict: "an object"}
+FOLLOW_UPS = {"approval_answer": {"approval_id": (int, 1 << 53), "decision": (str, 20)}}  # later on a stream
+KIND_NAMES = {str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
 
 
 def encode_frame(frame: dict[str, Any]) -> bytes:
@@ -6598,7 +6665,7 @@ def check_frame(frame: dict[str, Any], shapes: dict[str, dict[str, tuple[type, i
             raise WireError("bad_request", f"{name} is empty")
         if type_ is int and not 0 <= value <= limit:
             raise WireError("bad_request", f"{name} must be between 0 and {limit:,}")
-        if type_ is not int and len(value) > limit:
+        if type_ in (str, dict) and len(value) > limit:
             raise WireError("too_large", f"{name} is too long: {len(value):,}, the limit is {limit:,}")
 
 
@@ -9339,30 +9406,63 @@ class Context(NamedTuple):
         return user_path(url) if url else self.home / "memory.db"
 
 
+class Pool:
+    """The models of the sessions, by what a session has as its model; opened when first asked for, and kept."""
+
+    def __init__(self, ctx: Context, endpoints: Sequence[Endpoint] = ()):
+        self.ctx, self.endpoints = ctx, endpoints  # if there are endpoints, they answer every session
+        self._models: dict[str, Models] = {}
+
+    def pick(self, name: str) -> Models:
+        """Those for provider/model, or for a provider; '' is the configured one. CredentialError, ConfigError."""
+        if name not in self._models:
+            endpoints = self.endpoints or chosen_endpoints(self.ctx, name)
+            self._models[name] = Models(open_providers(self.ctx, endpoints))
+        return self._models[name]
+
+    def name_of(self, name: str) -> str:
+        """Who answers first, or why nobody can."""
+        try:
+            return self.pick(name).name
+        except (CredentialError, ConfigError) as error:
+            return f"none: {error}"
+
+    async def renew(self, ctx: Context | None = None) -> None:
+        """Open all anew when they are next asked for, since keys or settings have changed; also the end of all."""
+        self.ctx = ctx or self.ctx
+        former, self._models = self._models, {}
+        for models in former.values():
+            await models.retire()
+
+
 class App(NamedTuple):
     """The objects of a running openpista."""
 
     store: Store
-    models: Models
+    models: Pool
     agent: Agent
 
 
 @contextlib.asynccontextmanager
-async def open_app(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[App]:
+async def open_app(ctx: Context, endpoints: Sequence[Endpoint] = ()) -> AsyncIterator[App]:
     """Everything a turn needs, opened in order and closed in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         make_home(ctx.home)
-        skills, problems = load_skills(ctx.workspace)
-        for problem in problems:
-            log.info("%s", problem)
         store = stack.enter_context(Store(ctx.database))
-        settings = ctx.config.agent
-        models = Models(open_providers(ctx, endpoints))
-        stack.push_async_callback(models.aclose)
-        bench = Bench(ctx.config.tools, ctx.environ, ctx.home, ctx.redact, tuple(skills))
-        where = describe_machine(bench.folder(), ctx.environ)
-        system = build_prompt(settings.prompt, skills, where, f"{datetime.now():%Y-%m-%d}")
-        yield App(store, models, Agent(models, Toolbox(bench), store, settings=settings, system=system))
+        models = Pool(ctx, endpoints)
+        stack.push_async_callback(models.renew)
+        toolbox, system = furnish(ctx)
+        yield App(store, models, Agent(models.pick, toolbox, store, settings=ctx.config.agent, system=system))
+
+
+def furnish(ctx: Context) -> tuple[Toolbox, str]:
+    """The tools, and the system prompt as it is today."""
+    skills, problems = load_skills(ctx.workspace)
+    for problem in problems:
+        log.info("%s", problem)
+    bench = Bench(ctx.config.tools, ctx.environ, ctx.home, ctx.redact, tuple(skills))
+    where = describe_machine(bench.folder(), ctx.environ)
+    return Toolbox(bench), build_prompt(ctx.config.agent.prompt, skills, where, f"{datetime.now():%Y-%m-%d}")
 
 
 def open_providers(ctx: Context, endpoints: Iterable[Endpoint]) -> list[Provider]:
@@ -9837,31 +9937,50 @@ class BrowserLogin:
 class Local:
     """What a chat talks to: the agent in this process."""
 
+    place = ""  # not elsewhere
+
     def __init__(self, ctx: Context, app: App):
         self.ctx, self.app, self.chosen = ctx, app, ""
+        self.models = Models([])  # who answers next; nobody while a key is missing
         self._always: dict[str, set[str]] = {}  # session -> calls that need no more asking
 
     @property
     def model(self) -> str:
         """Who answers next, as provider/model."""
-        return self.app.models.name
+        return self.models.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is somebody who answers."""
+        return bool(self.models.providers)
+
+    @property
+    def approval(self) -> str:
+        """Which calls a person is asked about."""
+        return self.ctx.config.tools.approval
 
     @property
     def provider(self) -> str:
         """Whose models are offered; OpenCode Zen's, whose list is public, while there is none."""
-        return self.model.partition("/")[0] if self.app.models.providers else "opencode"
+        return self.model.partition("/")[0] if self.models.providers else "opencode"
 
     def warm(self) -> None:
         """Load what the first turn needs; what is wrong will be said there."""
-        for provider in self.app.models.providers[:1]:
+        for provider in self.models.providers[:1]:
             with contextlib.suppress(PistaError):
                 provider.warm()
 
     async def use(self, chosen: str) -> None:
         """Ask this provider/model from now on; '' is the configured one. An error leaves the old one."""
-        endpoints = chosen_endpoints(self.ctx, chosen)
-        await self.app.models.use(open_providers(self.ctx, endpoints))
-        self.chosen = chosen
+        self.models, self.chosen = self.app.models.pick(chosen), chosen
+
+    def named(self, chosen: str) -> str:
+        """Who answers a session for which this was chosen. CredentialError, ConfigError if nobody can."""
+        return self.app.models.pick(chosen).name
+
+    async def renew(self) -> None:
+        """Take note of keys that have changed."""
+        await self.app.models.renew()
 
     async def resume(self, name: str) -> None:
         """Ask the model that the session was given. StoreError if there is no such session."""
@@ -9869,24 +9988,28 @@ class Local:
 
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words."""
-        if not self.app.models.providers:
-            await self.use(self.chosen)  # or says what is missing
-        session = self.app.store.session(name)
-        if session.model != self.chosen:
-            self.app.store.set_model(session, self.chosen)
+        session = await self.settle(name)
         mode = "never" if self.ctx.args.yes else self.ctx.config.tools.approval
         gate = Gate(mode, approve, self._always.setdefault(name, set()))
         return await self.app.agent.turn(session, text, gate, tell)
 
-    def sessions(self) -> list[SessionInfo]:
+    async def settle(self, name: str) -> Session:
+        """The session, with the model that was chosen for it."""
+        await self.use(self.chosen)  # or says what is missing
+        session = self.app.store.session(name)
+        if session.model != self.chosen:
+            self.app.store.set_model(session, self.chosen)
+        return session._replace(model=self.chosen)
+
+    async def sessions(self) -> list[SessionInfo]:
         """The sessions, the last used first."""
         return self.app.store.sessions(200)
 
-    def recent(self, name: str) -> list[Message]:
+    async def recent(self, name: str) -> list[Message]:
         """The last messages of a session; nothing of one that is new."""
         return [entry.message for entry in self.app.store.tail(self.app.store.find_session(name), 4_000)]
 
-    def usage(self, name: str) -> Usage:
+    async def usage(self, name: str) -> Usage:
         """What a session has used; nothing, if it is new."""
         with contextlib.suppress(StoreError):
             return self.app.store.usage(self.app.store.find_session(name))
@@ -9896,15 +10019,19 @@ class Local:
         """The models of a provider."""
         return await load_catalogue(listed_endpoint(self.ctx, provider)[0], self.ctx.model_lists, refresh=refresh)
 
+    def known_sessions(self) -> list[str]:
+        """The names of the sessions, as far as they are known without asking."""
+        return [session.name for session in self.app.store.sessions(200)]
+
     def known_models(self) -> list[str]:
         """The ids of the models of the provider that answers, as far as they are known without asking."""
         return [model.id for model in known_models(listed_endpoint(self.ctx, self.provider)[0], self.ctx.model_lists)]
 
-    def tools(self) -> list[tuple[str, str]]:
+    async def tools(self) -> list[tuple[str, str]]:
         """The name of each tool, and what it does."""
         return [(spec.name, spec.description.partition(". ")[0]) for spec in self.app.agent.toolbox.specs]
 
-    def skills(self) -> list[tuple[str, str]]:
+    async def skills(self) -> list[tuple[str, str]]:
         """The name of each skill, and what it is for."""
         return [(skill.name, skill.description) for skill in load_skills(self.ctx.workspace)[0]]
 
@@ -10025,17 +10152,18 @@ class Chat:
             self.complain(error)
         self.greet("" if known else "new ")
         if known:
-            self.show_past()
+            await self.show_past()
 
     def greet(self, new: str) -> None:
         """Say who answers."""
-        self.say(f"openpista {__version__} · {self.desk.model} · {new}session {self.session}", "dim")
-        if not self.desk.app.models.providers:
+        at = f"{self.desk.place} · " if self.desk.place else ""
+        self.say(f"openpista {__version__} · {at}{self.desk.model} · {new}session {self.session}", "dim")
+        if not self.desk.ready:
             self.say("/login signs in to a provider", "ask")
 
-    def show_past(self) -> None:
+    async def show_past(self) -> None:
         """What was said last in the session."""
-        for message in self.desk.recent(self.session):
+        for message in await self.desk.recent(self.session):
             if message.role is Role.USER:
                 self.say(f"› {head_and_tail(self.redact(printable(message.text)), 2_000)}", "bold")
             elif message.role is Role.ASSISTANT:
@@ -10071,7 +10199,7 @@ class Chat:
         known, begun = [], word.rpartition(" ")[0]  # the editor completes the last word, and a name may have several
         with contextlib.suppress(PistaError):  # a broken file: who asks for the model will be told
             if name == "/resume":
-                known = [session.name for session in self.desk.sessions()]
+                known = self.desk.known_sessions()
             elif name == "/model":
                 known = ["reset", *self.desk.known_models()]
         return [entry[len(begun) :].lstrip() for entry in known if entry.startswith(word)]
@@ -10087,8 +10215,11 @@ class Chat:
     KEYS = ""
 
     async def _login(self, rest: str) -> None:
+        if self.desk.place:
+            raise UsageError(f"keys are kept on {self.desk.place}", "run `openpista auth login` there")
         provider = await self.log_in()
         if provider:
+            await self.desk.renew()
             await self._use_provider(provider)
 
     async def _use_provider(self, provider: str) -> None:
@@ -10148,10 +10279,10 @@ class Chat:
             await self.desk.resume(name)
             self.session = name
             self.greet("")
-            self.show_past()
+            await self.show_past()
 
     async def _pick_session(self) -> str:
-        sessions = [session for session in self.desk.sessions() if session.messages]
+        sessions = [session for session in await self.desk.sessions() if session.messages]
         if not sessions:
             self.say("no sessions yet")
             return ""
@@ -10174,22 +10305,22 @@ class Chat:
         await self.stop()
 
     async def _usage(self, rest: str) -> None:
-        usage = self.desk.usage(self.session)
+        usage = await self.desk.usage(self.session)
         cached = f", {usage.cached:,} of them cached" if usage.cached else ""
         cost = "unknown" if usage.cost is None else f"${usage.cost:.4f}"
         self.say(f"this session: {usage.input:,} tokens in{cached}, {usage.output:,} out; cost {cost}")
 
     async def _tools(self, rest: str) -> None:
-        for name, what in self.desk.tools():
+        for name, what in await self.desk.tools():
             self.say(f"  {name:<12} {what}")
-        self.say(f"approval: {self.desk.ctx.config.tools.approval}", "dim")
+        self.say(f"approval: {self.desk.approval}", "dim")
 
     async def _skills(self, rest: str) -> None:
-        skills = self.desk.skills()
+        skills = await self.desk.skills()
         for name, what in skills:
             self.say(printable(f"  {name:<20} {clip(what, 200)}"))
         if not skills:
-            self.say(f"no skills in {self.desk.ctx.workspace / 'skills'}")
+            self.say(f"no skills in {self.desk.place or self.desk.ctx.workspace / 'skills'}")
 
     async def _quit(self, rest: str) -> None:
         self.left = True
@@ -10502,8 +10633,13 @@ class ScreenChat(Chat):
     # ---- the loop ----
 
     async def run(self, given: bool) -> int:
-        """Keys in, answers out, until the person leaves."""
-        with interruptible(), self.tty, logging_to(self):  # above the input, and not in it
+        """Keys in, answers out, until the person leaves or a signal comes."""
+        with interruptible():
+            return await self.talk(given)
+
+    async def talk(self, given: bool) -> int:
+        """The same, with the signals left to somebody else."""
+        with self.tty, logging_to(self):  # above the input, and not in it
             helpers = [asyncio.create_task(self._tick())]
             try:
                 await self.open(given)
@@ -11071,7 +11207,1413 @@ def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
     return [cls(jobs, zone) for cls in CRON_TOOLS.values()]
 
 
-# ===== 26. Commands ===========================================================
+# ===== 26. Gateway ============================================================
+#
+# The protocol openpista/1, as docs/gateway-protocol.md has it, between a
+# QuicServer's streams and the Hub. A message is an Event of the channel
+# quic:DEVICE; who sends its id again hears how its turn goes on, or its answer.
+# The other end is RemoteDesk, which a chat cannot tell from the agent itself.
+
+LOCAL = "local"  # the machine's own device
+LOOK_EVERY = 1.0  # seconds until it is noticed that another process revoked a device, added one, or changed a file
+ABSENT = 120.0  # seconds that a question waits for a client that is gone; then it counts as a no
+UNHEARD = 256 << 10  # characters of progress that wait for a slow reader; the rest is left out, the reply has it all
+TOLD_TEXT, REPLY_TEXT, HISTORY_TEXT = 20_000, 150_000, 150_000  # characters: one may take six bytes in a frame
+
+ERROR_WORDS = (  # an error -> the code of its frame
+    (ChannelBusy, "shutting_down"),
+    (CredentialError, "no_key"),
+    (ConfigError, "bad_request"),
+    (StoreError, "not_found"),
+    (PistaError, "failed"),
+)
+
+
+class Who(NamedTuple):
+    """A device, as it authenticated: of its name there may be another one later."""
+
+    name: str
+    token_hash: str
+
+
+class Doubt(NamedTuple):
+    """A risky call that waits for an answer from a client."""
+
+    frame: dict[str, Any]
+    answer: asyncio.Future[Decision]
+
+
+def hash_token(token: str) -> str:
+    """What is kept of a device's token."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def new_token() -> str:
+    """A token that nobody can guess, fit for a URL."""
+    return base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
+
+
+def local_device(home: Path, devices: Devices) -> str:
+    """The token of the machine's own device, which is made if it is missing."""
+    path = home / "local.token"
+    token = path.read_text().strip() if path.exists() else ""
+    if not token or devices.find(hash_token(token)) != LOCAL:
+        with devices.atomic():
+            devices.revoke(LOCAL)
+            devices.add(LOCAL, hash_token(token := new_token()))
+        write_private(path, token + "\n")
+    return token
+
+
+def certificate_files(home: Path, config: GatewayConfig) -> tuple[Path, Path | None]:
+    """The files of the certificate and its key: those of [gateway], else our own, made if it is missing."""
+    if config.tls_key and not config.tls_cert:
+        raise ConfigError("gateway.tls_key needs gateway.tls_cert")
+    if not config.tls_cert:
+        return make_certificate(home), None
+    return user_path(config.tls_cert), user_path(config.tls_key) if config.tls_key else None
+
+
+def is_open(config: GatewayConfig) -> bool:
+    """Whether [gateway] host names an address that others can reach."""
+    return config.host != "auto" and not is_loopback(f"[{config.host}]" if ":" in config.host else config.host)
+
+
+def gateway_hosts(config: GatewayConfig, devices: Iterable[Device]) -> list[str]:
+    """Where to listen: nobody else's packets come in before there is a device that may speak."""
+    others = any(device.name != LOCAL and not device.revoked_at for device in devices)
+    if config.host == "auto":
+        return ["0.0.0.0", "::"] if others else ["127.0.0.1", "::1"]
+    if is_open(config) and not others:
+        hint = "openpista devices add NAME; or set host to auto"
+        raise ConfigError(f"gateway.host is {config.host}, but no device may speak to it yet", hint)
+    return [config.host]
+
+
+def told(value: Any, clean: Callable[[str], str], depth: int = 8) -> Any:
+    """A JSON value without secrets, its texts not too long for a frame."""
+    if isinstance(value, str):
+        return head_and_tail(clean(value), TOLD_TEXT)
+    if isinstance(value, dict) and depth:
+        return {clean(str(name)): told(inner, clean, depth - 1) for name, inner in value.items()}
+    if isinstance(value, list | tuple) and depth:
+        return [told(inner, clean, depth - 1) for inner in value]
+    return value if value is None or isinstance(value, int | float) else "…"
+
+
+def told_call(call: ToolCall, clean: Callable[[str], str]) -> dict[str, Any]:
+    """A call of a tool, for a frame."""
+    return {"id": call.id, "name": call.name, "arguments": told(call.arguments, clean)}
+
+
+class TicketShelf:
+    """The server's session tickets in the database: a restart neither forgets nor honours one twice."""
+
+    def __init__(self, table: Tickets):
+        self.table = table
+
+    def pop(self, label: bytes) -> SessionTicket | None:
+        """The ticket, which is then gone."""
+        try:
+            body = self.table.pop(label)
+        except StoreError as error:  # then there is a whole handshake, and nothing is read early
+            log.warning("a session ticket was not looked for: %s", error)
+            return None
+        return body and ticket_from_json(json.dumps(body))
+
+    def add(self, ticket: SessionTicket) -> None:
+        seconds = (ticket.not_valid_after - utc_now()).total_seconds()
+        with contextlib.suppress(StoreError):
+            self.table.add(ticket.ticket, json.loads(ticket_to_json(ticket)), seconds)
+
+
+class Listener:
+    """A client that waits for an answer. What it is told waits in a queue, so that a slow one holds up nobody."""
+
+    def __init__(self, stream: Stream, redact: Redactor):
+        self.stream, self.redact = stream, redact
+        self.can_answer = not stream.ended  # it may still say something
+        self._queue: collections.deque[dict[str, Any]] = collections.deque()
+        self._size, self._held, self._news = 0, "", asyncio.Event()
+
+    def tell(self, progress: Progress) -> None:
+        """Progress of the turn; what may be half a secret waits for the rest."""
+        if progress.kind == "delta":
+            text = self._held + progress.text
+            self._held = self.redact.half(text)
+            self._say(text.removesuffix(self._held))
+            return
+        self._say(self._held)
+        self._held = ""
+        frame = {"type": "progress", "event": progress.kind, "text": told(progress.text, self.redact)}
+        if progress.call:
+            frame["call"] = told_call(progress.call, self.redact)
+        if progress.result:
+            output = head_and_tail(progress.result.output, TOLD_TEXT)
+            frame["result"] = {"call_id": progress.result.call_id, "output": output}
+            frame["result"]["is_error"] = progress.result.is_error
+        if progress.usage:
+            frame["usage"] = progress.usage._asdict()
+        self.put(frame, 100 + len(frame.get("result", {}).get("output", "")))
+
+    def _say(self, text: str) -> None:
+        if text and self._queue and self._queue[-1]["type"] == "delta" and self._size < UNHEARD:
+            self._queue[-1]["text"] += self.redact(text)
+            self._size += len(text)
+        elif text:
+            self.put({"type": "delta", "text": self.redact(text)}, len(text))
+
+    def put(self, frame: dict[str, Any], size: int = 0) -> None:
+        """Send a frame when there is room; one with a size is left out when there is too little."""
+        if not size or self._size < UNHEARD:
+            self._queue.append(frame)
+            self._size += size
+            self._news.set()
+
+    async def run(self) -> None:
+        """Send what there is, until it is cancelled. GatewayError if nobody listens."""
+        while True:
+            await self._news.wait()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what waits."""
+        while self._queue:
+            with contextlib.suppress(WireError):  # arguments of a call that no frame can hold
+                await self.stream.send(self._queue.popleft())
+        self._size = 0
+        self._news.clear()
+
+
+def session_of(request: dict[str, Any]) -> str:
+    """The session that a request is about."""
+    name = request.get("session_id") or "main"
+    if not name.isprintable():
+        raise WireError("bad_request", "session_id must be printable")
+    return name
+
+
+class Exchange:
+    """The messages of devices: takes them, tells how their turns go, asks who waits for them."""
+
+    def __init__(self, hub: Hub, redact: Redactor):
+        self.hub, self.redact = hub, redact
+        self._listeners: dict[int, list[Listener]] = {}  # inbox row -> who waits for its answer
+        self._questions: dict[int, dict[int, Doubt]] = {}  # inbox row -> what must be answered, by number
+        self._numbers = itertools.count(1)
+
+    async def serve(self, stream: Stream) -> None:
+        """Take a message, or find it; then tell how its turn goes, and its answer."""
+        event = self._event(stream)
+        receipt = self._submit(event)
+        listener = Listener(stream, self.redact)
+        duplicate = receipt.answer == "duplicate"
+        listener.put({"type": "accepted", "id": event.identity, "duplicate": duplicate, "ahead": receipt.ahead})
+        for question in self._questions.get(receipt.id, {}).values():
+            listener.put(question.frame)
+        listeners = self._listeners.setdefault(receipt.id, [])
+        listeners.append(listener)
+        try:
+            answer = await self._outcome(receipt.id, listener)
+        finally:
+            listeners.remove(listener)
+            if not listeners:
+                self._listeners.pop(receipt.id, None)
+        if answer:
+            await listener.flush()
+            await self._reply(stream, event, answer)
+        elif stream.request.get("on_disconnect") and not listeners:
+            await self.hub.cancel(receipt.id)
+
+    def _event(self, stream: Stream) -> Event:
+        request, channel = stream.request, f"quic:{stream.device.name}"
+        if request["id"].startswith("job:"):
+            raise WireError("bad_request", "an id that begins with job: is a job's")
+        if request.get("channel_id") not in (None, "", channel):
+            raise WireError("bad_request", f"channel_id must be {channel!r} for this device, or missing")
+        if request.get("on_disconnect") not in (None, "", "cancel"):
+            raise WireError("bad_request", "on_disconnect must be 'cancel', or missing")
+        text, name = request["user_message"], stream.device.name
+        metadata = request.get("metadata") or {}
+        return Event(channel, request["id"], session_of(request), text, name, metadata=metadata)
+
+    def _submit(self, event: Event) -> Receipt:
+        """The receipt of an event that was taken, now or before."""
+        receipt = self.hub.submit(event)
+        if receipt.answer == "full":
+            raise WireError(
+                "busy", f"session {event.session} has {plural(receipt.ahead, 'message')} waiting; keep this"
+            )
+        if receipt.answer == "closing":
+            raise WireError("shutting_down", "openpista is shutting down: keep this message and send it again")
+        if receipt.answer == "duplicate":
+            known = self.hub.inbox.get(receipt.id).event
+            same = (storable(event.session), storable(event.text))
+            if known.text and (known.session, known.text) != same:  # the text is gone when its session was deleted
+                raise WireError("bad_request", f"the id {event.identity!r} was used for another message")
+        return receipt
+
+    async def _outcome(self, number: int, listener: Listener) -> Answer | None:
+        """What becomes of a message; None if the client is gone before."""
+        steps = (
+            self.hub.watch(number, listener.tell),
+            self._hear(number, listener),
+            listener.run(),
+            listener.stream.reset_by_peer.wait(),
+        )
+        watching, *others = tasks = [asyncio.create_task(step) for step in steps]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                return watching.result()
+            for task in others:
+                if task.done() and isinstance(task.exception(), WireError):
+                    raise task.exception()
+            return None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear(self, number: int, listener: Listener) -> None:
+        """Take answers to questions until the client is gone; one that comes too late is no error."""
+        while (frame := await listener.stream.receive()) is not None:
+            check_frame(frame, FOLLOW_UPS)
+            if frame["decision"] not in list(Decision):
+                raise WireError("bad_request", f"decision must be one of {', '.join(Decision)}")
+            question = self._questions.get(number, {}).get(frame["approval_id"])
+            if question and not question.answer.done():
+                question.answer.set_result(Decision(frame["decision"]))
+        listener.can_answer = False
+        await listener.stream.reset_by_peer.wait()
+
+    async def _reply(self, stream: Stream, event: Event, answer: Answer) -> None:
+        """The last frame; once it has arrived, the answer counts as fetched."""
+        known = {"id": event.identity, "session_id": event.session, "state": answer.state}
+        text = head_and_tail(answer.text, REPLY_TEXT)
+        frame = {"type": "reply", **known, "content": text, "is_error": answer.is_error, **answer.metadata}
+        stream.write(encode_frame(frame), True)
+        await stream.room(0)
+        if stream.deaf is None:
+            with contextlib.suppress(StoreError):
+                self.hub.collected(event.channel, event.identity)
+
+    # ---- questions ----
+
+    def approver(self, item: Item) -> Approve | None:
+        """How a turn asks its client; None if that has said that it will not answer."""
+        listeners = self._listeners.get(item.id)
+        if listeners and not any(listener.can_answer for listener in listeners):
+            return None
+        return functools.partial(self._ask, item.id)
+
+    async def _ask(self, number: int, call: ToolCall, danger: str) -> Decision:
+        """Ask all who wait for the answer, and who comes meanwhile."""
+        approval_id = next(self._numbers)
+        told_of = told_call(call, self.redact)
+        frame = {"type": "approval", "approval_id": approval_id, "tool": call.name, "reason": danger}
+        frame |= {"call_id": call.id, "arguments": told_of["arguments"]}
+        question = Doubt(frame, asyncio.get_running_loop().create_future())
+        self._questions.setdefault(number, {})[approval_id] = question
+        for listener in self._listeners.get(number, ()):
+            listener.put(frame)
+        try:
+            return await self._answer(number, question)
+        finally:
+            del self._questions[number][approval_id]
+            if not self._questions[number]:
+                del self._questions[number]
+
+    async def _answer(self, number: int, question: Doubt) -> Decision:
+        """The person's decision; no, if there is nobody any more who could answer."""
+        absent = 0.0
+        while not question.answer.done():
+            await asyncio.wait([question.answer], timeout=1.0)
+            listeners = self._listeners.get(number, ())
+            absent = 0.0 if listeners else absent + 1.0
+            refused = listeners and not any(listener.can_answer for listener in listeners)
+            if not question.answer.done() and (refused or absent >= ABSENT):
+                return Decision.DENY
+        return question.answer.result()
+
+
+class Gateway:
+    """Lets devices speak to the Hub. Made before the hub is opened, since its first turns may have questions."""
+
+    def __init__(self, hub: Hub, store: Store, *, status: Callable[[], dict[str, Any]], desk: Local):
+        self.hub, self.store, self.status, self.desk = hub, store, status, desk
+        self.redact: Redactor = desk.ctx.redact
+        self.devices, self.tickets = Devices(store), TicketShelf(Tickets(store))
+        self.exchange = Exchange(hub, self.redact)
+        self.outlet = hub.outlets["quic"] = Outlet(approver=self.exchange.approver)
+        self.server: QuicServer | None = None
+        self._hosts: list[str] = []
+        self._files: tuple[Any, ...] = ()  # when the certificate's were changed
+        self._seen: dict[str, float] = {}  # device -> when that was last written down
+        self._looking: asyncio.Task[None] | None = None
+
+    # ---- life ----
+
+    async def open(self, home: Path, config: GatewayConfig, limits: Limits | None = None) -> None:
+        """Listen. ConfigError and GatewayError say what is wrong."""
+        self.home, self.config = home, config
+        files = certificate_files(home, config)
+        local_device(home, self.devices)
+        self._files = self._stamp(files)
+        self.server = QuicServer(self.handle, self.authenticate, load_certificate(*files), self.tickets, limits)
+        self._hosts = gateway_hosts(config, self.devices.list())
+        await self.server.start((host, config.port) for host in self._hosts)
+        self._looking = asyncio.create_task(self._look())
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens."""
+        return self.server.addresses if self.server else []
+
+    @property
+    def fingerprint(self) -> str:
+        """What clients pin."""
+        return self.server.identity.fingerprint if self.server else ""
+
+    async def reload(self, config: GatewayConfig) -> None:
+        """Take other settings; an error leaves the old ones."""
+        identity = load_certificate(*certificate_files(self.home, config))
+        hosts = gateway_hosts(config, self.devices.list())
+        if (hosts, config.port) != (self._hosts, self.config.port):
+            await self._move(hosts, config.port)
+        self.config = config
+        self.server.use(identity)
+
+    async def close(self, code: int = Code.SHUTTING_DOWN, reason: str = "shutting down") -> None:
+        """Tell every client, and listen no more."""
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        if self.server:
+            await self.server.close(code, reason)
+
+    async def _look(self) -> None:
+        """Notice what other processes do: devices that come and go, a new certificate."""
+        last = ""
+        for count in itertools.count(1):
+            await asyncio.sleep(LOOK_EVERY)
+            try:
+                await self._cut_revoked()
+                if self.config.host == "auto" and (hosts := gateway_hosts(self.config, self.devices.list())):
+                    await self._move(hosts, self.config.port)
+                self._reread()
+                if count % 3_600 == 1:
+                    self.tickets.table.prune()
+                last = ""
+            except PistaError as error:
+                if str(error) != last:
+                    log.warning("gateway: %s", error)
+                last = str(error)
+
+    async def _cut_revoked(self) -> None:
+        for who in {who for link in self.server.gate.everybody for who in link.devices}:
+            if self.devices.find(who.token_hash) != who.name:
+                self.server.cut(who)
+                for number in self.hub.inbox.open_of(f"quic:{who.name}"):
+                    await self.hub.cancel(number)
+
+    async def _move(self, hosts: list[str], port: int) -> None:
+        """Listen elsewhere; connections go on where there is a socket of their family."""
+        if (hosts, port) == (self._hosts, self.config.port):
+            return
+        former, links = self._hosts, list(self.server.gate.everybody)
+        port = port or self.server.addresses[0][1]
+        self.server._close_ports()
+        await asyncio.sleep(0)  # a transport closes its socket in the next turn
+        try:
+            await self.server.start((host, port) for host in hosts)
+            self._hosts = hosts
+        except PistaError:
+            await self.server.start((host, self.config.port) for host in former)
+            raise
+        finally:
+            ports = {port.sock.family: port for port in self.server.ports}
+            for link in links:
+                link.port = ports.get(link.port.sock.family, link.port)
+
+    def _reread(self) -> None:
+        """Use the certificate that lies there now; one that does not fit its key leaves the old one in use."""
+        files = certificate_files(self.home, self.config)
+        if (stamp := self._stamp(files)) != self._files:
+            self._files = stamp
+            self.server.reload(*files)
+            log.warning("gateway: a new certificate, sha256 %s", self.fingerprint)
+
+    @staticmethod
+    def _stamp(files: Iterable[Path | None]) -> tuple[Any, ...]:
+        """What changes when a file does; a file that is missing for a moment counts as it stands."""
+        found = []
+        for path in filter(None, files):
+            with contextlib.suppress(OSError):
+                found.append((path.stat().st_mtime_ns, path.stat().st_ino))
+        return tuple(found)
+
+    # ---- requests ----
+
+    def authenticate(self, request: dict[str, Any], peer: tuple) -> Who | None:
+        """Whose token this is."""
+        hashed = hash_token(request["token"])
+        try:
+            name = self.devices.find(hashed)
+            if name and time.monotonic() - self._seen.get(name, -60.0) >= 60:
+                self._seen[name] = time.monotonic()
+                self.devices.seen(name)
+        except StoreError as error:
+            raise WireError("unavailable", str(error)) from None
+        return Who(name, hashed) if name else None
+
+    async def handle(self, stream: Stream) -> None:
+        """Answer one request."""
+        try:
+            fields = await HANDLERS[stream.request["type"]](self, stream)
+        except GatewayError:
+            raise
+        except PistaError as error:
+            word = next(word for kind, word in ERROR_WORDS if isinstance(error, kind))
+            if isinstance(error.__cause__, sqlite3.Error):
+                word = "unavailable"
+            raise WireError(word, self.redact(str(error))) from None
+        if fields is not None:
+            named = {"id": stream.request["id"]} if stream.request.get("id") else {}
+            await stream.send({"type": "reply", **named, **fields})
+
+    async def _ping(self, stream: Stream) -> dict[str, Any]:
+        return {"content": "pong"}
+
+    async def _status(self, stream: Stream) -> dict[str, Any]:
+        return {"status": self.status()}
+
+    async def _stop(self, stream: Stream) -> dict[str, Any]:
+        if number := stream.request.get("message_id"):
+            item = self.hub.inbox.find(f"quic:{stream.device.name}", number)
+            return {"content": await self.hub.cancel(item.id) if item else "Nothing is running."}
+        return {"content": await self.hub.stop(session_of(stream.request))}
+
+    async def _sessions(self, stream: Stream) -> dict[str, Any]:
+        return {"sessions": [told(session._asdict(), self.redact) for session in self.store.sessions(200)]}
+
+    async def _history(self, stream: Stream) -> dict[str, Any]:
+        """The last messages, the oldest first."""
+        session = self.store.find_session(session_of(stream.request))
+        entries = self.store.tail(session, HISTORY_TEXT, size=lambda entry: len(to_json(self._told_entry(entry))))
+        limit = stream.request.get("limit") or 50
+        return {"session_id": session.name, "messages": [self._told_entry(entry) for entry in entries[-limit:]]}
+
+    def _told_entry(self, entry: Entry) -> dict[str, Any]:
+        message = entry.message
+        calls = [told_call(call, self.redact) for call in message.tool_calls]
+        more = {"call_id": message.call_id, "is_error": message.is_error} if message.call_id else {}
+        fields = {"role": message.role.value, "text": told(message.text, self.redact), "created_at": entry.created_at}
+        return fields | ({"tool_calls": calls} if calls else {}) | more
+
+    async def _models(self, stream: Stream) -> dict[str, Any]:
+        provider = stream.request.get("provider") or self.desk.named("").partition("/")[0]
+        found = await self.desk.catalogue(provider, bool(stream.request.get("refresh")))
+        return found._asdict() | {"models": [info._asdict() for info in found.models]}
+
+    async def _model(self, stream: Stream) -> dict[str, Any]:
+        """Who answers a session, or would; and with a session and a model: who answers it from now on."""
+        request, chosen = stream.request, stream.request.get("model")
+        if not request.get("session_id"):
+            return {"model": self.desk.named(chosen or ""), "chosen": chosen or ""}
+        name = session_of(request)
+        if chosen is None:
+            chosen = self.store.find_session(name).model
+        model = self.desk.named(chosen)
+        if request.get("model") is not None:
+            self.store.set_model(self.store.session(name), chosen)
+        return {"model": model, "chosen": chosen}
+
+    async def _usage(self, stream: Stream) -> dict[str, Any]:
+        return {"usage": self.store.usage(self.store.find_session(session_of(stream.request)))._asdict()}
+
+    async def _tools(self, stream: Stream) -> dict[str, Any]:
+        tools = [{"name": name, "description": what} for name, what in await self.desk.tools()]
+        return {"tools": tools, "approval": self.desk.approval}
+
+    async def _skills(self, stream: Stream) -> dict[str, Any]:
+        skills = await self.desk.skills()
+        return {"skills": [{"name": name, "description": told(what, self.redact)} for name, what in skills]}
+
+
+HANDLERS: dict[str, Callable[[Gateway, Stream], Awaitable[dict[str, Any] | None]]] = {  # a row for each of REQUESTS
+    "message": lambda gateway, stream: gateway.exchange.serve(stream),
+    "status": Gateway._status,
+    "ping": Gateway._ping,
+    "stop": Gateway._stop,
+    "sessions": Gateway._sessions,
+    "history": Gateway._history,
+    "models": Gateway._models,
+    "model": Gateway._model,
+    "usage": Gateway._usage,
+    "tools": Gateway._tools,
+    "skills": Gateway._skills,
+}
+
+
+# The client
+
+
+class Invite(NamedTuple):
+    """Which gateway, and as whom."""
+
+    host: str
+    port: int
+    token: str = ""
+    fingerprint: str = ""
+
+    @property
+    def place(self) -> str:
+        """host:port"""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"openpista://{self.token}@{self.place}/#sha256={self.fingerprint}"
+
+
+def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
+    """HOST, HOST:PORT, or what `devices add` printed. UsageError if it is none of these."""
+    from urllib.parse import urlsplit
+
+    text = text.strip()
+    if "://" not in text:
+        text = f"openpista://[{text}]" if text.count(":") > 1 and "[" not in text else f"openpista://{text}"
+    try:
+        url = urlsplit(text)
+        host, port = url.hostname or "", url.port or default_port
+    except ValueError as error:
+        raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
+    pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
+    if url.scheme != "openpista" or not host or pin is None or url.password or url.path not in ("", "/"):
+        raise UsageError("this is no HOST[:PORT] and no whole invite", "it ends with #sha256= and 64 digits")
+    return Invite(host, port, url.username or "", (pin[1] or "").lower())
+
+
+class KnownGateways:
+    """Who answered where, as what we may come again, and the tickets that make coming again quick."""
+
+    def __init__(self, home: Path):
+        self.path, self.tickets = home / "known_gateways", home / "gateway_tickets"
+
+    def find(self, invite: Invite) -> Invite:
+        """The invite, with what is known in the place of what it lacks."""
+        row = self._read(self.path).get(invite.place, {})
+        return invite._replace(
+            token=invite.token or str(row.get("token", "")),
+            fingerprint=invite.fingerprint or str(row.get("fingerprint", "")),
+        )
+
+    def keep(self, invite: Invite) -> None:
+        """Remember a gateway that let us in."""
+        rows = self._read(self.path)
+        row = {"token": invite.token, "fingerprint": invite.fingerprint}
+        if rows.get(invite.place) != row:
+            self._write(self.path, rows | {invite.place: row})
+
+    def ticket(self, invite: Invite) -> SessionTicket | None:
+        """The newest ticket of this gateway; it is for one certificate alone."""
+        with contextlib.suppress(ConfigError):  # then there is a whole handshake
+            row = self._read(self.tickets).get(invite.place, {})
+            return ticket_from_json(json.dumps(row.get(invite.fingerprint)))
+        return None
+
+    def keep_ticket(self, invite: Invite, ticket: SessionTicket) -> None:
+        """Remember the ticket for the next time."""
+        with contextlib.suppress(ConfigError, OSError):
+            row = {invite.fingerprint: json.loads(ticket_to_json(ticket))}
+            self._write(self.tickets, self._read(self.tickets) | {invite.place: row})
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            rows = json.loads(path.read_text("utf-8"))
+            if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
+                return rows
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            pass
+        raise ConfigError(f"{path} cannot be read", "move it away; then each gateway needs its invite once more")
+
+    @staticmethod
+    def _write(path: Path, rows: dict[str, Any]) -> None:
+        write_private(path, json.dumps(rows, indent=1) + "\n")
+
+
+class Refusal(PistaError):
+    """What a gateway said in the place of an answer."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+REFUSALS = {  # the code of an error frame -> our error for it
+    "unauthorized": CredentialError,
+    "no_key": CredentialError,
+    "bad_request": UsageError,
+    "not_found": StoreError,
+    "shutting_down": ChannelBusy,
+}
+
+
+def checked(frame: dict[str, Any] | None) -> dict[str, Any]:
+    """A frame of the gateway's; the error, if it is one."""
+    if frame is None:
+        raise GatewayError("the gateway said nothing more")
+    if frame.get("type") == "error":
+        raise REFUSALS.get(str(frame.get("code")), Refusal)(clip(str(frame.get("message") or frame.get("code")), 500))
+    return frame
+
+
+def usage_in(frame: dict[str, Any]) -> Usage:
+    """The usage in a frame."""
+    found = frame.get("usage")
+    return Usage(**{name: found.get(name) or 0 for name in Usage._fields}) if isinstance(found, dict) else Usage()
+
+
+def call_in(frame: dict[str, Any]) -> ToolCall:
+    """The call of a tool in a frame."""
+    arguments = frame.get("arguments")
+    name = str(frame.get("name") or frame.get("tool") or "")
+    call_id = str(frame.get("call_id") or frame.get("id") or "")
+    return ToolCall(call_id, name, arguments if isinstance(arguments, dict) else {})
+
+
+def progress_in(frame: dict[str, Any]) -> Progress | None:
+    """The progress in a frame; None if it is of a kind that is not known here."""
+    kind, text = str(frame.get("event")), str(frame.get("text") or "")
+    if frame.get("type") == "delta":
+        return Progress("delta", text)
+    call, found = frame.get("call"), frame.get("result")
+    if kind not in SHOW or (kind.startswith("tool") and not isinstance(call, dict)):
+        return None
+    called = call_in(call) if isinstance(call, dict) else None
+    if kind == "tool_finished":
+        found = found if isinstance(found, dict) else {}
+        result = ToolResult(called.id, str(found.get("output") or ""), bool(found.get("is_error")))
+        return Progress(kind, text, called, result)
+    return Progress(kind, text, called, usage=usage_in(frame) if "usage" in frame else None)
+
+
+class RemoteDesk:
+    """What a chat talks to: a daemon elsewhere. It connects again by itself, and collects what was said meanwhile."""
+
+    PULSE = 3.0  # seconds between two pings while an answer is waited for, and for each
+    LONGEST = 600.0  # seconds without the gateway until a turn is given up
+    ANSWER, STOPPING, TICKET = 30.0, 2.0, 1.0  # seconds for what is no turn; to stop one; for the next ticket
+
+    def __init__(self, ctx: Context, invite: Invite, known: KnownGateways):
+        self.ctx, self.invite, self.known = ctx, invite, known
+        self.place, self.chosen, self.model, self.approval, self.ready = invite.place, "", invite.place, "", True
+        self._client: QuicClient | None = None
+        self._connecting = asyncio.Lock()
+        self._pulse: asyncio.Task[None] | None = None
+        self._waiting = 0  # answers that are waited for
+        self._heard = 0.0  # when the gateway said something; 0: never yet
+        self._ticketed = asyncio.Event()
+        self._chosen: dict[str, str] = {}  # session -> the model chosen for it, as far as it is known
+        self._sessions: list[str] = []
+        self._models: list[str] = []
+
+    async def __aenter__(self) -> RemoteDesk:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Leave; the ticket for the next time may still be on its way."""
+        if self._client and self._client.problem is None and self._heard:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ticketed.wait(), self.TICKET)
+        await self._leave()
+
+    # ---- the connection ----
+
+    async def _connected(self) -> QuicClient:
+        """The connection, made anew if it has ended."""
+        async with self._connecting:
+            if self._client and self._client.problem is None:
+                return self._client
+            await self._leave()
+            invite = self.invite
+            self._ticketed.clear()
+            client = QuicClient(
+                invite.host,
+                invite.port,
+                fingerprint=invite.fingerprint,
+                ticket=self.known.ticket(invite),
+                on_ticket=self._keep,
+                keep_alive=86_400,  # see _beat
+            )
+            await client.__aenter__()
+            self._client, self._pulse = client, asyncio.create_task(self._beat(client))
+            return client
+
+    def _keep(self, ticket: SessionTicket) -> None:
+        self.known.keep_ticket(self.invite, ticket)
+        self._ticketed.set()
+
+    async def _leave(self) -> None:
+        client, self._client = self._client, None
+        if self._pulse:
+            self._pulse.cancel()
+        if client:
+            await client.__aexit__()
+
+    async def _beat(self, client: QuicClient) -> None:
+        """Notice soon that nobody is there any more while an answer is waited for; else just keep the way open."""
+        last = time.monotonic()
+        with contextlib.suppress(GatewayError):
+            await client.connected()
+            while True:
+                await asyncio.sleep(self.PULSE)
+                if self._waiting or time.monotonic() - last > KEEP_ALIVE:
+                    last = time.monotonic()
+                    await client.ping(self.PULSE)
+
+    async def _open(self, frame: dict[str, Any], last: bool) -> Stream:
+        """A stream with this request."""
+        client = await self._connected()
+        return client.open_stream({**frame, "token": self.invite.token}, last)
+
+    async def _next(self, stream: Stream) -> dict[str, Any]:
+        """The next frame of an answer. GatewayError if none comes any more, other errors if the gateway refuses."""
+        frame = checked(await stream.receive())
+        if not self._heard:
+            self.known.keep(self.invite)
+        self._heard = time.monotonic()
+        return frame
+
+    @contextlib.contextmanager
+    def _awaited(self) -> Iterator[None]:
+        """While this runs an answer is waited for; that we were thrown out is for good."""
+        self._waiting += 1
+        try:
+            yield
+        except GatewayError as error:
+            if isinstance(error, WrongServer):
+                error.hint += f" (the pin of {self.place} is in {self.known.path})"
+            if error.code in (Code.REVOKED, Code.UNAUTHORIZED):
+                raise CredentialError(f"{self.place} lets this device in no more", "take a new invite there") from None
+            raise
+        finally:
+            self._waiting -= 1
+
+    async def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """One request and its answer; on a new connection, if the old one has ended meanwhile."""
+        for again in (True, False):
+            try:
+                with self._awaited():
+                    async with asyncio.timeout(self.ANSWER):
+                        return await self._next(await self._open({"type": kind, **fields}, True))
+            except TimeoutError:
+                raise GatewayError(f"{self.place} did not answer {kind} in {self.ANSWER:g} s") from None
+            except GatewayError as error:
+                if not (again and self._heard) or isinstance(error, WrongServer):
+                    raise
+        raise AssertionError("unreachable")
+
+    # ---- what a chat asks ----
+
+    async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
+        """The answer to a person's words, however often the connection ends."""
+        if self._chosen.get(name, "") != self.chosen:
+            await self.ask("model", session_id=name, model=self.chosen)
+            self._chosen[name] = self.chosen
+        identity = os.urandom(16).hex()
+        request = {"type": "message", "id": identity, "session_id": name, "user_message": text}
+        try:
+            return await self._until_answered(request, approve, tell)
+        except asyncio.CancelledError:
+            with contextlib.suppress(PistaError, TimeoutError):
+                async with asyncio.timeout(self.STOPPING):
+                    await self.ask("stop", message_id=identity)
+            raise
+
+    async def _until_answered(self, request: dict[str, Any], approve: Approve | None, tell: Tell) -> Reply:
+        calls: list[tuple[ToolCall, ToolResult]] = []
+        pause, started = 0.25, time.monotonic()
+        while True:
+            heard = self._heard
+            try:
+                with self._awaited():
+                    return await self._follow(request, approve, tell, calls)
+            except (GatewayError, ChannelBusy) as error:
+                silent = time.monotonic() - max(self._heard, started)
+                if not self._heard or silent > self.LONGEST or isinstance(error, WrongServer | WireError):
+                    raise
+                if self._heard > heard:  # it was there, and is gone: else it has been said
+                    tell(Progress("again", f"{error.args[0]}; connecting again"))
+                    pause = 0.25
+                await self._leave()
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, 15.0)
+
+    async def _follow(
+        self,
+        request: dict[str, Any],
+        approve: Approve | None,
+        tell: Tell,
+        calls: list[tuple[ToolCall, ToolResult]],
+    ) -> Reply:
+        """Send a message, or send it again, and hear what becomes of it."""
+        stream = await self._open(request, approve is None)
+        questions: list[asyncio.Task[None]] = []
+        try:
+            while (frame := await self._next(stream)).get("type") != "reply":
+                if frame.get("type") == "approval" and approve:
+                    questions.append(asyncio.create_task(self._answer(stream, frame, approve)))
+                elif progress := progress_in(frame):
+                    calls += [(progress.call, progress.result)] if progress.result else []
+                    tell(progress)
+        finally:
+            for question in questions:
+                question.cancel()
+            await asyncio.gather(*questions, return_exceptions=True)
+        text, model = str(frame.get("content") or ""), str(frame.get("model") or self.model)
+        if frame.get("is_error"):
+            raise Refusal(text, frame["exit_code"] if frame.get("exit_code") in (1, 2, 3) else 1)
+        name = str(frame.get("session_id") or request["session_id"])
+        return Reply(text, name, model, usage_in(frame), tuple(calls), str(frame.get("problem") or ""))
+
+    async def _answer(self, stream: Stream, frame: dict[str, Any], approve: Approve) -> None:
+        """Ask the person, and send what they say."""
+        decision = await approve(call_in(frame), str(frame.get("reason") or "risky"))
+        answer = {"type": "approval_answer", "approval_id": frame.get("approval_id"), "decision": decision.value}
+        await stream.send(answer)
+
+    @property
+    def provider(self) -> str:
+        """Whose models are offered."""
+        return self.model.partition("/")[0]
+
+    def warm(self) -> None:
+        """Nothing to load."""
+
+    async def use(self, chosen: str) -> None:
+        """Have this provider/model asked from now on; '' is the configured one. An error leaves the old one."""
+        self.model, self.chosen = str((await self.ask("model", model=chosen)).get("model")), chosen
+
+    async def resume(self, name: str) -> None:
+        """Go on with the model that the session was given. StoreError if there is no such session."""
+        found = await self.ask("model", session_id=name)
+        self.model, self.chosen = str(found.get("model")), str(found.get("chosen") or "")
+        self._chosen[name] = self.chosen
+
+    async def sessions(self) -> list[SessionInfo]:
+        """The sessions, the last used first."""
+        rows = (await self.ask("sessions"))["sessions"]
+        found = [SessionInfo(*(row[name] for name in SessionInfo._fields)) for row in rows]
+        self._sessions = [session.name for session in found]
+        return found
+
+    async def recent(self, name: str) -> list[Message]:
+        """The last messages of a session."""
+        return [
+            Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
+            for row in (await self.ask("history", session_id=name, limit=20))["messages"]
+        ]
+
+    async def usage(self, name: str) -> Usage:
+        """What a session has used; nothing, if it is new."""
+        with contextlib.suppress(StoreError):
+            return usage_in(await self.ask("usage", session_id=name))
+        return Usage()
+
+    async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
+        """The models of a provider."""
+        found = await self.ask("models", provider=provider, refresh=refresh)
+        models = tuple(ModelInfo(*(row[name] for name in ModelInfo._fields)) for row in found["models"])
+        self._models = [model.id for model in models]
+        return Catalogue(provider, models, str(found.get("fetched_at") or ""), str(found.get("note") or ""))
+
+    def known_sessions(self) -> list[str]:
+        """The names of the sessions, as far as they are known without asking."""
+        return self._sessions
+
+    def known_models(self) -> list[str]:
+        """The ids of the provider's models, as far as they are known without asking."""
+        return self._models
+
+    async def tools(self) -> list[tuple[str, str]]:
+        """The name of each tool, and what it does."""
+        found = await self.ask("tools")
+        self.approval = str(found.get("approval"))
+        return [(str(tool["name"]), str(tool["description"])) for tool in found["tools"]]
+
+    async def skills(self) -> list[tuple[str, str]]:
+        """The name of each skill, and what it is for."""
+        return [(str(skill["name"]), str(skill["description"])) for skill in (await self.ask("skills"))["skills"]]
+
+
+async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """The answer of the daemon on this machine to one request. GatewayError if it does not run."""
+    try:
+        token = (home / "local.token").read_text().strip()
+    except FileNotFoundError:
+        raise GatewayError("no daemon has run here yet", "openpista start") from None
+    everywhere = {"auto": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+    pin = load_certificate(*certificate_files(home, config)).fingerprint
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            QuicClient(everywhere.get(config.host, config.host), config.port, fingerprint=pin) as client,
+        ):
+            return checked(await client.open_stream({**request, "token": token}, True).receive())
+    except TimeoutError:
+        raise GatewayError(f"the daemon did not answer within {timeout:g} s") from None
+
+
+# ===== 27. Daemon =============================================================
+#
+# What `start` runs for months: the hub and what stands around it, opened in order
+# and closed in reverse when a signal says so. Who runs lies in the PID file, held
+# by a lock that ends with its process: a file without the lock is what a kill -9
+# left. What its commands left running is found by their mark at the next start.
+
+PID_FILE, LOG_FILE = "openpista.pid", "openpista.log"
+LOG_LIMIT = 5 << 20  # bytes; a longer log is put aside at the next start
+
+
+class Holder(NamedTuple):
+    """The process that holds a file."""
+
+    pid: int
+    machine: str  # or container: outside of it the number means another process
+
+
+def holder(path: Path) -> Holder | None:
+    """Who holds a file by its lock; None if nobody does."""
+    import fcntl
+
+    for _ in range(20):  # it is locked a moment before it says by whom
+        try:
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            with contextlib.suppress(OSError, ValueError):
+                pid, machine = path.read_text().split()
+                return Holder(int(pid), machine)
+        time.sleep(0.02)
+    raise PistaError(f"{path} is locked by a process that does not say who it is")
+
+
+@contextlib.contextmanager
+def held(path: Path, said: str) -> Iterator[None]:
+    """Hold a file, with our pid in it. PistaError with these words if another process does."""
+    handle = lock_file(path)
+    if handle is None:
+        raise PistaError(said.format(other.pid if (other := holder(path)) else "?"), "`openpista stop` ends it")
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n{machine_name()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def lock_file(path: Path) -> int | None:
+    """A descriptor that locks the file until it is closed; None if another process has it locked."""
+    import fcntl
+
+    for _ in range(10):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        except BlockingIOError:
+            time.sleep(0.02)  # perhaps only `holder`, which looks
+        os.close(handle)  # or it was removed by whoever held it before
+    return None
+
+
+class Notifier:
+    """Tells who started us, by sd_notify(3), how it goes; nothing if they do not ask."""
+
+    VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # not for our children
+
+    def __init__(self, environ: Mapping[str, str]):
+        name, most, pid = (environ.get(variable, "") for variable in self.VARIABLES)
+        self.address = re.sub("^@", "\0", name)
+        feeds = self.address and most.isdecimal() and pid in ("", str(os.getpid()))
+        self.interval = int(most) / 2e6 if feeds else 0.0  # seconds between two signs of life; 0: none is wanted
+
+    def __call__(self, *lines: str) -> None:
+        if self.address and lines:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.setblocking(False)  # who does not listen must not hold us up
+                out.sendto("\n".join(lines).encode(), self.address)
+
+
+class HubDesk(Local):
+    """What the chat beside the daemon talks to: its turns go through the hub, as everybody's do."""
+
+    def __init__(self, ctx: Context, app: App, hub: Hub):
+        super().__init__(ctx, app)
+        self.hub = hub
+        self.show: Callable[[str], None] = print  # an answer that no turn of this chat waits for, such as a job's
+        self._askers: dict[int, Approve | None] = {}  # inbox row -> who is asked about its risky calls
+        hub.outlets["cli"] = Outlet(self._send, lambda item: self._askers.get(item.id))
+
+    async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
+        """The answer to a person's words."""
+        await self.settle(name)
+        receipt = self.hub.submit(Event("cli", os.urandom(8).hex(), name, text))
+        if not receipt.id:
+            raise ChannelBusy(NOT_TAKEN[receipt.answer])
+        self._askers[receipt.id] = approve
+        calls: list[tuple[ToolCall, ToolResult]] = []
+
+        def hear(progress: Progress) -> None:
+            if progress.kind == "tool_finished":
+                calls.append((progress.call, progress.result))
+            tell(progress)
+
+        try:
+            answer = await self.hub.watch(receipt.id, hear)
+        except asyncio.CancelledError:
+            if not self.hub.closing.is_set():  # else the next start goes on with it
+                await self.hub.cancel(receipt.id)
+            raise
+        if answer.is_error:
+            raise PistaError(answer.text)
+        known = answer.metadata
+        usage = Usage(**known["usage"])
+        return Reply(answer.text, name, known["model"], usage, tuple(calls), known.get("problem", ""))
+
+    async def _send(self, delivery: Delivery) -> None:
+        if delivery.inbox_id in self._askers:  # whoever asked has it from `watch`
+            del self._askers[delivery.inbox_id]
+        else:
+            self.show(f"\n{printable(delivery.text)}\n")
+
+
+NOT_TAKEN = {  # the hub's answer -> why it did not take the words
+    "full": "not taken: too much waits in this session",
+    "closing": "not taken: openpista is shutting down",
+}
+
+
+class Daemon:
+    """What runs, and the signals that steer it."""
+
+    BEAT = 60.0  # seconds between two looks at the calendar
+
+    def __init__(self, ctx: Context, app: App, notify: Notifier, ready: Callable[[str], None]):
+        self.ctx, self.app, self.notify, self.ready = ctx, app, notify, ready
+        self.zone, self.started = local_zone(ctx.environ), utc_now()
+        self.hub = Hub(app.store, app.agent, {}, approval=ctx.config.tools.approval, redact=ctx.redact)
+        self.desks: list[Local] = [Local(ctx, app)]
+        self.gateway: Gateway | None = None
+        if ctx.config.gateway.port:
+            self.gateway = Gateway(self.hub, app.store, status=self.status, desk=self.desks[0])
+        self.scheduler = Scheduler(app.store, self.hub.wake, zone=self.zone)
+        self.chat: ScreenChat | None = None
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._ending, self._reread = asyncio.Event(), asyncio.Event()
+        self._hurry: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Serve until a signal ends it, or the person leaves the chat."""
+        loop = asyncio.get_running_loop()
+        handlers = {signal.SIGTERM: self.end, signal.SIGINT: self.end, signal.SIGHUP: self._reread.set}
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            await self._open()
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await self._close()
+            for number in handlers:
+                loop.remove_signal_handler(number)
+        for task in self._tasks:
+            if not task.cancelled():
+                task.result()  # what ended it may be an error
+
+    def end(self) -> None:
+        """End all in order; the second time at once."""
+        if self._ending.is_set():
+            self._hurry = self._hurry or asyncio.create_task(self.hub.close())
+        self._ending.set()
+
+    def say(self, text: str) -> None:
+        """A line for who looks, above the chat's input if there is one."""
+        if self.chat:
+            self.chat.say(text, "dim")
+        else:
+            self._print(text + "\n")
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except OSError:  # nobody looks any more
+            drop(sys.stdout)
+
+    # ---- opening and closing ----
+
+    async def _open(self) -> None:
+        config = self.ctx.config
+        if left := kill_marked(f"{Child.MARK}={daemon_mark(self.ctx.home)}.".encode(), first=0):
+            log.warning("ended what a killed openpista had left running: %s", plural(left, "command"))
+        with contextlib.suppress(CredentialError):  # it is said in the first lines, and to whoever asks
+            self.app.models.pick("")
+        self._furnish(self.ctx)
+        self.scheduler.sync_config(config.cron)
+        if self.gateway:
+            await self.gateway.open(self.ctx.home, config.gateway)
+        chats = config.channels.cli.enabled and usable(0, sys.stdout, self.ctx.environ)
+        desk = HubDesk(self.ctx, self.app, self.hub) if chats else None
+        lines = self.first_lines()
+        self.say(lines)
+        if desk:
+            self.desks.append(desk)
+            self.chat = ScreenChat(desk, "", self.ctx.redact, Tty(0, sys.stdout, self.ctx.environ))
+            desk.show = self.chat.say
+            self._begin(self._talk(self.chat))
+            await asyncio.sleep(0)  # now it has the terminal
+        self.hub.open()
+        self.scheduler.run_reboot_jobs()
+        for work in (self.scheduler.run(), self._beat(), self._watch_settings(), self._ending.wait()):
+            self._begin(work)
+        self.notify("READY=1", f"STATUS=answering with {self.app.models.name_of('')}")
+        self.ready(lines)
+
+    async def _talk(self, chat: ScreenChat) -> None:
+        try:
+            await chat.talk(False)
+        finally:
+            self.chat = None  # what is said now goes to the bare terminal
+
+    def _begin(self, work: Awaitable[Any]) -> None:
+        self._tasks.append(asyncio.ensure_future(work))
+
+    async def _close(self) -> None:
+        """Take nothing more; give the turns that run their grace; send the answers; let everybody go."""
+        self._ending.set()
+        grace = self.ctx.config.gateway.grace
+        self.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={(grace + 20) * 1_000_000}")
+        if runs := self.hub.running:
+            self.say(f"ending: {plural(len(runs), 'turn')} may run on for {grace} s; one more signal ends at once")
+        await self.hub.close(grace)
+        if self.gateway:
+            await self.gateway.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *filter(None, [self._hurry]), return_exceptions=True)
+        self._print("")  # what a terminal that is gone did not take is forgotten
+
+    def _furnish(self, ctx: Context) -> None:
+        """Tools, system prompt and settings of the turns to come."""
+        toolbox, system = furnish(ctx)
+        toolbox.add(cron_tools(Jobs(self.app.store), self.zone))
+        agent = self.app.agent
+        agent.toolbox, agent.system, agent.settings = toolbox, system, ctx.config.agent
+
+    async def _beat(self) -> None:
+        """Show that the loop turns. A new day needs another system prompt."""
+        today = date.today()
+        while True:
+            self.notify(*["WATCHDOG=1"] if self.notify.interval else [])
+            await asyncio.sleep(self.notify.interval or self.BEAT)
+            if date.today() != today:
+                today = date.today()
+                try:
+                    self._furnish(self.ctx)
+                except PistaError as error:
+                    log.warning("%s", error)
+
+    # ---- settings ----
+
+    async def _watch_settings(self) -> None:
+        while True:
+            await self._reread.wait()
+            self._reread.clear()
+            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1_000}")
+            try:
+                config, path = read_config(self.ctx.args.config, self.ctx.environ)
+                await self._take(self.ctx._replace(config=config))
+                self.say(f"settings read from {path or 'the environment alone'}")
+            except PistaError as error:
+                self.say(self.ctx.redact(f"settings refused, the old ones stay: {error}"))
+            self.notify("READY=1")
+
+    async def _take(self, ctx: Context) -> None:
+        """Use other settings from now on. An error leaves all as it was."""
+        former = self.ctx
+        ctx.redact.add(*ctx.config.secrets())
+        with contextlib.suppress(CredentialError):  # said when somebody asks
+            chosen_endpoints(ctx)
+        try:
+            self.scheduler.sync_config(ctx.config.cron)
+            self._furnish(ctx)
+            if self.gateway and ctx.config.gateway.port:
+                await self.gateway.reload(ctx.config.gateway)
+        except PistaError:
+            self.scheduler.sync_config(former.config.cron)
+            self._furnish(former)
+            raise
+        self.ctx, self.hub.approval = ctx, ctx.config.tools.approval
+        await self.app.models.renew(ctx)
+        for desk in self.desks:
+            desk.ctx = ctx
+            with contextlib.suppress(CredentialError, ConfigError):
+                await desk.use(desk.chosen)
+        now, before = fixed_settings(ctx.config), fixed_settings(former.config)
+        if changed := [name for name in now if now[name] != before[name]]:
+            self.say(f"{' and '.join(changed)} will count after a restart")
+
+    # ---- what others are told ----
+
+    def first_lines(self) -> str:
+        """What runs here, and with what."""
+        path = read_config(self.ctx.args.config, self.ctx.environ)[1]
+        rows = {
+            "configuration": str(path or "none, all as by default"),
+            "gateway": "off ([gateway] port = 0)",
+            "channels": ", ".join(self.channels()) or "none",
+            "jobs": jobs_line(self.status()["jobs"]),
+            "model": self.app.models.name_of(""),
+        }
+        if self.gateway:
+            rows["gateway"] = f"{addresses_line(self.gateway.addresses)}, sha256 {self.gateway.fingerprint}"
+        head = f"openpista {__version__}, pid {os.getpid()}"
+        lines = [head, *(f"  {name:<15}{text}" for name, text in rows.items())]
+        if "cli" in self.hub.outlets:
+            lines.append("Leaving the chat ends openpista.")
+        return printable(self.ctx.redact("\n".join(lines)))
+
+    def channels(self) -> list[str]:
+        """The names of those that there are."""
+        return sorted(self.hub.outlets.keys() - {"job"})
+
+    def status(self) -> dict[str, Any]:
+        """How it goes, for `status` and for devices."""
+        store, now, alive = self.app.store, utc_now(), dict(self.hub.courier.alive)
+        alive["quic"] = max((device.last_seen or "" for device in Devices(store).list()), default="") or None
+        midnight = datetime.now(self.zone).replace(hour=0, minute=0, second=0, microsecond=0)
+        jobs = [job for job in Jobs(store).list() if job.state == "active"]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started_at": iso(self.started),
+            "uptime": round((now - self.started).total_seconds()),
+            "model": self.app.models.name_of(""),
+            "sessions": store.session_count(),
+            "running": sorted(self.hub.running),
+            "queue": sum(self.hub.inbox.waiting().values()),
+            "unsent": self.hub.outbox.unsent(),
+            "channels": {name: alive.get(name) for name in self.channels()},
+            "jobs": {"active": len(jobs), "next_at": Jobs(store).next_at()},
+            "usage_today": store.usage_since(midnight)._asdict(),
+            "memory": memory_used(),
+        }
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """What a running daemon does not take up; of the port, whether there is one."""
+    return {"gateway.port": config.gateway.port > 0, "channels": config.channels, "database.url": config.database.url}
+
+
+def daemon_mark(folder: Path) -> str:
+    """What the commands of a home's daemon are marked with, and nobody else's."""
+    return f"daemon-{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}"
+
+
+def memory_used() -> int:
+    """Bytes of memory that this process has now; where only that is known, the most that it ever had."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def addresses_line(addresses: Iterable[tuple[str, int]]) -> str:
+    """Addresses as they are written in URLs."""
+    return ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
+
+
+def jobs_line(jobs: Mapping[str, Any]) -> str:
+    """How many jobs there are, and when the next one is due."""
+    due = f", the next at {jobs['next_at'][:16].replace('T', ' ')} UTC" if jobs["next_at"] else ""
+    return f"{jobs['active']}{due}" if jobs["active"] else "none"
+
+
+async def serve(ctx: Context, ready: Callable[[str], None] = lambda lines: None) -> int:
+    """Run the daemon of this home until it is told to end. PistaError if there is one, or it cannot begin."""
+    make_home(ctx.home)
+    make_private(ctx.database.parent)
+    notify = Notifier(ctx.environ)
+    environ = {name: value for name, value in ctx.environ.items() if name not in Notifier.VARIABLES}
+    ctx = ctx._replace(environ=environ | {Child.MARK: daemon_mark(ctx.home)})
+    by_another = f"the database {ctx.database} is used by another openpista, pid {{}}"
+    with (
+        held(ctx.home / PID_FILE, "openpista runs already, pid {}"),
+        held(ctx.database.with_name(f"{ctx.database.name}.pid"), by_another),
+    ):
+        async with open_app(ctx) as app:
+            await Daemon(ctx, app, notify, ready).run()
+    return 0
+
+
+def detach(ctx: Context) -> int:
+    """The daemon in the background; returns when it is ready, or says why it is not."""
+    make_home(ctx.home)
+    path = ctx.home / LOG_FILE
+    if path.exists() and path.stat().st_size > LOG_LIMIT:
+        path.replace(path.with_name(f"{LOG_FILE}.1"))
+    sys.stdout.flush()
+    told, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(told)
+        return in_background(ctx, path, tell)
+    os.close(tell)
+    with open(told, encoding="utf-8", errors="replace") as pipe:
+        ready, _, words = pipe.read().partition("\n")  # until it is ready, or gone
+    if not ready:
+        raise PistaError(words or f"openpista ended before it was ready; {path} may say why")
+    print(f"{words}\n  {'log':<15}{path}\nopenpista runs in the background; `openpista stop` ends it.")
+    return 0
+
+
+def in_background(ctx: Context, path: Path, tell: int) -> int:
+    """Go on without a terminal, with a log; `tell` takes the first lines, or what is wrong."""
+    os.setsid()
+    log_file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for handle, stream in ((os.open(os.devnull, os.O_RDONLY), 0), (log_file, 1), (log_file, 2)):
+        os.dup2(handle, stream)
+
+    def ready(lines: str) -> None:
+        os.write(tell, f"ready\n{lines}".encode())
+        os.close(tell)
+
+    try:
+        return asyncio.run(serve(ctx, ready))
+    except PistaError as error:
+        with contextlib.suppress(OSError):  # it was ready before
+            os.write(tell, f"\n{ctx.redact(str(error))}".encode())
+        raise
+
+
+def running_daemon(ctx: Context) -> Holder:
+    """Who runs with this home. PistaError if nobody does."""
+    if found := holder(ctx.home / PID_FILE):
+        return found
+    raise PistaError("openpista is not running", "`openpista start --detach` starts it")
+
+
+# ===== 28. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -11121,9 +12663,14 @@ def with_choice(ctx: Context) -> Context:
         agent = turned_to(agent, args.provider, ctx.environ)
     if args.model:
         agent = agent._replace(model=args.model)
-    if args.session is not None and not (0 < len(args.session) <= 200 and args.session.isprintable()):
-        raise UsageError("--session must be 1 to 200 printable characters")
+    check_session(args.session)
     return ctx._replace(config=ctx.config._replace(agent=agent))
+
+
+def check_session(name: str | None) -> None:
+    """UsageError if this cannot be a session's name."""
+    if name is not None and not (0 < len(name) <= 200 and name.isprintable()):
+        raise UsageError("--session must be 1 to 200 printable characters")
 
 
 @command(
@@ -11138,13 +12685,223 @@ def cmd_tui(ctx: Context) -> int:
 
 async def chat(ctx: Context) -> int:
     """A chat on the terminal if that can do it, else in plain lines; its exit code."""
-    given = ctx.args.session is not None
-    async with open_app(ctx, ()) as app:
-        desk = Local(ctx, app)
-        if usable(0, sys.stdout, ctx.environ):
-            tty = Tty(0, sys.stdout, ctx.environ)
-            return await ScreenChat(desk, ctx.args.session or "", ctx.redact, tty).run(given)
-        return await LineChat(desk, ctx.args.session or "", ctx.redact, ctx.environ).run(given)
+    async with open_app(ctx) as app:
+        return await talk(ctx, Local(ctx, app))
+
+
+async def talk(ctx: Context, desk: Local | RemoteDesk) -> int:
+    """A chat with whoever answers."""
+    given, name = ctx.args.session is not None, ctx.args.session or ""
+    if usable(0, sys.stdout, ctx.environ):
+        return await ScreenChat(desk, name, ctx.redact, Tty(0, sys.stdout, ctx.environ)).run(given)
+    return await LineChat(desk, name, ctx.redact, ctx.environ).run(given)
+
+
+# ---- the daemon ----
+
+
+@command("start", arg("--detach", action="store_true", help="in the background, with a log in the home folder"))
+def cmd_start(ctx: Context) -> int:
+    """Run the daemon: channels, gateway and jobs; at a terminal with a chat."""
+    if os.name != "posix":
+        raise PistaError("start needs Linux or macOS", "on Windows start openpista inside WSL")
+    return detach(ctx) if ctx.args.detach else asyncio.run(serve(ctx))
+
+
+STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has to end
+
+
+@command("stop")
+def cmd_stop(ctx: Context) -> int:
+    """End the running daemon, and wait until it is gone."""
+    pid, machine = running_daemon(ctx)
+    if machine != machine_name():
+        raise PistaError(f"openpista runs on {machine}, pid {pid}", "stop it there")
+    os.kill(pid, signal.SIGTERM)
+    grace, started, said = ctx.config.gateway.grace, time.monotonic(), False
+    while (found := holder(ctx.home / PID_FILE)) and found.pid == pid:
+        waited = time.monotonic() - started
+        if waited > grace + STOP_MARGIN:
+            raise PistaError(f"openpista, pid {pid}, has not ended within {waited:.0f} s", f"kill -9 {pid} ends it")
+        if waited > 1 and not said:
+            said = True
+            print(f"openpista: waiting for running turns, at most {grace} s", file=sys.stderr)
+        time.sleep(0.05)
+    print(f"stopped openpista, pid {pid}")
+    return 0
+
+
+@command("status", arg("--json", action="store_true", help="for scripts"))
+def cmd_status(ctx: Context) -> int:
+    """Show how the running daemon is doing."""
+    pid, gateway, found = running_daemon(ctx).pid, ctx.config.gateway, {}
+    if gateway.port:
+        try:
+            found = asyncio.run(ask_daemon(ctx.home, gateway, {"type": "status"}, 5.0))["status"]
+        except GatewayError as error:
+            hint = "was [gateway] changed since it started?"
+            raise GatewayError(f"openpista runs, pid {pid}, but cannot be asked: {error.args[0]}", hint) from None
+    if ctx.args.json:
+        print_json(found or {"pid": pid, "gateway": "off"})
+    elif not found:
+        print(f"openpista runs, pid {pid}; no more can be asked: its gateway is off ([gateway] port = 0)")
+    else:
+        for name, text in status_rows(found).items():
+            print(printable(f"{name:<14}{text}"))
+    return 0
+
+
+def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """A daemon's status for a person."""
+    now, used = utc_now(), Usage(**found["usage_today"])
+    running = f", in a turn: {', '.join(found['running'])}" if found["running"] else ""
+    ages = ((name, f"{since(at, now)} ago" if at else "not used yet") for name, at in found["channels"].items())
+    return {
+        "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
+        "model": found["model"],
+        "sessions": f"{found['sessions']:,}{running}",
+        "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
+        "channels": ", ".join(f"{name} ({age})" for name, age in ages) or "none",
+        "jobs": jobs_line(found["jobs"]),
+        "used today": tokens(used),
+        "memory": f"{found['memory'] / 2**20:.0f} MiB",
+    }
+
+
+def since(moment: str, now: datetime) -> str:
+    """How long ago a moment was, roughly: 5 s, 12 min, 3 h, 9 d."""
+    seconds = max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+SYSTEMD = """\
+# {save}
+[Unit]
+Description=openpista
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=300
+StartLimitBurst=5
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+WorkingDirectory={folder}
+{environment}
+# Keys, such as OPENAI_API_KEY=..., may stand in this file (mode 0600), if `openpista auth login` did not store them.
+EnvironmentFile=-{home}/environment
+WatchdogSec=60
+TimeoutStopSec={stopping}
+Restart=on-failure
+RestartSec=5
+# Wrong settings (2) are not mended by another start.
+RestartPreventExitStatus=2
+# Commands in the background end with the service.
+KillMode=control-group
+# One command that takes all the memory is ended, and not the service with it.
+OOMPolicy=continue
+# The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.
+# Delete what is in the way of yours; `sudo` needs all of them gone.
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+LockPersonality=yes
+{system}
+[Install]
+WantedBy={target}
+"""
+SYSTEM_ONLY = """\
+User={user}
+ProtectSystem=full
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+"""
+
+
+@command(
+    "service print",
+    arg(
+        "--user", dest="kind", action="store_const", const="user", help="a systemd unit of yours (on Linux the default)"
+    ),
+    arg("--system", dest="kind", action="store_const", const="system", help="a systemd unit of the machine's"),
+    arg("--launchd", dest="kind", action="store_const", const="launchd", help="a launchd agent (on macOS the default)"),
+)
+def cmd_service_print(ctx: Context) -> int:
+    """Print a service that keeps the daemon running."""
+    kind = ctx.args.kind or ("launchd" if sys.platform == "darwin" else "user")
+    print(launchd_agent(ctx) if kind == "launchd" else systemd_unit(ctx, kind), end="")
+    return 0
+
+
+def own_command(ctx: Context) -> list[str]:
+    """The words that start this very openpista as a daemon."""
+    program = Path(sys.argv[0]) if Path(sys.argv[0]).is_file() else Path(__file__)
+    config = ["--config", os.path.abspath(user_path(ctx.args.config))] if ctx.args.config else []
+    return [sys.executable, os.path.abspath(program), "start", *config]
+
+
+def own_variables(ctx: Context) -> dict[str, str]:
+    """What the daemon needs of this environment: where commands are, and its home if that is not the usual one."""
+    names = ("PATH", "LANG", "OPENPISTA_HOME", "OPENPISTA_CONFIG")
+    return {name: ctx.environ[name] for name in names if ctx.environ.get(name)}
+
+
+def unit_word(text: str) -> str:
+    """A word of a unit file: quoted, since it may hold a space, and with nothing that systemd would replace."""
+    return '"' + text.translate({ord("\\"): r"\\", ord('"'): r"\"", ord("%"): "%%", ord("$"): "$$"}) + '"'
+
+
+def systemd_unit(ctx: Context, kind: str) -> str:
+    """A unit file for the machine, or for its user."""
+    import getpass
+
+    own = kind == "user"
+    save = (
+        "~/.config/systemd/user/openpista.service; then: systemctl --user enable --now openpista; "
+        "loginctl enable-linger keeps it after you log out"
+        if own
+        else "/etc/systemd/system/openpista.service; then: systemctl enable --now openpista"
+    )
+    variables = (unit_word(f"{name}={value}").replace("$$", "$") for name, value in own_variables(ctx).items())
+    return SYSTEMD.format(
+        save=save,
+        command=" ".join(map(unit_word, own_command(ctx))),
+        folder=str(user_path("~")).replace("%", "%%"),
+        environment="\n".join(f"Environment={words}" for words in variables),
+        home=str(ctx.home.absolute()).replace("%", "%%"),
+        stopping=ctx.config.gateway.grace + int(STOP_MARGIN),
+        system="" if own else SYSTEM_ONLY.format(user=getpass.getuser()),
+        target="default.target" if own else "multi-user.target",
+    )
+
+
+def launchd_agent(ctx: Context) -> str:
+    """A property list for ~/Library/LaunchAgents/openpista.plist."""
+    import plistlib
+
+    log_path = str(ctx.home.absolute() / LOG_FILE)
+    agent = {
+        "Label": "openpista",
+        "ProgramArguments": own_command(ctx),
+        "EnvironmentVariables": own_variables(ctx),
+        "WorkingDirectory": str(user_path("~")),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": 10,
+        "ExitTimeOut": ctx.config.gateway.grace + int(STOP_MARGIN),
+        "StandardOutPath": log_path,
+        "StandardErrorPath": log_path,
+    }
+    return plistlib.dumps(agent).decode()
 
 
 # ---- run ----
@@ -11164,14 +12921,24 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
 def cmd_run(ctx: Context) -> int:
     """LiveAnswer one request and leave."""
     args = ctx.args
-    if args.timeout is not None and not 0 < args.timeout <= 86_400:
-        raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {args.timeout:g}")
+    check_timeout(args.timeout)
     ctx = with_choice(ctx)
     endpoints = chosen_endpoints(ctx)  # a missing key is said before anything is read or written
+    return asyncio.run(answer_once(ctx, endpoints, request_text(args)))
+
+
+def check_timeout(seconds: float | None) -> None:
+    """UsageError if this is no time limit."""
+    if seconds is not None and not 0 < seconds <= 86_400:
+        raise UsageError(f"--timeout must be more than 0 and at most 86400 seconds, not {seconds:g}")
+
+
+def request_text(args: argparse.Namespace) -> str:
+    """What is asked: the words of -e, and piped input."""
     text = "\n\n".join(filter(None, (clean(args.execute).strip(), piped_input(args.timeout))))
     if not text:
         raise UsageError("nothing to do", "say what with -e TEXT")
-    return asyncio.run(answer_once(ctx, endpoints, text))
+    return text
 
 
 def clean(text: str) -> str:
@@ -11213,30 +12980,35 @@ def portions_of(handle: int, timeout: float) -> Iterator[bytes]:
 
 
 async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) -> int:
+    """One turn of the agent in this process; the exit code."""
+    mode = "never" if ctx.args.yes else ctx.config.tools.approval
+    with interruptible():
+        async with open_app(ctx, endpoints) as app:
+            session = app.store.session(ctx.args.session or new_session_name(utc_now(), "run"))
+            turn = functools.partial(app.agent.turn, session, text)
+            return await one_turn(ctx, session.name, lambda approve, tell: turn(Gate(mode, approve), tell))
+
+
+async def one_turn(ctx: Context, name: str, turn: Callable[[Approve | None, Tell], Awaitable[Reply]]) -> int:
     """One turn at the terminal or in a pipe; the exit code."""
     args = ctx.args
     keys = keyboard()
     console = Console(sys.stdout, sys.stderr, ctx.environ, ctx.redact, keys)
     console.streams = console.streams and not args.json
     approve = console.ask if console.shows and keys is not None else None
-    gate = Gate("never" if args.yes else ctx.config.tools.approval, approve)
     started = time.monotonic()
-    with interruptible():
-        async with open_app(ctx, endpoints) as app:
-            session = app.store.session(args.session or new_session_name(utc_now(), "run"))
-            ticking = asyncio.create_task(console.ticking())
-            try:
-                async with asyncio.timeout(args.timeout) as limit:
-                    reply = await app.agent.turn(session, text, gate, console.tell)
-            except BaseException as error:
-                console.abandon()
-                if isinstance(error, TimeoutError) and limit.expired():
-                    hint = f"session {session.name} has what was done"
-                    raise PistaError(f"no answer within {args.timeout:g} s", hint) from None
-                raise
-            finally:
-                ticking.cancel()
-                console.close()
+    ticking = asyncio.create_task(console.ticking())
+    try:
+        async with asyncio.timeout(args.timeout) as limit:
+            reply = await turn(approve, console.tell)
+    except BaseException as error:
+        console.abandon()
+        if isinstance(error, TimeoutError) and limit.expired():
+            raise PistaError(f"no answer within {args.timeout:g} s", f"session {name} has what was done") from None
+        raise
+    finally:
+        ticking.cancel()
+        console.close()
     if args.json:
         print_json(reply_dict(reply))
     else:
@@ -11635,6 +13407,169 @@ def cmd_skills_validate(ctx: Context) -> int:
     return 1 if bad else 0
 
 
+# ---- connect ----
+
+
+@command(
+    "connect",
+    arg("gateway", metavar="HOST[:PORT]", help="or an invite; - reads an invite, which `ps` would show, from stdin"),
+    arg("--token", metavar="FILE", help="a file with the device's token, - for stdin; default: $OPENPISTA_TOKEN"),
+    arg("-e", "--execute", metavar="TEXT", help="one request; piped standard input is added to it"),
+    arg("-s", "--session", metavar="NAME", help="go on with this session, or begin one of this name"),
+    arg("--timeout", type=float, metavar="S", help="with -e: give up after so many seconds"),
+    arg("--json", action="store_true", help="with -e: print one JSON object"),
+)
+def cmd_connect(ctx: Context) -> int:
+    """Chat with a daemon on another machine; with -e one request."""
+    args = ctx.args
+    check_session(args.session)
+    check_timeout(args.timeout)
+    if "-" == args.gateway == args.token:
+        raise UsageError("an invite has its token in it", "leave out --token")
+    invite = parse_invite(secret_line("Invite: ") if args.gateway == "-" else args.gateway)
+    known = KnownGateways(ctx.home)
+    invite = known.find(invite._replace(token=invite.token or device_token(ctx)))
+    ctx.redact.add(invite.token)
+    if not invite.token:
+        raise CredentialError(
+            f"no token for {invite.place}", "give the invite that `openpista devices add` prints there"
+        )
+    text = request_text(args) if args.execute is not None else ""
+    make_home(ctx.home)
+    return asyncio.run(connect(ctx, invite, known, text))
+
+
+def secret_line(prompt: str) -> str:
+    """A line of standard input, typed without echo; what follows stays there to be read."""
+    if sys.stdin.isatty():
+        import getpass
+
+        with contextlib.suppress(EOFError):
+            return getpass.getpass(prompt).strip()
+        return ""
+    line = b""
+    while len(line) < 4_096 and not line.endswith(b"\n") and (byte := os.read(sys.stdin.fileno(), 1)):
+        line += byte
+    return line.decode("utf-8", "replace").strip()
+
+
+def device_token(ctx: Context) -> str:
+    """The token from --token or the environment; '' if it is in neither."""
+    source = ctx.args.token
+    if source is None:
+        return variable("TOKEN", ctx.environ)[0]
+    if source == "-":
+        return secret_line("Token: ")
+    if re.fullmatch(r"[\w-]{43}", source) and not os.path.exists(source):
+        raise UsageError("a token on the command line is for all to see", "put it into a file, or give --token -")
+    try:
+        return user_path(source).read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the token from {source}: {error}") from None
+
+
+async def connect(ctx: Context, invite: Invite, known: KnownGateways, text: str) -> int:
+    """A chat or one request, there; the exit code."""
+    if not invite.fingerprint:
+        invite = await first_sight(ctx, invite)
+    async with RemoteDesk(ctx, invite, known) as desk:
+        if not text:
+            await desk.ask("ping")  # what is wrong with the way is said before the chat begins
+            return await talk(ctx, desk)
+        name = ctx.args.session or new_session_name(utc_now(), "run")
+        with interruptible():
+            return await one_turn(ctx, name, functools.partial(desk.turn, name, text))
+
+
+async def first_sight(ctx: Context, invite: Invite) -> Invite:
+    """Have the person compare the fingerprint of a gateway that is not known yet."""
+    if ctx.args.execute is not None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        hint = "give its invite, or connect once at a terminal"
+        raise UsageError(f"{invite.place} is not known here, and nobody can be asked about its fingerprint", hint)
+    async with QuicClient(invite.host, invite.port) as client:  # nothing is sent to it
+        seen = client.fingerprint
+    print(f"{invite.place} is not known here. Its fingerprint is\n  sha256={seen}", file=sys.stderr)
+    print(
+        "`openpista status` there shows the right one. Is it the same? [y]es, [N]o: ",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
+    if (await read_line(sys.stdin.fileno())).strip().lower() not in ("y", "yes"):
+        raise UsageError("not connected", "the invite that `openpista devices add` prints has the fingerprint in it")
+    return invite._replace(fingerprint=seen)
+
+
+# ---- devices ----
+
+
+@command(
+    "devices add",
+    arg("name", metavar="NAME"),
+    arg("--host", metavar="HOST[:PORT]", help="where the other machine finds this one; default: its own idea of it"),
+)
+def cmd_devices_add(ctx: Context) -> int:
+    """Let another machine speak to the gateway; prints its invite, once."""
+    name, config = ctx.args.name, ctx.config.gateway
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name) or name == LOCAL:
+        raise UsageError(f"a device's name is 1 to 64 letters, digits, and . _ -, and not {LOCAL!r}")
+    if not config.port:
+        raise ConfigError("there is no gateway: [gateway] port is 0")
+    host = ctx.args.host or (config.host if is_open(config) and config.host not in ("0.0.0.0", "::") else own_address())
+    invite = parse_invite(f"[{host}]" if host.count(":") > 1 and "[" not in host else host, config.port)
+    make_home(ctx.home)
+    pin = load_certificate(*certificate_files(ctx.home, config)).fingerprint
+    token = new_token()
+    with Store(ctx.database) as store:
+        Devices(store).add(name, hash_token(token))
+    print(invite._replace(token=token, fingerprint=pin), flush=True)
+    said = f"shown once; on the other machine `openpista connect -` asks for it. It leads to {invite.place}"
+    print(f"openpista: {said}{'' if ctx.args.host else '; --host names another address'}", file=sys.stderr)
+    return 0
+
+
+def own_address() -> str:
+    """The address that this machine has towards the rest of the world."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("192.0.2.1", 9))  # nothing is sent by this
+        return sock.getsockname()[0]
+    return "127.0.0.1"
+
+
+@command("devices list", arg("--json", action="store_true", help="for scripts"))
+def cmd_devices_list(ctx: Context) -> int:
+    """List the devices that may speak to the gateway, and those that no longer may."""
+    with Store(ctx.database) as store:
+        devices = Devices(store).list()
+    if ctx.args.json:
+        print_json([device._asdict() for device in devices])
+    elif not devices:
+        print("no devices yet")
+    else:
+        heads = ("DEVICE", "ADDED (UTC)", "LAST SEEN (UTC)", "STATE")
+        shown = [[(moment or "never")[:16].replace("T", " ") for moment in device[1:3]] for device in devices]
+        states = ["revoked" if device.revoked_at else "active" for device in devices]
+        print_table([heads, *((d.name, *times, state) for d, times, state in zip(devices, shown, states, strict=True))])
+    return 0
+
+
+@command("devices revoke", arg("names", nargs="+", metavar="NAME"))
+def cmd_devices_revoke(ctx: Context) -> int:
+    """Let devices speak no more; one that is connected is cut off."""
+    with Store(ctx.database) as store:
+        devices = Devices(store)
+        active = [device.name for device in devices.list() if not device.revoked_at]
+        for name in ctx.args.names:
+            if name not in active:
+                raise UsageError(
+                    f"no device named {name!r} may speak{near(name, active)}", "see `openpista devices list`"
+                )
+        for name in (names := dict.fromkeys(ctx.args.names)):
+            devices.revoke(name)
+    print(f"revoked {plural(len(names), 'device')}")
+    return 0
+
+
 # ---- the parser, and main ----
 
 
@@ -11712,8 +13647,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entry, args = parse(argv)
         setup_logging("debug" if args.debug else args.log_level, redact)
-        named = bool(args.config or os.environ.get("OPENPISTA_CONFIG"))
-        config = load_config(find_config(args.config, os.environ), os.environ, named)
+        config = read_config(args.config, os.environ)[0]
         redact.add(*config.secrets())
         code = entry.run(Context(args, config, home(os.environ), os.environ, redact))
         sys.stdout.flush()

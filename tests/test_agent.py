@@ -186,7 +186,9 @@ class Desk:
         bench = Bench(
             ToolsConfig(workdir=str(self.folder)), {"PATH": "/usr/bin:/bin"}, self.folder, Redactor(["canary-1"])
         )
-        self.agent = Agent(self.models, Toolbox(bench), self.store, settings=AgentConfig(**settings), system=system)
+        self.agent = Agent(
+            lambda name: self.models, Toolbox(bench), self.store, settings=AgentConfig(**settings), system=system
+        )
         self.agent.bytes_per_token = self.bytes_per_token
         session = self.store.session(self.session.name)
         reply = await self.agent.turn(session, text, gate or Gate("never", None), self.told.append)
@@ -550,7 +552,7 @@ calls = tuple(ToolCall(f"c{i}", "system.run", {"command": command}) for i, comma
 models = ScriptedModels([Completion(Message(Role.ASSISTANT, "", calls), Usage(), "fake/model")])
 with Store(folder / "memory.db") as store:
     bench = Bench(ToolsConfig(workdir=str(folder)), os.environ, folder, Redactor())
-    agent = Agent(models, Toolbox(bench), store, settings=AgentConfig(), system="")
+    agent = Agent(lambda name: models, Toolbox(bench), store, settings=AgentConfig(), system="")
     asyncio.run(agent.turn(store.session("main"), "do it", Gate("never", None), lambda progress: None))
 """
 
@@ -749,7 +751,7 @@ def resumed(desk, answers, asked, record=None, **settings):
 
     async def go():
         desk.models = ScriptedModels(answers)
-        desk.agent.models, desk.agent.settings = desk.models, AgentConfig(**settings)
+        desk.agent.settings = AgentConfig(**settings)
         session = desk.store.session("main")
         return await desk.agent.resume(session, asked, Gate("never", None), desk.told.append, record)
 
@@ -825,7 +827,7 @@ def test_what_is_written_beside_a_turn_is_one_transaction_with_it(desk, which):
         )
 
     desk.turn([said("hello")], "hi")
-    session, desk.agent.models = desk.store.session("main"), ScriptedModels([said("lost")])
+    session, desk.models = desk.store.session("main"), ScriptedModels([said("lost")])
     if which == "began":
         with pytest.raises(StoreError):
             asyncio.run(go())

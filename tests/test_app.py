@@ -1,5 +1,7 @@
 """App: the objects together, as processes: sessions, signals, kill -9, two at once, twelve at once."""
 
+import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -13,6 +15,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+import openpista as o
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
@@ -345,6 +349,34 @@ def test_the_stand_in_answers(openpista, model, openai, tmp_path):
     assert json.loads(done.stdout)["answer"] == "I stand in"
     assert json.loads(done.stdout)["provider"] == "anthropic" and json.loads(done.stdout)["model"] == "claude-x"
     assert "fallback groq is left out" in done.stderr
+
+
+async def ask(app, name, text="hi", model=None):
+    session = app.store.session(name)
+    if model is not None:
+        app.store.set_model(session, model)
+    return (await app.agent.turn(app.store.session(name), text, o.Gate("never", None), lambda progress: None)).model
+
+
+def test_sessions_side_by_side_have_models_of_their_own(model, openai, home):
+    """And a turn that is asking when keys change ends with what it began with, which is then closed."""
+    model.script({"model": "m1", "delay": 0.3, "text": "slow"}, {"text": "Hi.", "times": -1})
+    ctx = o.Context(argparse.Namespace(), o.Config(), home, openai, o.Redactor())
+
+    async def go():
+        async with o.open_app(ctx) as app:
+            turns = ask(app, "a", model="openai/m1"), ask(app, "b", model="openai/m2"), ask(app, "c")
+            slow, *others = map(asyncio.ensure_future, turns)
+            assert await asyncio.gather(*others) == ["openai/m2", "openai/gpt-4o"]
+            first, asking = app.models.pick(""), app.models.pick("openai/m1")
+            await app.models.renew(ctx._replace(environ=openai | {"OPENAI_API_KEY": "another-key-1"}))
+            assert await slow == "openai/m1" and asking.providers[0]._client is None, "closed behind its answer"
+            assert app.models.pick("") is not first and await ask(app, "b") == "openai/m2"
+            assert model.requests()[-1]["headers"]["authorization"] == "Bearer another-key-1"
+            with pytest.raises(o.CredentialError, match="no key for groq"):
+                await ask(app, "d", model="groq/x")
+
+    asyncio.run(go())
 
 
 def test_a_skill_is_offered_read_and_run(openpista, model, openai, home):

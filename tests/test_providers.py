@@ -649,7 +649,7 @@ def ask_all(models, count=1):
         try:
             return [await models.complete(ASK, told.append) for _ in range(count)]
         finally:
-            await models.aclose()
+            await models.retire()
 
     return asyncio.run(go()), [progress.text for progress in told if progress.kind == "notice"]
 
@@ -663,7 +663,7 @@ def test_two_turns_that_fail_at_once_do_not_turn_the_line_back(model):
         try:
             return await asyncio.gather(*(models.complete(ASK, lambda progress: None) for _ in range(2)))
         finally:
-            await models.aclose()
+            await models.retire()
 
     assert [answer.model for answer in asyncio.run(go())] == ["openai/m2"] * 2
     assert [provider.name for provider in models.providers] == ["openai/m2", "openai/m3", "openai/m1"]

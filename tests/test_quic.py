@@ -14,19 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import openpista as gateway
-
-ConfigError, GatewayError, WireError, WrongServer = (
-    gateway.ConfigError,
-    gateway.GatewayError,
-    gateway.WireError,
-    gateway.WrongServer,
-)
-FrameDecoder, encode_frame, check_frame = gateway.FrameDecoder, gateway.encode_frame, gateway.check_frame
-Limits, QuicClient, QuicServer, Tickets = (
-    gateway.Limits,
-    gateway.QuicClient,
-    gateway.QuicServer,
-    gateway.MemoryTickets,
+from openpista import (
+    ConfigError,
+    FrameDecoder,
+    GatewayError,
+    Limits,
+    MemoryTickets,
+    QuicClient,
+    QuicServer,
+    WireError,
+    WrongServer,
+    check_frame,
+    encode_frame,
 )
 
 PING = {"type": "ping", "token": "good"}
@@ -148,7 +147,7 @@ WRONG = [
 def test_good_requests():
     for frame in GOOD:
         check_frame(frame)
-    check_frame({"type": "approval_answer", "approval_id": 7, "decision": "once"}, gateway.ANSWERS)
+    check_frame({"type": "approval_answer", "approval_id": 7, "decision": "once"}, gateway.FOLLOW_UPS)
 
 
 @pytest.mark.parametrize(("frame", "text"), WRONG)
@@ -498,7 +497,7 @@ def test_tickets_outlive_the_server(identity):
         async with serving(identity) as server:
             port, ticket = server.addresses[0][1], await ticket_of(server)
             kept = [gateway.ticket_to_json(one) for one in server.tickets._tickets.values()]
-        tickets = Tickets()
+        tickets = MemoryTickets()
         for text in kept:
             tickets.add(gateway.ticket_from_json(text))
         async with serving(identity, tickets=tickets, port=port) as server, client(server, ticket=ticket) as connection:
