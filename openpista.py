@@ -11691,7 +11691,7 @@ def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
     except ValueError as error:
         raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
     pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
-    if url.scheme != "openpista" or not host or pin is None or url.password or url.path not in ("", "/"):
+    if url.scheme != "openpista" or not re.fullmatch(r"[^\s@]+", host) or pin is None or url.password or url.path not in ("", "/"):
         raise UsageError("this is no HOST[:PORT] and no whole invite", "it ends with #sha256= and 64 digits")
     return Invite(host, port, url.username or "", (pin[1] or "").lower())
 
