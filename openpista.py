@@ -11776,7 +11776,8 @@ def checked(frame: dict[str, Any] | None) -> dict[str, Any]:
 def usage_in(frame: dict[str, Any]) -> Usage:
     """The usage in a frame."""
     found = frame.get("usage")
-    return Usage(**{name: found.get(name) or 0 for name in Usage._fields}) if isinstance(found, dict) else Usage()
+    found = found if isinstance(found, dict) else {}
+    return Usage(*(found.get(name) or 0 for name in ("input", "cached", "output")), found.get("cost"))
 
 
 def call_in(frame: dict[str, Any]) -> ToolCall:

@@ -456,7 +456,7 @@ def test_a_client_that_goes(free, run, way):
 
     async def main():
         more = {} if way == "go on" else {"on_disconnect": "cancel"}
-        request = message(f"$ sleep 0.6; touch {mark}; echo done", **more)
+        request = message(f"$ sleep 0.8; touch {mark}; echo done", **more)
         async with free.client() as other:
             async with free.client() as client:
                 turn = client.open_stream({**request, "token": free.token})
@@ -465,6 +465,7 @@ def test_a_client_that_goes(free, run, way):
                     second = other.open_stream({**request, "token": free.token})
                     await frames(second, "accepted")
                 turn.reset()
+            await asyncio.sleep(0.2)  # who comes back at once finds the turn still there
             last = (await ask(free, other, request))[-1]
             assert last["state"] == ("stopped" if way == "cancel" else "done")
             assert mark.exists() == (way != "cancel")
@@ -888,6 +889,9 @@ def test_a_fingerprint_is_shown_and_pinned(daemon, terminal, tmp_path):
     second.send("y\r")
     second.wait("offline/shell")
     second.send("$ echo 6$((6))6\r")
+    second.wait("Run it?")
+    time.sleep(pista.ScreenChat.SETTLE + 0.1)
+    second.send("y")
     second.wait("666")
     second.send("\x04")
     third = terminal("connect", f"{daemon.host}:{daemon.port}")
