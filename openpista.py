@@ -11117,7 +11117,6 @@ TOLD = {
 # The other end is RemoteDesk, which a chat cannot tell from the agent itself.
 
 LOCAL = "local"  # the machine's own device
-LOOK_EVERY = 1.0  # seconds until it is noticed that another process revoked a device, added one, or changed a file
 ABSENT = 120.0  # seconds that a question waits for a client that is gone; then it counts as a no
 UNHEARD = 256 << 10  # characters of progress that wait for a slow reader; the rest is left out, the reply has it all
 TOLD_TEXT, REPLY_TEXT, HISTORY_TEXT = 20_000, 150_000, 150_000  # characters: one may take six bytes in a frame
@@ -11442,6 +11441,8 @@ class Exchange:
 class Gateway:
     """Lets devices speak to the Hub. Made before the hub is opened, since its first turns may have questions."""
 
+    LOOK = 1.0  # seconds until it is noticed that another process revoked a device, added one, or changed a file
+
     def __init__(self, hub: Hub, store: Store, *, status: Callable[[], dict[str, Any]], desk: Local):
         self.hub, self.store, self.status, self.desk = hub, store, status, desk
         self.redact: Redactor = desk.ctx.redact
@@ -11498,7 +11499,7 @@ class Gateway:
         """Notice what other processes do: devices that come and go, a new certificate."""
         last = ""
         for count in itertools.count(1):
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(self.LOOK)
             try:
                 await self._cut_revoked()
                 if self.config.host == "auto" and (hosts := gateway_hosts(self.config, self.devices.list())):
@@ -11524,7 +11525,7 @@ class Gateway:
         if (hosts, port) == (self._hosts, self.config.port):
             return
         former, links = self._hosts, list(self.server.gate.everybody)
-        port = port or self.server.addresses[0][1]
+        port = port or next((port for _, port in self.addresses), 0)
         self.server._close_ports()
         await asyncio.sleep(0)  # a transport closes its socket in the next turn
         try:
@@ -11562,11 +11563,12 @@ class Gateway:
         hashed = hash_token(request["token"])
         try:
             name = self.devices.find(hashed)
-            if name and time.monotonic() - self._seen.get(name, -60.0) >= 60:
-                self._seen[name] = time.monotonic()
-                self.devices.seen(name)
         except StoreError as error:
             raise WireError("unavailable", str(error)) from None
+        if name and time.monotonic() - self._seen.get(name, -60.0) >= 60:
+            self._seen[name] = time.monotonic()
+            with contextlib.suppress(StoreError):  # not worth a refusal
+                self.devices.seen(name)
         return Who(name, hashed) if name else None
 
     async def handle(self, stream: Stream) -> None:
@@ -11691,7 +11693,13 @@ def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
     except ValueError as error:
         raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
     pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
-    if url.scheme != "openpista" or not re.fullmatch(r"[^\s@]+", host) or pin is None or url.password or url.path not in ("", "/"):
+    if (
+        url.scheme != "openpista"
+        or not re.fullmatch(r"[^\s@]+", host)
+        or pin is None
+        or url.password
+        or url.path not in ("", "/")
+    ):
         raise UsageError("this is no HOST[:PORT] and no whole invite", "it ends with #sha256= and 64 digits")
     return Invite(host, port, url.username or "", (pin[1] or "").lower())
 
