@@ -11199,7 +11199,8 @@ def told(value: Any, clean: Callable[[str], str], depth: int = 8) -> Any:
         return {clean(str(name)): told(inner, clean, depth - 1) for name, inner in value.items()}
     if isinstance(value, list | tuple) and depth:
         return [told(inner, clean, depth - 1) for inner in value]
-    return value if value is None or isinstance(value, int | float) else "…"
+    is_sane = value is None or (isinstance(value, int | float) and abs(value) < float("inf"))  # not NaN either
+    return value if is_sane else "…"
 
 
 def told_call(call: ToolCall, clean: Callable[[str], str]) -> dict[str, Any]:
@@ -11812,27 +11813,22 @@ def progress_in(frame: dict[str, Any]) -> Progress | None:
     return Progress(kind, text, called, usage=usage_in(frame) if "usage" in frame else None)
 
 
-class RemoteDesk:
-    """What a chat talks to: a daemon elsewhere. It connects again by itself, and collects what was said meanwhile."""
+class Uplink:
+    """The way to a gateway: a connection that is made anew when it has ended, and requests on it."""
 
     PULSE = 3.0  # seconds between two pings while an answer is waited for, and for each
-    LONGEST = 600.0  # seconds without the gateway until a turn is given up
-    ANSWER, STOPPING, TICKET = 30.0, 2.0, 1.0  # seconds for what is no turn; to stop one; for the next ticket
+    ANSWER, TICKET = 30.0, 1.0  # seconds for what is no turn, and for the ticket for the next time
 
-    def __init__(self, ctx: Context, invite: Invite, known: KnownGateways):
-        self.ctx, self.invite, self.known = ctx, invite, known
-        self.place, self.chosen, self.model, self.approval, self.ready = invite.place, "", invite.place, "", True
+    def __init__(self, invite: Invite, known: KnownGateways):
+        self.invite, self.known, self.place = invite, known, invite.place
         self._client: QuicClient | None = None
         self._connecting = asyncio.Lock()
         self._pulse: asyncio.Task[None] | None = None
         self._waiting = 0  # answers that are waited for
         self._heard = 0.0  # when the gateway said something; 0: never yet
         self._ticketed = asyncio.Event()
-        self._chosen: dict[str, str] = {}  # session -> the model chosen for it, as far as it is known
-        self._sessions: list[str] = []
-        self._models: list[str] = []
 
-    async def __aenter__(self) -> RemoteDesk:
+    async def __aenter__(self) -> Uplink:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -11841,8 +11837,6 @@ class RemoteDesk:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ticketed.wait(), self.TICKET)
         await self._leave()
-
-    # ---- the connection ----
 
     async def _connected(self) -> QuicClient:
         """The connection, made anew if it has ended."""
@@ -11928,7 +11922,19 @@ class RemoteDesk:
                     raise
         raise AssertionError("unreachable")
 
-    # ---- what a chat asks ----
+
+class RemoteDesk(Uplink):
+    """What a chat talks to: a daemon elsewhere. What was said while the connection was gone it collects."""
+
+    LONGEST = 600.0  # seconds without the gateway until a turn is given up
+    STOPPING = 2.0  # seconds to stop one
+
+    def __init__(self, ctx: Context, invite: Invite, known: KnownGateways):
+        super().__init__(invite, known)
+        self.ctx, self.chosen, self.model, self.approval, self.ready = ctx, "", invite.place, "", True
+        self._chosen: dict[str, str] = {}  # session -> the model chosen for it, as far as it is known
+        self._sessions: list[str] = []
+        self._models: list[str] = []
 
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words, however often the connection ends."""
@@ -12015,19 +12021,32 @@ class RemoteDesk:
         self.model, self.chosen = str(found.get("model")), str(found.get("chosen") or "")
         self._chosen[name] = self.chosen
 
+    async def _rows(self, kind: str, of: str, make: Callable[[Any], Any], **fields: Any) -> tuple[dict, list]:
+        """An answer, and what is made of each row in its list."""
+        found = await self.ask(kind, **fields)
+        try:
+            return found, [make(row) for row in found[of]]
+        except (KeyError, TypeError, ValueError) as error:
+            hint = "it may be of another version"
+            raise GatewayError(
+                f"{self.place} answered {kind} in a way that is not known here: {error!r}", hint
+            ) from None
+
     async def sessions(self) -> list[SessionInfo]:
         """The sessions, the last used first."""
-        rows = (await self.ask("sessions"))["sessions"]
-        found = [SessionInfo(*(row[name] for name in SessionInfo._fields)) for row in rows]
-        self._sessions = [session.name for session in found]
-        return found
+        found = await self._rows(
+            "sessions", "sessions", lambda row: SessionInfo(*map(row.__getitem__, SessionInfo._fields))
+        )
+        self._sessions = [session.name for session in found[1]]
+        return found[1]
 
     async def recent(self, name: str) -> list[Message]:
         """The last messages of a session."""
-        return [
-            Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
-            for row in (await self.ask("history", session_id=name, limit=20))["messages"]
-        ]
+
+        def message(row: dict[str, Any]) -> Message:
+            return Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
+
+        return (await self._rows("history", "messages", message, session_id=name, limit=20))[1]
 
     async def usage(self, name: str) -> Usage:
         """What a session has used; nothing, if it is new."""
@@ -12037,10 +12056,13 @@ class RemoteDesk:
 
     async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
         """The models of a provider."""
-        found = await self.ask("models", provider=provider, refresh=refresh)
-        models = tuple(ModelInfo(*(row[name] for name in ModelInfo._fields)) for row in found["models"])
+
+        def model(row: dict[str, Any]) -> ModelInfo:
+            return ModelInfo(**{name: row[name] for name in ModelInfo._fields if name in row})
+
+        found, models = await self._rows("models", "models", model, provider=provider, refresh=refresh)
         self._models = [model.id for model in models]
-        return Catalogue(provider, models, str(found.get("fetched_at") or ""), str(found.get("note") or ""))
+        return Catalogue(provider, tuple(models), str(found.get("fetched_at") or ""), str(found.get("note") or ""))
 
     def known_sessions(self) -> list[str]:
         """The names of the sessions, as far as they are known without asking."""
@@ -12052,13 +12074,13 @@ class RemoteDesk:
 
     async def tools(self) -> list[tuple[str, str]]:
         """The name of each tool, and what it does."""
-        found = await self.ask("tools")
+        found, tools = await self._rows("tools", "tools", lambda row: (str(row["name"]), str(row["description"])))
         self.approval = str(found.get("approval"))
-        return [(str(tool["name"]), str(tool["description"])) for tool in found["tools"]]
+        return tools
 
     async def skills(self) -> list[tuple[str, str]]:
         """The name of each skill, and what it is for."""
-        return [(str(skill["name"]), str(skill["description"])) for skill in (await self.ask("skills"))["skills"]]
+        return (await self._rows("skills", "skills", lambda row: (str(row["name"]), str(row["description"]))))[1]
 
 
 async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any], timeout: float) -> dict[str, Any]:

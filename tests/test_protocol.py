@@ -825,6 +825,30 @@ def test_a_desk_asks_its_person_and_stops_its_turn(daemon, tmp_path, run):
     run(main())
 
 
+@pytest.mark.parametrize("found", [{}, {"sessions": 5}, {"sessions": [{}]}, {"sessions": ["x"]}])
+def test_an_answer_of_another_version(tmp_path, run, found):
+    class Other(RemoteDesk):
+        async def ask(self, kind, **fields):
+            return found
+
+    async def main():
+        await Other(context(tmp_path), Invite("h", 1), KnownGateways(tmp_path)).sessions()
+
+    with pytest.raises(GatewayError, match="h:1 answered sessions in a way .* another version"):
+        run(main())
+
+
+def test_what_a_frame_cannot_hold_is_left_out():
+    secret = Redactor(["hidden-secret-1"])
+    odd = {"a": [float("nan"), float("inf"), 1.5, None, True, 10**400], "hidden-secret-1": "hidden-secret-1"}
+    assert pista.told(odd, secret) == {"a": ["…", "…", 1.5, None, True, 10**400], "[secret]": "[secret]"}
+    deep = []
+    for _ in range(100):
+        deep = [deep]
+    assert pista.told(deep, str) == [[[[[[[["…"]]]]]]]]
+    assert len(pista.told("x" * 10**6, str)) < pista.TOLD_TEXT + 100
+
+
 def test_known_gateways_that_are_damaged(tmp_path):
     known, invite = KnownGateways(tmp_path), Invite("h", 1, "t", "ab" * 32)
     known.keep(invite)
@@ -851,38 +875,6 @@ def connect(daemon, openpista):
     return connect
 
 
-def test_connect_with_one_request(daemon, connect, openpista, home):
-    done = connect("-e", "$ cat", input="piped\n$ echo 안녕")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "(no output)\n안녕\n", "")
-    done = openpista("connect", f"{daemon.host}:{daemon.port}", "-e", "$ echo 1", "--json", "-s", "other")
-    found = json.loads(done.stdout)
-    assert (found["answer"], found["session"], found["provider"]) == ("1", "other", "offline")
-    assert found["tool_calls"][0]["output"] == "1" and found["usage"]["input_tokens"] == 0
-    assert daemon.token not in done.stdout + done.stderr
-    done = openpista("connect", f"{daemon.host}:{daemon.port}", "-e", "$ sleep 9", "--timeout", "0.5")
-    assert done.returncode == 1 and "no answer within 0.5 s" in done.stderr and not done.stdout
-
-
-def test_connect_that_is_refused(daemon, connect, openpista, tmp_path):
-    place = f"{daemon.host}:{daemon.port}"
-    done = openpista("connect", place, "-e", "x")
-    assert done.returncode == 3 and "no token" in done.stderr and "devices add" in done.stderr
-    (tmp_path / "token").write_text(daemon.token)
-    done = openpista("connect", place, "--token", str(tmp_path / "token"), "-e", "x")
-    assert done.returncode == 2 and "fingerprint" in done.stderr
-    done = openpista("connect", place, "--token", daemon.token, "-e", "x")
-    assert done.returncode == 2 and "for all to see" in done.stderr
-    wrong = daemon.invite("wrong-token-of-nobody")
-    done = connect("-e", "x", invite=wrong)
-    assert done.returncode == 3 and "not known here" in done.stderr and "wrong-token" not in done.stderr
-    done = connect("-e", "x", invite=daemon.invite()._replace(fingerprint="ab" * 32))
-    assert done.returncode == 1 and "another certificate" in done.stderr and "new invite" in done.stderr
-    done = connect("-e", "x", invite=Invite("127.0.0.1", free_port(), "t", "ab" * 32))
-    assert done.returncode == 1 and "nobody listens" in done.stderr
-    done = openpista("connect", "not a place", "-e", "x")
-    assert done.returncode == 2 and done.stderr.startswith("openpista: ")
-
-
 @pytest.fixture
 def background(environ):
     """Starts a command as a process, with these lines on its standard input."""
@@ -896,6 +888,40 @@ def background(environ):
         return process
 
     return begin
+
+
+def test_connect_with_one_request(daemon, connect, openpista, home):
+    done = connect("-e", "$ cat", input="piped\n$ echo 안녕")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(no output)\n안녕\n", "")
+    done = openpista("connect", f"{daemon.host}:{daemon.port}", "-e", "$ echo 1", "--json", "-s", "other")
+    found = json.loads(done.stdout)
+    assert (found["answer"], found["session"], found["provider"]) == ("1", "other", "offline")
+    assert found["tool_calls"][0]["output"] == "1" and found["usage"]["input_tokens"] == 0
+    assert daemon.token not in done.stdout + done.stderr
+    done = openpista("connect", f"{daemon.host}:{daemon.port}", "-e", "$ sleep 9", "--timeout", "0.5")
+    assert done.returncode == 1 and "no answer within 0.5 s" in done.stderr and not done.stdout
+
+
+def test_connect_that_is_refused(daemon, background, tmp_path):
+    place = f"{daemon.host}:{daemon.port}"
+    (tmp_path / "token").write_text(daemon.token)
+    stale, nobody = daemon.invite()._replace(fingerprint="ab" * 32), Invite("127.0.0.1", free_port(), "t", "ab" * 32)
+    cases = [
+        ((place,), "", 3, "no token for .*devices add"),
+        ((place, "--token", str(tmp_path / "token")), "", 2, "not known here, and nobody can be asked .* fingerprint"),
+        ((place, "--token", daemon.token), "", 2, "for all to see"),
+        (("-",), daemon.invite("wrong-token-of-nobody"), 3, "this token is not known here"),
+        (("-",), stale, 1, "another certificate than the pinned one.* new invite.*known_gateways"),
+        (("-",), nobody, 1, "nobody listens there"),
+        (("not a place",), "", 2, "no HOST"),
+        ((place, "-s", "a\nb"), "", 2, "--session"),
+        (("-", "--token", "-"), daemon.invite(), 2, "leave out --token"),
+    ]
+    running = [background("connect", *words, "-e", "x", lines=f"{lines}\n") for words, lines, _, _ in cases]
+    for process, (words, _, code, text) in zip(running, cases, strict=True):
+        out, err = process.stdout.read(), process.stderr.read()
+        assert (process.wait(20), out) == (code, "") and re.fullmatch(rf"openpista: .*{text}.*\n", err), (words, err)
+        assert "wrong-token" not in err
 
 
 def test_connect_interrupted_and_connect_to_silence(free, background, tmp_path):
