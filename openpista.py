@@ -11215,7 +11215,6 @@ def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
 # The other end is RemoteDesk, which a chat cannot tell from the agent itself.
 
 LOCAL = "local"  # the machine's own device
-LOOK_EVERY = 1.0  # seconds until it is noticed that another process revoked a device, added one, or changed a file
 ABSENT = 120.0  # seconds that a question waits for a client that is gone; then it counts as a no
 UNHEARD = 256 << 10  # characters of progress that wait for a slow reader; the rest is left out, the reply has it all
 TOLD_TEXT, REPLY_TEXT, HISTORY_TEXT = 20_000, 150_000, 150_000  # characters: one may take six bytes in a frame
@@ -11298,7 +11297,8 @@ def told(value: Any, clean: Callable[[str], str], depth: int = 8) -> Any:
         return {clean(str(name)): told(inner, clean, depth - 1) for name, inner in value.items()}
     if isinstance(value, list | tuple) and depth:
         return [told(inner, clean, depth - 1) for inner in value]
-    return value if value is None or isinstance(value, int | float) else "…"
+    is_sane = value is None or (isinstance(value, int | float) and abs(value) < float("inf"))  # not NaN either
+    return value if is_sane else "…"
 
 
 def told_call(call: ToolCall, clean: Callable[[str], str]) -> dict[str, Any]:
@@ -11540,6 +11540,8 @@ class Exchange:
 class Gateway:
     """Lets devices speak to the Hub. Made before the hub is opened, since its first turns may have questions."""
 
+    LOOK = 1.0  # seconds until it is noticed that another process revoked a device, added one, or changed a file
+
     def __init__(self, hub: Hub, store: Store, *, status: Callable[[], dict[str, Any]], desk: Local):
         self.hub, self.store, self.status, self.desk = hub, store, status, desk
         self.redact: Redactor = desk.ctx.redact
@@ -11596,7 +11598,7 @@ class Gateway:
         """Notice what other processes do: devices that come and go, a new certificate."""
         last = ""
         for count in itertools.count(1):
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(self.LOOK)
             try:
                 await self._cut_revoked()
                 if self.config.host == "auto" and (hosts := gateway_hosts(self.config, self.devices.list())):
@@ -11622,7 +11624,7 @@ class Gateway:
         if (hosts, port) == (self._hosts, self.config.port):
             return
         former, links = self._hosts, list(self.server.gate.everybody)
-        port = port or self.server.addresses[0][1]
+        port = port or next((port for _, port in self.addresses), 0)
         self.server._close_ports()
         await asyncio.sleep(0)  # a transport closes its socket in the next turn
         try:
@@ -11660,11 +11662,12 @@ class Gateway:
         hashed = hash_token(request["token"])
         try:
             name = self.devices.find(hashed)
-            if name and time.monotonic() - self._seen.get(name, -60.0) >= 60:
-                self._seen[name] = time.monotonic()
-                self.devices.seen(name)
         except StoreError as error:
             raise WireError("unavailable", str(error)) from None
+        if name and time.monotonic() - self._seen.get(name, -60.0) >= 60:
+            self._seen[name] = time.monotonic()
+            with contextlib.suppress(StoreError):  # not worth a refusal
+                self.devices.seen(name)
         return Who(name, hashed) if name else None
 
     async def handle(self, stream: Stream) -> None:
@@ -11789,7 +11792,13 @@ def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
     except ValueError as error:
         raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
     pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
-    if url.scheme != "openpista" or not host or pin is None or url.password or url.path not in ("", "/"):
+    if (
+        url.scheme != "openpista"
+        or not re.fullmatch(r"[^\s@]+", host)
+        or pin is None
+        or url.password
+        or url.path not in ("", "/")
+    ):
         raise UsageError("this is no HOST[:PORT] and no whole invite", "it ends with #sha256= and 64 digits")
     return Invite(host, port, url.username or "", (pin[1] or "").lower())
 
@@ -11874,7 +11883,8 @@ def checked(frame: dict[str, Any] | None) -> dict[str, Any]:
 def usage_in(frame: dict[str, Any]) -> Usage:
     """The usage in a frame."""
     found = frame.get("usage")
-    return Usage(**{name: found.get(name) or 0 for name in Usage._fields}) if isinstance(found, dict) else Usage()
+    found = found if isinstance(found, dict) else {}
+    return Usage(*(found.get(name) or 0 for name in ("input", "cached", "output")), found.get("cost"))
 
 
 def call_in(frame: dict[str, Any]) -> ToolCall:
@@ -11901,27 +11911,22 @@ def progress_in(frame: dict[str, Any]) -> Progress | None:
     return Progress(kind, text, called, usage=usage_in(frame) if "usage" in frame else None)
 
 
-class RemoteDesk:
-    """What a chat talks to: a daemon elsewhere. It connects again by itself, and collects what was said meanwhile."""
+class Uplink:
+    """The way to a gateway: a connection that is made anew when it has ended, and requests on it."""
 
     PULSE = 3.0  # seconds between two pings while an answer is waited for, and for each
-    LONGEST = 600.0  # seconds without the gateway until a turn is given up
-    ANSWER, STOPPING, TICKET = 30.0, 2.0, 1.0  # seconds for what is no turn; to stop one; for the next ticket
+    ANSWER, TICKET = 30.0, 1.0  # seconds for what is no turn, and for the ticket for the next time
 
-    def __init__(self, ctx: Context, invite: Invite, known: KnownGateways):
-        self.ctx, self.invite, self.known = ctx, invite, known
-        self.place, self.chosen, self.model, self.approval, self.ready = invite.place, "", invite.place, "", True
+    def __init__(self, invite: Invite, known: KnownGateways):
+        self.invite, self.known, self.place = invite, known, invite.place
         self._client: QuicClient | None = None
         self._connecting = asyncio.Lock()
         self._pulse: asyncio.Task[None] | None = None
         self._waiting = 0  # answers that are waited for
         self._heard = 0.0  # when the gateway said something; 0: never yet
         self._ticketed = asyncio.Event()
-        self._chosen: dict[str, str] = {}  # session -> the model chosen for it, as far as it is known
-        self._sessions: list[str] = []
-        self._models: list[str] = []
 
-    async def __aenter__(self) -> RemoteDesk:
+    async def __aenter__(self) -> Uplink:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -11930,8 +11935,6 @@ class RemoteDesk:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ticketed.wait(), self.TICKET)
         await self._leave()
-
-    # ---- the connection ----
 
     async def _connected(self) -> QuicClient:
         """The connection, made anew if it has ended."""
@@ -12017,7 +12020,19 @@ class RemoteDesk:
                     raise
         raise AssertionError("unreachable")
 
-    # ---- what a chat asks ----
+
+class RemoteDesk(Uplink):
+    """What a chat talks to: a daemon elsewhere. What was said while the connection was gone it collects."""
+
+    LONGEST = 600.0  # seconds without the gateway until a turn is given up
+    STOPPING = 2.0  # seconds to stop one
+
+    def __init__(self, ctx: Context, invite: Invite, known: KnownGateways):
+        super().__init__(invite, known)
+        self.ctx, self.chosen, self.model, self.approval, self.ready = ctx, "", invite.place, "", True
+        self._chosen: dict[str, str] = {}  # session -> the model chosen for it, as far as it is known
+        self._sessions: list[str] = []
+        self._models: list[str] = []
 
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words, however often the connection ends."""
@@ -12104,19 +12119,32 @@ class RemoteDesk:
         self.model, self.chosen = str(found.get("model")), str(found.get("chosen") or "")
         self._chosen[name] = self.chosen
 
+    async def _rows(self, kind: str, of: str, make: Callable[[Any], Any], **fields: Any) -> tuple[dict, list]:
+        """An answer, and what is made of each row in its list."""
+        found = await self.ask(kind, **fields)
+        try:
+            return found, [make(row) for row in found[of]]
+        except (KeyError, TypeError, ValueError) as error:
+            hint = "it may be of another version"
+            raise GatewayError(
+                f"{self.place} answered {kind} in a way that is not known here: {error!r}", hint
+            ) from None
+
     async def sessions(self) -> list[SessionInfo]:
         """The sessions, the last used first."""
-        rows = (await self.ask("sessions"))["sessions"]
-        found = [SessionInfo(*(row[name] for name in SessionInfo._fields)) for row in rows]
-        self._sessions = [session.name for session in found]
-        return found
+        found = await self._rows(
+            "sessions", "sessions", lambda row: SessionInfo(*map(row.__getitem__, SessionInfo._fields))
+        )
+        self._sessions = [session.name for session in found[1]]
+        return found[1]
 
     async def recent(self, name: str) -> list[Message]:
         """The last messages of a session."""
-        return [
-            Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
-            for row in (await self.ask("history", session_id=name, limit=20))["messages"]
-        ]
+
+        def message(row: dict[str, Any]) -> Message:
+            return Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
+
+        return (await self._rows("history", "messages", message, session_id=name, limit=20))[1]
 
     async def usage(self, name: str) -> Usage:
         """What a session has used; nothing, if it is new."""
@@ -12126,10 +12154,13 @@ class RemoteDesk:
 
     async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
         """The models of a provider."""
-        found = await self.ask("models", provider=provider, refresh=refresh)
-        models = tuple(ModelInfo(*(row[name] for name in ModelInfo._fields)) for row in found["models"])
+
+        def model(row: dict[str, Any]) -> ModelInfo:
+            return ModelInfo(**{name: row[name] for name in ModelInfo._fields if name in row})
+
+        found, models = await self._rows("models", "models", model, provider=provider, refresh=refresh)
         self._models = [model.id for model in models]
-        return Catalogue(provider, models, str(found.get("fetched_at") or ""), str(found.get("note") or ""))
+        return Catalogue(provider, tuple(models), str(found.get("fetched_at") or ""), str(found.get("note") or ""))
 
     def known_sessions(self) -> list[str]:
         """The names of the sessions, as far as they are known without asking."""
@@ -12141,13 +12172,13 @@ class RemoteDesk:
 
     async def tools(self) -> list[tuple[str, str]]:
         """The name of each tool, and what it does."""
-        found = await self.ask("tools")
+        found, tools = await self._rows("tools", "tools", lambda row: (str(row["name"]), str(row["description"])))
         self.approval = str(found.get("approval"))
-        return [(str(tool["name"]), str(tool["description"])) for tool in found["tools"]]
+        return tools
 
     async def skills(self) -> list[tuple[str, str]]:
         """The name of each skill, and what it is for."""
-        return [(str(skill["name"]), str(skill["description"])) for skill in (await self.ask("skills"))["skills"]]
+        return (await self._rows("skills", "skills", lambda row: (str(row["name"]), str(row["description"]))))[1]
 
 
 async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any], timeout: float) -> dict[str, Any]:
