@@ -10,17 +10,14 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 
+import launcher
 import pyte
 from pyte.modes import DECAWM
 from wcwidth import wcwidth
 
-ROOT = pathlib.Path(__file__).parent.parent
-# Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; "
 FULL = 1049
 
 # All that openpista may send: its own looks, the moves of its painter, the modes that it sets. Nothing else.
@@ -174,8 +171,11 @@ class Terminal:
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
         streams = {"stdin": slave, "stdout": slave, "stderr": slave} | streams
-        argv = argv or [sys.executable, "-c", f"{START}{prepare}sys.exit(o.main())", *words]
-        self.process = subprocess.Popen(argv, env=env, cwd=cwd, preexec_fn=own_terminal, pass_fds=(slave,), **streams)
+        if argv:
+            own = {"preexec_fn": own_terminal, "pass_fds": (slave,)}
+            self.process = subprocess.Popen(argv, env=env, cwd=cwd, **own, **streams)
+        else:
+            self.process = launcher.Process(words, env, cwd, terminal=slave, prepare=prepare, **streams)
         os.close(slave)
         self.screen = Screen(columns or 80, rows or 24, reflow)
         self.stream = pyte.ByteStream(self.screen)

@@ -413,7 +413,7 @@ def test_children_do_not_see_the_key(openpista, model, openai, tmp_path):
     command = "env; tr '\\0' ' ' </proc/self/cmdline; tr '\\0' ' ' </proc/$PPID/cmdline"
     model.script(ask(command), {"text": "ok"})
     env = openai | {"OPENAI_API_KEY": KEY, "GITHUB_TOKEN": "hidden-0123456789", "PLAIN": "seen-0123456789"}
-    assert openpista("run", "-e", "x", "--yes", env=env).stdout == "ok\n"
+    assert openpista("run", "-e", "x", "--yes", env=env, fresh=True).stdout == "ok\n"
     output = said(model.bodies()[1])
     assert "seen-0123456789" in output
     assert KEY not in output and "[secret]" not in output and "hidden-0123456789" not in output
