@@ -8,10 +8,12 @@ Between a test and its process stands a keeper, the parent of the process: it te
 and leaves the dead one to be seen, as any parent does, until the test has asked.
 """
 
+import atexit
 import contextlib
 import fcntl
 import functools
 import gc
+import importlib
 import io
 import json
 import os
@@ -33,6 +35,7 @@ KEPT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")
 # For a process that is not forked. Imported, not run as a script: so Python keeps it compiled.
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; "
 PROGRAM = [sys.executable, "-c", f"{START}sys.exit(o.main())"]
+MOST_NEED = ("httpx", "httpcore", "anyio", "anyio._backends._asyncio")  # to ask a model
 OF_PYTHON = re.compile("PYTHON|LANG|LC_|LD_|MALLOC_|GLIBC_|OPENSSL_")  # what counts when Python starts
 NUMBER = struct.Struct("!i")
 
@@ -275,11 +278,21 @@ def become(request, handles):
 
 
 if __name__ == "__main__":
+    shared = {}
+    # Left alone at the end of each process: to take apart what all share would cost more than all else. Not so
+    # openpista itself. Registered first, and so called last.
+    atexit.register(lambda: [sys.modules.pop(name) for name in shared])
     sys.path[:0] = [str(ROOT), ""]
-    import httpx  # noqa: F401 - what most of the processes need
-
+    for name in MOST_NEED:
+        importlib.import_module(name)
     import openpista as o
 
+    shared.update(
+        {name: sys.modules[name] for name in sys.modules.keys() - {"__main__", "builtins", "openpista", "sys"}}
+    )
+    for_ever = [dict(shared)]  # a cycle, frozen: it is never collected
+    for_ever.append(for_ever)
+    del for_ever
     gc.freeze()
     try:
         request, handles = next_request(socket.socket(fileno=int(sys.argv[1])))

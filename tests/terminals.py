@@ -54,6 +54,20 @@ class Screen(pyte.Screen):
         """Whether the alternate screen is shown."""
         return self._main is not None
 
+    @property
+    def display(self):
+        """As pyte's, without the blanks at the ends; it looks only at cells that were drawn on."""
+        return [self._shown(self.buffer[y]) if y in self.buffer else "" for y in range(self.lines)]
+
+    def _shown(self, row):
+        x, end, found = 0, min(max(row, default=-1) + 1, self.columns), []
+        while x < end:
+            data = row[x].data if x in row else " "
+            assert len(data) == 1 or sum(map(wcwidth, data[1:])) == 0
+            found.append(data)
+            x += 2 if data[0] > "~" and wcwidth(data[0]) == 2 else 1
+        return "".join(found).rstrip()
+
     def draw(self, data):
         for char in data:
             width, cursor = wcwidth(char), self.cursor
@@ -194,7 +208,7 @@ class Terminal:
         return bool(data)
 
     def _look(self):
-        self.text = "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+        self.text = "\n".join(self.screen.display).rstrip()
         self.frames.append(self.text)
 
     @property
