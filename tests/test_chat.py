@@ -12,7 +12,8 @@ import sys
 import termios
 
 import pytest
-from terminals import START, foreign, is_alive
+from launcher import START
+from terminals import foreign, is_alive
 
 PROMPT = "› "
 TOOK = re.compile(r"tool calls? · [\d,]+ tokens · \d+\.\d s")
