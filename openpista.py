@@ -907,9 +907,10 @@ class Login(NamedTuple):
     provider: str
     api_key: str = ""
     base_url: str = ""
+    model: str = ""  # of a provider that has no default one
 
     def __repr__(self) -> str:
-        return f"Login({self.provider!r}, {Secret(self.api_key)!r}, {self.base_url!r})"
+        return f"Login({self.provider!r}, {Secret(self.api_key)!r}, {self.base_url!r}, {self.model!r})"
 
 
 def toml_string(text: str) -> str:
@@ -931,7 +932,9 @@ class Credentials:
         found = {}
         for provider, table in load_toml(self.path).items():
             fields = table if isinstance(table, dict) else {"": table}
-            if not set(fields) <= {"api_key", "base_url"} or not all(isinstance(v, str) for v in fields.values()):
+            if not set(fields) <= {"api_key", "base_url", "model"} or not all(
+                isinstance(v, str) for v in fields.values()
+            ):
                 raise ConfigError(
                     f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside"
                 )
@@ -2602,11 +2605,11 @@ def endpoint_of(
 ) -> Endpoint:
     """Where a provider is, as well as that is known: its model and its key may be missing."""
     spec, is_main = provider_spec(provider), provider == agent.provider
-    model = model or (agent.model if is_main else "") or spec.model
+    stored = logins.get(provider, Login(provider))
+    model = model or (agent.model if is_main else "") or spec.model or stored.model
     if provider == "offline":
         return Endpoint(provider, spec, "", model, Key(), "")
-    stored = logins[provider].base_url if provider in logins else ""
-    url = (agent.base_url if is_main else "") or environ.get(spec.url_env, "") or stored or spec.base_url
+    url = (agent.base_url if is_main else "") or environ.get(spec.url_env, "") or stored.base_url or spec.base_url
     if not url:
         raise ConfigError(f"{provider} needs an address", "[agent] base_url, or auth login --endpoint URL")
     key = find_key(provider, agent, logins, environ)
@@ -9508,6 +9511,15 @@ def listed_endpoint(ctx: Context, provider: str = "") -> tuple[Endpoint, str]:
     return endpoint, said
 
 
+async def list_models(ctx: Context, provider: str, refresh: bool = False) -> Catalogue:
+    """The models of a provider; of one that nobody chose only what is known without asking, unless it is wanted."""
+    endpoint, said = listed_endpoint(ctx, provider)
+    if said and not refresh:
+        known = known_models(endpoint, ctx.model_lists)
+        return Catalogue(endpoint.provider, known, "", f"{said}, as far as they are known without asking")
+    return await load_catalogue(endpoint, ctx.model_lists, refresh=refresh)
+
+
 def make_home(folder: Path) -> None:
     """The home folder, private: one that is ours gets mode 0700, one that holds other things is left as it is."""
     try:
@@ -9571,6 +9583,9 @@ async def sign_in(tty: Tty, ctx: Context, given: str = "") -> str:
             make_home(ctx.home)
             ctx.redact.add(login.api_key)
             ctx.credentials.save(login)
+            if not PROVIDERS[provider].model:
+                model = await browse_models(tty, provider, functools.partial(list_models, ctx, provider), login.model)
+                ctx.credentials.save(login._replace(model=model or login.model))
             return provider
         if given:
             break
@@ -9587,12 +9602,22 @@ async def pick_provider(tty: Tty, ctx: Context) -> str:
         key = find_key(provider, agent, logins, ctx.environ)
         known = f"{key.masked} from {key.source}" if key.value else "address stored" if provider in logins else ""
         where = "on this machine or your own" if not spec.key_env else "in the cloud"
+        with contextlib.suppress(PistaError):
+            spec = spec._replace(base_url=shown_url(endpoint_of(provider, agent, logins, ctx.environ).base_url))
         detail = (provider, spec.base_url, f"default model: {spec.model or 'none'}", *map("${}".format, spec.key_env))
         choices.append(Choice(provider, (provider, known), where, "✓" if known else "", detail))
     choices.sort(key=lambda choice: choice.group)
     picker = Picker("Sign in: whose models?", choices, heads=("PROVIDER", "KEY"), typing=True)
     outcome = await converse(tty, picker, tty.style)
     return outcome.value if outcome.kind == "picked" else ""
+
+
+def other_key(ctx: Context, provider: str) -> str:
+    """What to say where a stored key is not the one that counts; '' where it is."""
+    logins = stored_logins(ctx)
+    key = find_key(provider, ctx.config.agent, logins, ctx.environ)
+    stored = logins[provider].api_key if provider in logins else ""
+    return f"{key.source} comes before the stored key of {provider}" if stored and key.value != stored else ""
 
 
 def stored_logins(ctx: Context) -> dict[str, Login]:
@@ -9694,7 +9719,7 @@ async def try_login(ctx: Context, login: Login) -> None:
     endpoint = endpoint_of(login.provider, ctx.config.agent, {login.provider: login}, ctx.environ)
     if not endpoint.spec.key_env:
         endpoint = endpoint._replace(base_url=login.base_url)
-    await try_key(endpoint._replace(key=Key(login.api_key, "what was typed")))
+    await try_key(endpoint._replace(key=Key(login.api_key)))
 
 
 async def key_from_browser(tty: Tty) -> str:
@@ -9755,13 +9780,15 @@ def show_catalogue(picker: Picker, work: asyncio.Task, current: str) -> None:
     except PistaError as error:
         picker.note = printable(str(error))
         return
-    picker.replace([model_choice(info, catalogue, current) for info in catalogue.models if info.chats], catalogue.note)
+    models = [info for info in catalogue.models if info.chats]
+    others = "all" if any(info.recommended for info in models) else ""
+    picker.replace([model_choice(info, catalogue.provider, current, others) for info in models], catalogue.note)
 
 
-def model_choice(info: ModelInfo, catalogue: Catalogue, current: str) -> Choice:
+def model_choice(info: ModelInfo, provider: str, current: str, others: str) -> Choice:
     """A model as a line of a picker."""
-    group, mark = "recommended" if info.recommended else "all", "•" if info.id == current else ""
-    return Choice(info.id, model_row(info), group, mark, detail(info, catalogue.provider), info.id)
+    group, mark = "recommended" if info.recommended else others, "•" if info.id == current else ""
+    return Choice(info.id, model_row(info), group, mark, detail(info, provider), info.id)
 
 
 # ---- a key through the browser ----
@@ -10016,8 +10043,8 @@ class Local:
         return Usage()
 
     async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
-        """The models of a provider."""
-        return await load_catalogue(listed_endpoint(self.ctx, provider)[0], self.ctx.model_lists, refresh=refresh)
+        """The models of a provider; '' is the one that answers."""
+        return await list_models(self.ctx, provider, refresh)
 
     def known_sessions(self) -> list[str]:
         """The names of the sessions, as far as they are known without asking."""
@@ -10127,6 +10154,10 @@ class Chat:
         """Show lines that stay."""
         raise NotImplementedError
 
+    def say_answer(self, text: str) -> None:
+        """Show an answer of the past."""
+        self.say(self.redact(printable(text)))
+
     async def pick(self, picker: Picker) -> Any:
         """What the person picks; None if nothing."""
         raise NotImplementedError
@@ -10170,7 +10201,7 @@ class Chat:
                 for call in message.tool_calls:
                     self.say(f"· {self.redact(title(call))}", "dim")
                 if message.text.strip():
-                    self.say(head_and_tail(self.redact(printable(message.text)), 4_000))
+                    self.say_answer(head_and_tail(message.text, 4_000))
 
     def complain(self, error: Exception) -> None:
         """Show what went wrong."""
@@ -10182,7 +10213,8 @@ class Chat:
         name, _, rest = line.strip()[1:].partition(" ")
         name = name.lower()
         if name not in CHAT_COMMANDS:
-            self.say(f"there is no /{name}{near(name, CHAT_COMMANDS)}; /help lists the commands", "bad")
+            known = [f"/{command}" for command in CHAT_COMMANDS]
+            self.say(f"there is no /{name}{near(f'/{name}', known)}; /help lists the commands", "bad")
             return
         try:
             await CHAT_COMMANDS[name].run(self, rest.strip())
@@ -10223,24 +10255,19 @@ class Chat:
             await self._use_provider(provider)
 
     async def _use_provider(self, provider: str) -> None:
-        """Ask a provider from now on: its default model, or where it has none the one that is picked."""
-        if not PROVIDERS[provider].model and provider != self.desk.provider:
-            model = await self._browse(provider)
-            if not model:
-                self.say(f"stored; /model {provider}/NAME uses it", "dim")
-                return
-            provider = f"{provider}/{model}"
+        """Ask a provider from now on, and say if another key than the stored one will be used for it."""
         await self.desk.use(provider)
         self.say(f"now asking {self.desk.model}", "good")
+        if note := other_key(self.desk.ctx, provider):
+            self.say(note, "ask")
 
     async def _models(self, rest: str) -> None:
         if model := await self._browse(self.desk.provider):
             await self._use_model(f"{self.desk.provider}/{model}")
 
     async def _browse(self, provider: str) -> str:
-        return await self.browse(
-            provider, functools.partial(self.desk.catalogue, provider), self.desk.model.partition("/")[2]
-        )
+        fetch = functools.partial(self.desk.catalogue, provider if self.desk.ready else "")
+        return await self.browse(provider, fetch, self.desk.model.partition("/")[2])
 
     async def _model(self, rest: str) -> None:
         if not rest:
@@ -10264,7 +10291,8 @@ class Chat:
     async def _use_model(self, name: str) -> None:
         await self.desk.use(name)
         self.say(
-            f"{self.desk.model} answers this session from now on; /new goes back" if name else self.desk.model, "good"
+            f"{self.desk.model} answers this session from now on; /model reset goes back" if name else self.desk.model,
+            "good",
         )
 
     async def _new(self, rest: str) -> None:
@@ -10313,7 +10341,7 @@ class Chat:
     async def _tools(self, rest: str) -> None:
         for name, what in await self.desk.tools():
             self.say(f"  {name:<12} {what}")
-        self.say(f"approval: {self.desk.approval}", "dim")
+        self.say(WHEN_ASKED.get(self.desk.approval, f"approval: {self.desk.approval}"), "dim")
 
     async def _skills(self, rest: str) -> None:
         skills = await self.desk.skills()
@@ -10324,6 +10352,13 @@ class Chat:
 
     async def _quit(self, rest: str) -> None:
         self.left = True
+
+
+WHEN_ASKED = {
+    "risky": "You are asked before a command that is not known to be harmless ([tools] approval).",
+    "always": "You are asked before every call ([tools] approval).",
+    "never": "Nothing is asked; every command runs ([tools] approval).",
+}
 
 
 class ChatCommand(NamedTuple):
@@ -10454,7 +10489,7 @@ class LineChat(Chat):
 
     async def log_in(self) -> str:
         """A key is not typed where it could be seen."""
-        raise UsageError("a key cannot be asked for here", "run `openpista auth login` at a terminal")
+        raise UsageError("a key cannot be asked for here", "run `openpista auth login --provider NAME`")
 
     async def stop(self) -> None:
         """While a turn runs no line is read."""
@@ -10507,7 +10542,8 @@ SAID = {
     Decision.ALWAYS: "yes, and always this command in this session",
     Decision.DENY: "no, and nothing risky in this turn",
 }
-ONE_KEY = "Run it?  [y]es, once   [a]lways in this session   [n]o"
+ONE_KEY = "Run it?  [y]es   [a]lways this command   [n]o, and nothing risky this turn"
+WITH_A_DRAFT = "Run it?  Esc says no; Ctrl-U empties the input, then y, a or n answers"
 
 
 class TurnView:
@@ -10535,18 +10571,25 @@ class TurnView:
         """Show what is left of an answer that broke off."""
         self.show(self.answer.end())
 
+    def stop(self) -> None:
+        """Show what is left of a turn that was stopped."""
+        self.close()
+        for what, since in self._running.values():
+            self.show([f"{self.style('✗', 'bad')} {what}  stopped after {self.clock() - since:.1f} s"])
+
     def live(self, columns: int, rows: int) -> list[str]:
         """The last rows of the line that is not whole yet."""
         partial = self.answer.partial
         return wrap_cells(partial, columns)[-rows:] if partial else []
 
-    def status(self) -> str:
-        """What goes on, for how long, for how many tokens."""
+    def status(self, columns: int) -> str:
+        """What goes on, for how long, for how many tokens, in so many columns."""
         now, (what, since) = self.clock(), next(iter(self._running.values()), (self._doing, self._since))
         what = "stopping" if self.stopping else f"▶ {what}" if self._running else what
         more = f" (+{len(self._running) - 1})" if len(self._running) > 1 else ""
         spent = f" · {tokens(self._spent)}" if self._spent.input else ""
-        return f"{self.SPINNER[int(now / self.TICK) % 10]} {what}{more}  {now - since:.0f} s{spent}"
+        rest = f"{more}  {now - since:.0f} s{spent}"
+        return f"{self.SPINNER[int(now / self.TICK) % 10]} {fit_cells(what, max(columns - cells(rest) - 2, 8))}{rest}"
 
     def _set(self, doing: str) -> None:
         if doing != self._doing:
@@ -10569,8 +10612,17 @@ class TurnView:
         self._running[progress.call.id] = self.redact(title(progress.call)), self.clock()
 
     def _tool_finished(self, progress: Progress) -> None:
-        what, since = self._running.pop(progress.call.id, (self.redact(title(progress.call)), self.clock()))
         self.close()
+        if progress.call.id not in self._running:  # its result tells the model why
+            why = printable(progress.result.output).partition(". ")[0]
+            self.show(
+                [
+                    f"{self.style('✗', 'bad')} {self.redact(title(progress.call))}",
+                    self.style(f"  not run: {self.redact(why)}", "dim"),
+                ]
+            )
+            return
+        what, since = self._running.pop(progress.call.id)
         self.calls += 1
         self.output = self.redact(printable(progress.result.output)).strip("\n")
         mark = self.style("✗", "bad") if progress.result.is_error else self.style("✓", "good")
@@ -10608,6 +10660,8 @@ class ScreenChat(Chat):
   Tab completes     Ctrl-R searches what was typed before
   Ctrl-O shows the last output whole     Ctrl-L clears the screen"""
     SETTLE = 0.5  # seconds without a key before one counts as an answer: who types has not seen the question
+    MEANT = 0.3  # seconds in which no other key follows a yes: else it was the first letter of a sentence
+    LEAVES = "Ctrl-C once more leaves"
     FRAME = 0.02  # seconds between two paints
     ECHOED, QUEUED = 12, 3  # lines of what was sent, and texts that wait, that are shown
 
@@ -10624,7 +10678,8 @@ class ScreenChat(Chat):
         self.turn: asyncio.Task | None = None
         self.question: Question | None = None
         self.view = self._new_view()
-        self._hint, self._typed, self._interrupted = "", -1.0, -9.0
+        self._hint, self._typed, self._leaving = "", -1.0, False
+        self._meant: KeyPress | None = None  # a key that is the answer if no other follows
         self._paint_due: asyncio.TimerHandle | None = None
         self._painted = 0.0
         self._away = False  # a picker has the screen
@@ -10671,11 +10726,14 @@ class ScreenChat(Chat):
         """Do what a key says; True if the terminal is gone."""
         if key.name == "resume":
             self.painter.forget()
-        elif self.question and key.name != "ctrl-c" and self._settled(key):
-            self._decide(key)
         elif key.name not in ("resize", "wake", "gone"):
-            self._typed, self._hint = self.clock(), ""
-            await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
+            if self._meant:  # it was the first letter of a sentence
+                self.editor.press(self._meant)
+                self._meant = None
+            if not (self.question and self._answers(key)):
+                self._typed, hint, self._hint = self.clock(), self._hint, ""
+                self._leaving = hint == self.LEAVES
+                await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
         return key.name == "gone"
 
     async def _end(self) -> None:
@@ -10715,7 +10773,8 @@ class ScreenChat(Chat):
 
     async def _nothing(self, key: KeyPress) -> None:
         if key.name == "ctrl-o":
-            self.say(indented(self.view.output) if self.view.output else "no output yet", "dim")
+            output = indented(self.view.output or "no output yet").split("\n")
+            self._print([self.style(line, "dim") for line in output])
 
     async def _submit(self, key: KeyPress) -> None:
         text = self.editor.take()
@@ -10731,10 +10790,9 @@ class ScreenChat(Chat):
             await self.stop()
         elif not self.editor.is_empty:
             self.editor.text = ""
-        elif self.clock() - self._interrupted < 2:
+        elif self._leaving:
             self.left = True
-        else:
-            self._interrupted, self._hint = self.clock(), "Ctrl-C once more leaves"
+        self._hint = self.LEAVES
 
     async def _leave(self, key: KeyPress) -> None:
         self.left = True
@@ -10757,7 +10815,7 @@ class ScreenChat(Chat):
         if not self.turn:
             self.say("nothing runs", "dim")
             return
-        self.view.stopping, self._interrupted = True, self.clock()
+        self.view.stopping = True
         self.turn.cancel()
         if self.queue:
             self.editor.text = "\n".join([*self.queue, *filter(None, [self.editor.text])])
@@ -10783,7 +10841,7 @@ class ScreenChat(Chat):
             if reply.problem:
                 self.say(f"✗ {self.redact(reply.problem)}", "bad")
         except asyncio.CancelledError:
-            self.view.close()
+            self.view.stop()
             ran = f" (ran {plural(self.view.calls, 'command')})" if self.view.calls else ""
             self.say(f"stopped{ran}", "bad")
         except PistaError as error:
@@ -10812,21 +10870,40 @@ class ScreenChat(Chat):
             self.question = None
         return decision
 
-    def _settled(self, key: KeyPress) -> bool:
-        """Whether a key is meant as an answer, and not the next letter of a sentence."""
+    def _answers(self, key: KeyPress) -> bool:
+        """Take a key as the answer to the question, if it can be meant so and is not the next letter of a sentence."""
+        if key.name == "escape":
+            self._decide(Decision.DENY)
+            return True
         since = max(self.question.since, self._typed)
-        return key.name in ("text", "escape") and self.clock() - since >= self.SETTLE
+        decision = DECISIONS.get(key.text.lower())
+        if key.name != "text" or not decision or not self.editor.is_empty or self.clock() - since < self.SETTLE:
+            return False
+        self._meant = key
+        wait = 0.0 if decision is Decision.DENY else self.MEANT
+        asyncio.get_running_loop().call_later(wait, self._decide_if_meant, key, decision)
+        return True
 
-    def _decide(self, key: KeyPress) -> None:
-        decision = Decision.DENY if key.name == "escape" else DECISIONS.get(key.text.lower())
-        if decision and not self.question.answer.done():
+    def _decide_if_meant(self, key: KeyPress, decision: Decision) -> None:
+        if self._meant is key:
+            self._meant = None
+            self._decide(decision)
+
+    def _decide(self, decision: Decision) -> None:
+        if self.question and not self.question.answer.done():
             self.question.answer.set_result(decision)
 
     # ---- what is shown ----
 
     def say(self, text: str, *styles: str) -> None:
         """Lines that stay, above the input."""
-        self._print([self.style(line, *styles) if line else "" for line in printable(text).split("\n")])
+        text, prose = printable(text), styles in ((), ("bold",))  # all else is read and copied as it is
+        rows = wrap_cells(text, self.tty.size[0] - 1) if prose else text.split("\n")
+        self._print([self.style(row, *styles) if row else "" for row in rows])
+
+    def say_answer(self, text: str) -> None:
+        """Show an answer of the past as it looked."""
+        self._print(LiveAnswer(self.redact, self.style, lambda: self.tty.size[0] - 1).finish(self.redact(text)))
 
     def _print(self, lines: Sequence[str]) -> None:
         if self._later is not None:
@@ -10870,9 +10947,10 @@ class ScreenChat(Chat):
         """The lines above the input: the end of the answer, what runs or is asked, what waits."""
         lines = self.view.live(columns - 1, rows) if self.turn else []
         if self.question:
-            lines += [self.style(row, "ask") for row in wrap_cells(ONE_KEY, columns - 1)]
+            words = ONE_KEY if self.editor.is_empty else WITH_A_DRAFT
+            lines += [self.style(row, "ask") for row in wrap_cells(words, columns - 1)]
         elif self.turn:
-            lines.append(self.style(self.view.status(), "dim"))
+            lines.append(self.style(self.view.status(columns - 1), "dim"))
         waiting = [f"queued: {clip(self.redact(printable(text)), 200)}" for text in self.queue]
         if len(waiting) > self.QUEUED:
             waiting[self.QUEUED - 1 :] = [f"… {plural(len(waiting) - self.QUEUED + 1, 'more text')} queued"]
@@ -13082,13 +13160,13 @@ def reply_dict(reply: Reply) -> dict[str, Any]:
 def cmd_auth_login(ctx: Context) -> int:
     """Store a provider's key in credentials.toml."""
     args = ctx.args
+    if args.provider == "offline":
+        raise UsageError("offline needs no key")
     if not args.non_interactive and args.api_key is None and not args.endpoint and usable(0, sys.stdout, ctx.environ):
         return asyncio.run(log_in(ctx))
     if not args.provider:
         raise UsageError("auth login needs --provider NAME", "known: " + ", ".join(PROVIDERS))
     spec = provider_spec(args.provider)
-    if args.provider == "offline":
-        raise UsageError("offline needs no key")
     key = read_key(args, needed=bool(spec.key_env))
     if args.provider == "custom" and not args.endpoint:
         raise UsageError("custom needs --endpoint URL")
@@ -13114,8 +13192,7 @@ async def log_in(ctx: Context) -> int:
         print(notes.getvalue(), end="", file=sys.stderr, flush=True)
     if not provider:
         return complain("nothing was stored", 130)
-    login = ctx.credentials.logins()[provider]
-    print_stored(ctx, login)
+    print_stored(ctx, ctx.credentials.logins()[provider])
     return 0
 
 
@@ -13123,6 +13200,8 @@ def print_stored(ctx: Context, login: Login) -> None:
     """Say what was stored, and where."""
     what = f"the key {Key(login.api_key).masked}" if login.api_key else "the address"
     print(f"stored {what} for {login.provider} in {ctx.credentials.path}")
+    if note := other_key(ctx, login.provider):
+        print(f"openpista: {note}", file=sys.stderr)
 
 
 def read_key(args: argparse.Namespace, needed: bool) -> str:
@@ -13198,11 +13277,11 @@ def cmd_auth_logout(ctx: Context) -> int:
 )
 def cmd_models_list(ctx: Context) -> int:
     """List a provider's models, the recommended ones first."""
-    endpoint, said = listed_endpoint(ctx, ctx.args.provider or "")
+    endpoint, _ = listed_endpoint(ctx, ctx.args.provider or "")
     if goes_in_the_open(endpoint):
         log.warning("the key for %s goes to %s without encryption", endpoint.provider, shown_url(endpoint.base_url))
-    found = asyncio.run(load_catalogue(endpoint, ctx.model_lists, refresh=ctx.args.refresh))
-    note = "; ".join(filter(None, (said, found.note)))
+    found = asyncio.run(list_models(ctx, ctx.args.provider or "", ctx.args.refresh))
+    note = found.note
     if not found.models:
         raise ProviderError(note)
     if ctx.args.json:
@@ -13650,8 +13729,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     top.add_argument("-s", "--session", metavar="NAME", default=argparse.SUPPRESS, help="the chat's session")
     top.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     defaults = argparse.Namespace(config=None, log_level="warning", debug=False)
-    args = top.parse_args(argv, defaults)
-    words = args.words or ["tui"]
+    args, unknown = top.parse_known_args(argv, defaults)
+    words = ["tui", *argv] if unknown else args.words or ["tui"]
     name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), "")
     if not name:
         first = words[0]

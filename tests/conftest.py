@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import launcher
 import pytest
 from fakes import ModelServer
 from terminals import Terminal
@@ -18,8 +19,12 @@ sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# What a child of a test may inherit: nothing that configures openpista or holds a key.
-KEPT = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")
+
+@pytest.fixture(scope="session", autouse=True)
+def launched():
+    """What starts openpista ends with the tests."""
+    yield
+    launcher.close()
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +49,10 @@ def home(tmp_path):
 @pytest.fixture
 def environ(home, tmp_path):
     """A clean environment for a child: no key, no configuration, a home of its own."""
-    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
-    return kept | {"HOME": str(tmp_path), "OPENPISTA_HOME": str(home), "TERM": "xterm"}
+    return launcher.inherited() | {"HOME": str(tmp_path), "OPENPISTA_HOME": str(home), "TERM": "xterm"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
     """A fake model server, a process of its own."""
     with ModelServer() as server:
@@ -89,12 +93,7 @@ def terminal(openai, tmp_path):
 def openpista(environ, tmp_path):
     """Runs a command as a process: openpista("run", "-e", "hi", env=..., input=...) -> CompletedProcess."""
 
-    # Imported, as the archive does it: run as a script it would be compiled each time.
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista; sys.exit(openpista.main())"
-
-    def run(*words, env=None, input="", cwd=tmp_path, timeout=60):
-        argv = [sys.executable, "-c", start, *words]
-        env = environ | (env or {})
-        return subprocess.run(argv, env=env, input=input, cwd=cwd, timeout=timeout, capture_output=True, text=True)
+    def run(*words, env=None, cwd=tmp_path, **more):
+        return launcher.run(words, environ | (env or {}), cwd, **more)
 
     return run

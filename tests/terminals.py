@@ -10,17 +10,14 @@ import select
 import signal
 import struct
 import subprocess
-import sys
 import termios
 import time
 
+import launcher
 import pyte
 from pyte.modes import DECAWM
 from wcwidth import wcwidth
 
-ROOT = pathlib.Path(__file__).parent.parent
-# Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; "
 FULL = 1049
 
 # All that openpista may send: its own looks, the moves of its painter, the modes that it sets. Nothing else.
@@ -56,6 +53,20 @@ class Screen(pyte.Screen):
     def is_full(self):
         """Whether the alternate screen is shown."""
         return self._main is not None
+
+    @property
+    def display(self):
+        """As pyte's, without the blanks at the ends; it looks only at cells that were drawn on."""
+        return [self._shown(self.buffer[y]) if y in self.buffer else "" for y in range(self.lines)]
+
+    def _shown(self, row):
+        x, end, found = 0, min(max(row, default=-1) + 1, self.columns), []
+        while x < end:
+            data = row[x].data if x in row else " "
+            assert len(data) == 1 or sum(map(wcwidth, data[1:])) == 0
+            found.append(data)
+            x += 2 if data[0] > "~" and wcwidth(data[0]) == 2 else 1
+        return "".join(found).rstrip()
 
     def draw(self, data):
         for char in data:
@@ -174,8 +185,11 @@ class Terminal:
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
         streams = {"stdin": slave, "stdout": slave, "stderr": slave} | streams
-        argv = argv or [sys.executable, "-c", f"{START}{prepare}sys.exit(o.main())", *words]
-        self.process = subprocess.Popen(argv, env=env, cwd=cwd, preexec_fn=own_terminal, pass_fds=(slave,), **streams)
+        if argv:
+            own = {"preexec_fn": own_terminal, "pass_fds": (slave,)}
+            self.process = subprocess.Popen(argv, env=env, cwd=cwd, **own, **streams)
+        else:
+            self.process = launcher.Process(words, env, cwd, terminal=slave, prepare=prepare, **streams)
         os.close(slave)
         self.screen = Screen(columns or 80, rows or 24, reflow)
         self.stream = pyte.ByteStream(self.screen)
@@ -194,7 +208,7 @@ class Terminal:
         return bool(data)
 
     def _look(self):
-        self.text = "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+        self.text = "\n".join(self.screen.display).rstrip()
         self.frames.append(self.text)
 
     @property

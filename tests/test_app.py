@@ -10,32 +10,27 @@ import signal
 import sqlite3
 import stat
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from launcher import PROGRAM, Process
 
 import openpista as o
-
-ROOT = pathlib.Path(__file__).parent.parent
-# Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
-PROGRAM = [
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; sys.exit(o.main())",
-]
 
 
 @pytest.fixture
 def start(openai, tmp_path):
-    """Starts a process that goes on: start("run", "-e", "hi", stdin=...) -> Popen"""
+    """Starts a process that goes on: start("run", "-e", "hi", stdin=...) -> what can be waited for"""
     started = []
 
     def begin(*words, env=None, wrapper=(), **more):
         more = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
-        argv = [*wrapper, *PROGRAM, *words]
-        started.append(subprocess.Popen(argv, env=openai | (env or {}), cwd=tmp_path, text=True, **more))
+        env = openai | (env or {})
+        if wrapper:
+            started.append(subprocess.Popen([*wrapper, *PROGRAM, *words], env=env, cwd=tmp_path, text=True, **more))
+        else:
+            started.append(Process(words, env, tmp_path, **more))
         return started[-1]
 
     yield begin

@@ -2,25 +2,17 @@
 
 import contextlib
 import os
-import pathlib
 import re
 import sqlite3
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fakes import ModelServer
+from launcher import Process, inherited
 
 from openpista import cells
 
-ROOT = pathlib.Path(__file__).parent.parent
-# Imported, not run as a script: so Python keeps it compiled, and each process starts in half the time.
-PROGRAM = [
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import openpista as o; sys.exit(o.main())",
-]
 OFFLINE = ("run", "--provider", "offline", "--session", "s", "-e")
 ROOTLESS = os.name != "posix" or os.getuid() != 0
 
@@ -37,6 +29,11 @@ def words_of(path):
     """What the person has said, by the database."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         return [row[0] for row in db.execute("SELECT text FROM messages WHERE role = 'user' ORDER BY id")]
+
+
+def ended(process, timeout):
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 # Configuration
@@ -271,15 +268,14 @@ def outcomes(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("servers")
     (root / "config.toml").write_text("[agent]\nidle_timeout = 1\n")
-    kept = {"PATH": os.environ["PATH"], "HOME": str(root), "OPENAI_API_KEY": "test-key-123456"}
+    kept = inherited() | {"HOME": str(root), "OPENAI_API_KEY": "test-key-123456"}
     (root / "locked").mkdir(mode=0o700)
 
     def run(name):
-        argv = [*PROGRAM, "run", "--session", "s", "--model", name, "-e", f"words for {name}"]
+        words = ["run", "--session", "s", "--model", name, "-e", f"words for {name}"]
         url = "http://127.0.0.1:1/v1" if name == "nobody" else server.url
         env = kept | {"OPENAI_BASE_URL": url, "OPENPISTA_HOME": str(root / name)}
-        more = {"cwd": root, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
-        return subprocess.run(argv, env=env, **more), root / name
+        return ended(Process(words, env, root, subprocess.DEVNULL, subprocess.PIPE, subprocess.PIPE), 60), root / name
 
     lock = sqlite3.connect(root / "locked" / "memory.db", isolation_level=None)
     with ModelServer() as server, contextlib.closing(lock), ThreadPoolExecutor(len(SERVERS)) as pool:
@@ -319,11 +315,11 @@ def test_a_megabyte_as_the_question(openpista, model, openai, home):
     assert "begin" in kept and "finish" in kept
 
 
-def test_input_that_does_not_end(openai):
+def test_input_that_does_not_end(openai, tmp_path):
     read, write = os.pipe()
     try:
-        argv = [*PROGRAM, "run", "-e", "x", "--timeout", "0.5"]
-        done = subprocess.run(argv, stdin=read, env=openai, capture_output=True, text=True, timeout=15)
+        words = ["run", "-e", "x", "--timeout", "0.5"]
+        done = ended(Process(words, openai, tmp_path, read, subprocess.PIPE, subprocess.PIPE), 15)
     finally:
         os.close(write)
         os.close(read)

@@ -548,7 +548,9 @@ def test_models_list_when_nothing_is_configured(openpista):
     gone = {"OPENPISTACRAB_BASE_URL": ""}
     done = openpista("models", "list", env=gone | {"HTTPS_PROXY": f"http://127.0.0.1:{closed_port()}"})
     assert done.returncode == 0 and "gpt-5-codex" in done.stdout and "gemini-" not in done.stdout
-    assert "no provider is configured: these are OpenCode Zen's models; built-in list: cannot " in done.stderr
+    assert "no provider is configured: these are OpenCode Zen's models, as far as they are known without" in done.stderr
+    done = openpista("models", "list", "--refresh", env=gone | {"HTTPS_PROXY": f"http://127.0.0.1:{closed_port()}"})
+    assert done.returncode == 0 and "cannot reach" in done.stderr
 
 
 def test_models_list_of_a_provider_without_a_key(openpista):

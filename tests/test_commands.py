@@ -169,17 +169,12 @@ NOT_UTF8 = [  # words with a byte that is not UTF-8
 ]
 
 
-def test_names_that_are_not_utf8_are_refused(model, openai, tmp_path):
+def test_names_that_are_not_utf8_are_refused(openpista, model, openai):
     model.script({"text": "ok", "times": -1})
-
-    def run(words):
-        argv = [*PROGRAM, *words]
-        return subprocess.run(argv, env=openai, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True)
-
     bad = [
-        (words, done.stderr.decode()[-200:])
-        for words, done in together(run, NOT_UTF8)
-        if done.returncode not in (1, 2) or not one_line(done.stderr.decode())
+        (words, done.stderr[-200:])
+        for words, done in together(lambda words: openpista(*words, env=openai), NOT_UTF8)
+        if done.returncode not in (1, 2) or not one_line(done.stderr)
     ]
     assert bad == []
 
@@ -196,14 +191,14 @@ ODD_STREAMS = [  # shell redirections, exit code, stdout
 
 
 @pytest.mark.parametrize(("streams", "code", "out"), ODD_STREAMS)
-def test_odd_streams(environ, tmp_path, streams, code, out):
+def test_odd_streams(openpista, environ, tmp_path, streams, code, out):
     line = f'set -o pipefail; "$@" run --provider offline --session s -e "\\$ sleep 0.2; echo hi" {streams}'
     argv = ["bash", "-c", line, "bash", *PROGRAM]
     done = subprocess.run(argv, env=environ, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, out), done.stderr
     assert done.stderr == "" or one_line(done.stderr)
     assert "no file" not in done.stderr
-    done = subprocess.run([*PROGRAM, "sessions", "show", "s"], env=environ, capture_output=True, text=True)
+    done = openpista("sessions", "show", "s")
     assert done.stdout.endswith("assistant\n  hi\n")  # what was answered is kept in any case
 
 
@@ -413,7 +408,7 @@ def test_children_do_not_see_the_key(openpista, model, openai, tmp_path):
     command = "env; tr '\\0' ' ' </proc/self/cmdline; tr '\\0' ' ' </proc/$PPID/cmdline"
     model.script(ask(command), {"text": "ok"})
     env = openai | {"OPENAI_API_KEY": KEY, "GITHUB_TOKEN": "hidden-0123456789", "PLAIN": "seen-0123456789"}
-    assert openpista("run", "-e", "x", "--yes", env=env).stdout == "ok\n"
+    assert openpista("run", "-e", "x", "--yes", env=env, fresh=True).stdout == "ok\n"
     output = said(model.bodies()[1])
     assert "seen-0123456789" in output
     assert KEY not in output and "[secret]" not in output and "hidden-0123456789" not in output

@@ -16,6 +16,7 @@ import pytest
 from fakes import FakeClock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launcher import Process
 
 import openpista
 from openpista import Message, Role, Store, StoreError, ToolCall, ToolResult, Usage
@@ -60,8 +61,8 @@ def messages(store, session):
 
 def python(code, *words, **options):
     """A child that has openpista at hand."""
-    argv = [sys.executable, "-c", "import os, sys; from pathlib import Path; from openpista import *\n" + code, *words]
-    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    code = f"import os, sys; from pathlib import Path; from openpista import *\n{code}\nsys.exit()"
+    return Process(words, os.environ, ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, prepare=code, **options)
 
 
 NOBODY = """
