@@ -7363,12 +7363,15 @@ class QuicServer:
 
     async def start(self, addresses: Iterable[tuple[str, int]]) -> None:
         """Listen on these addresses, all or none."""
+        opened: list[Port] = []
         try:
             for sock in listening(addresses):
-                self.ports.append(await Port.open(sock, self.received, lambda error: None))
+                opened.append(await Port.open(sock, self.received, lambda error: None))
         except BaseException:
-            await self.close()
+            for port in opened:
+                port.close()
             raise
+        self.ports += opened
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -7386,6 +7389,10 @@ class QuicServer:
             task.cancel()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=1.0)
+        await self.stop_listening()
+
+    async def stop_listening(self) -> None:
+        """Give up the sockets; connections wait for others."""
         while self.ports:
             self.ports.pop().close()
         await asyncio.sleep(0)  # a transport closes its socket in the next turn
@@ -11691,7 +11698,7 @@ class Gateway:
                 last = str(error)
 
     async def _cut_revoked(self) -> None:
-        for who in {who for link in self.server.gate.everybody for who in link.devices}:
+        for who in {who for link in self.server.guard.links for who in link.devices}:
             if self.devices.find(who.token_hash) != who.name:
                 self.server.cut(who)
                 for number in self.hub.inbox.open_of(f"quic:{who.name}"):
@@ -11701,10 +11708,9 @@ class Gateway:
         """Listen elsewhere; connections go on where there is a socket of their family."""
         if (hosts, port) == (self._hosts, self.config.port):
             return
-        former, links = self._hosts, list(self.server.gate.everybody)
+        former, links = self._hosts, list(self.server.guard.links)
         port = port or next((port for _, port in self.addresses), 0)
-        self.server._close_ports()
-        await asyncio.sleep(0)  # a transport closes its socket in the next turn
+        await self.server.stop_listening()
         try:
             await self.server.start((host, port) for host in hosts)
             self._hosts = hosts
@@ -11721,7 +11727,7 @@ class Gateway:
         files = certificate_files(self.home, self.config)
         if (stamp := self._stamp(files)) != self._files:
             self._files = stamp
-            self.server.reload(*files)
+            self.server.use(load_certificate(*files))
             log.warning("gateway: a new certificate, sha256 %s", self.fingerprint)
 
     @staticmethod

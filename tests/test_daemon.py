@@ -16,7 +16,7 @@ import sys
 import time
 
 import pytest
-from terminals import START
+from launcher import START
 
 import openpista as o
 

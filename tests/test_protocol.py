@@ -39,7 +39,6 @@ from openpista import (
     RemoteDesk,
     Store,
     StoreError,
-    Stream,
     UsageError,
     hash_token,
     parse_invite,
@@ -178,7 +177,7 @@ async def ask(daemon, client, frame, last=True, token=None):
 
 
 def raw(client, data, finish=False):
-    client.link.adopt(stream := Stream(client.link, -1, pista.FRAME_LIMIT, 1_000))
+    stream = client.link.open()
     stream.write(data, finish)
     return stream
 

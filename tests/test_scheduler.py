@@ -423,7 +423,8 @@ def hub_of(store, answers, outlets, zone=UTC, **settings):
     bench = Bench(ToolsConfig(workdir=str(ROOT)), dict(os.environ), ROOT, Redactor())
     toolbox = Toolbox(bench)
     toolbox.add(openpista.cron_tools(Jobs(store), zone))
-    agent = Agent(ScriptedModels(answers), toolbox, store, settings=AgentConfig(), system="")
+    models = ScriptedModels(answers)
+    agent = Agent(lambda name: models, toolbox, store, settings=AgentConfig(), system="")
     return Hub(store, agent, outlets, **settings)
 
 
