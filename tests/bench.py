@@ -428,8 +428,8 @@ names = (f"{maker}/{family}-{version}.{minor}" for version, minor, maker, family
 rows = [{"id": name, "context_length": 200_000, "pricing": {"prompt": "0.000001", "completion": "0.000004"}}
         for name in itertools.islice(names, int(sys.argv[1]))]
 models = pista.arranged("openrouter", pista.parse_models("openrouter", json.dumps({"data": rows}).encode()))
-catalogue, size, style = pista.Catalogue("openrouter", models), (120, 40), pista.Style(True)
-choices = [pista.model_choice(info, catalogue, "openai/gpt-4o") for info in models]
+size, style = (120, 40), pista.Style(True)
+choices = [pista.model_choice(info, "openrouter", "openai/gpt-4o", "all") for info in models]
 picker = pista.Picker("Models", choices, heads=pista.MODEL_HEADS, actions={"r": "refresh"})
 painter = pista.Painter(lambda text: None, inline=False)
 
