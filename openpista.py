@@ -10415,7 +10415,7 @@ class LineChat(Chat):
         self._turn: asyncio.Task | None = None
 
     async def run(self, given: bool) -> int:
-        """LiveAnswer line after line until the end; the exit code of the last failure."""
+        """Answer line after line until the end; the exit code of the last failure."""
         with interruptible(), self._stoppable():
             await self.open(given)
             while not self.left and (text := await self._read()) is not None:
@@ -13034,7 +13034,7 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
     arg("--json", action="store_true", help="print one JSON object: answer, tool calls, usage, session"),
 )
 def cmd_run(ctx: Context) -> int:
-    """LiveAnswer one request and leave."""
+    """Answer one request and leave."""
     args = ctx.args
     check_timeout(args.timeout)
     ctx = with_choice(ctx)
