@@ -1,4 +1,4 @@
-"""What README.md, README_ko.md, docs/chat.md and config.example.toml say is what the program does, and all of it."""
+"""What README.md, README_ko.md, docs/ and config.example.toml say is what the program does, and all of it."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import platform
 import re
 import select
 import shlex
+import socket
 import subprocess
 import sys
 import termios
@@ -19,9 +20,12 @@ import pytest
 import openpista as pista
 
 ROOT = pathlib.Path(__file__).parent.parent
-README, KOREAN, CHAT, EXAMPLE = (
-    (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "docs/chat.md", "config.example.toml")
+README, KOREAN, EXAMPLE = (
+    (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "config.example.toml")
 )
+GUIDES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+CHAT, DAEMON, SETTINGS = (GUIDES[f"{name}.md"] for name in ("chat", "daemon", "settings"))
+PAGES = {"README.md": README, **GUIDES}
 GLOBAL = {"--config", "--log-level", "--debug", "--version", "--help"}
 BUILDER = {"--universal"}
 KEY = "sk-not-a-real-key-123456"
@@ -40,7 +44,8 @@ def spans(text):
 
 def calls(text):
     """[(command, options), ...] for each time the text calls openpista."""
-    lines = [line for _, body in blocks(text) for line in body.splitlines()] + spans(text)
+    typed = {kind: re.compile(r"^\$ .+" if kind == "console" else r"^.+", re.M) for kind, _ in blocks(text)}
+    lines = [line for kind, body in blocks(text) for line in typed[kind].findall(body)] + spans(text)
     for line in lines:
         if match := re.search(r"\bopenpista(?:\.pyz)? +([-a-z].*)", line):
             words = shlex.split(match[1])
@@ -89,8 +94,9 @@ def test_readme_names_each_command_and_no_other():
     assert called == {*pista.COMMANDS, "--version"}
 
 
-@pytest.mark.parametrize("text", [README, CHAT], ids=["README", "chat"])
-def test_only_options_that_exist_are_named(text):
+@pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
+def test_only_commands_and_options_that_exist_are_named(text):
+    assert {command for command, _ in calls(text)} <= {*pista.COMMANDS, "--version"}
     for command, given in calls(text):
         assert given <= GLOBAL | (options(command) if command in pista.COMMANDS else set()), command
     alone = {span.split()[0] for span in spans(text) if re.match(r"--?[a-z]", span)}
@@ -101,6 +107,15 @@ def test_readme_names_the_global_options():
     alone = {span.split()[0] for span in spans(README) if span.startswith("--")}
     assert alone.union(*(given for _, given in calls(README))) >= GLOBAL
     assert {word for span in spans(README) if "build_zipapp" in span for word in re.findall(r"--\w+", span)} <= BUILDER
+
+
+@pytest.mark.parametrize("command", pista.COMMANDS)
+def test_each_option_is_named_somewhere(command):
+    pages = [text for text in PAGES.values() if command in {name for name, _ in calls(text)}]
+    named = {span.split()[0] for text in pages for span in spans(text) if span.startswith("-")}
+    named = named.union(*(given for text in pages for name, given in calls(text) if name == command))
+    every = [{*names} for names, _ in pista.COMMANDS[command].options if names[0].startswith("-")]
+    assert [names for names in every if not names & named] == []
 
 
 def test_each_option_explains_itself():
@@ -121,16 +136,17 @@ def test_global_options_are_all():
 
 
 def test_provider_table():
-    table = re.findall(r"^\| `.+\n", README[README.index("## Providers") : README.index("## Skills")], re.M)
+    assert {*pista.PROVIDERS} <= {*spans(README)}
+    table = re.findall(r"^\| `.+\n", SETTINGS[SETTINGS.index("## Providers") :], re.M)
     rows = [row(code(name), code(*spec.key_env), code(spec.model)) for name, spec in pista.PROVIDERS.items()]
     assert [line.strip() for line in table] == rows
 
 
 def test_every_variable_is_named():
     names = {f"OPENPISTACRAB_{name}" for name in (*pista.ENVIRONMENT, "API_KEY")}
-    names |= {"OPENPISTA_HOME", "OPENPISTA_CONFIG", "OPENPISTA_CACHE", "TELEGRAM_BOT_TOKEN"}
+    names |= {"OPENPISTACRAB_TOKEN", "OPENPISTA_HOME", "OPENPISTA_CONFIG", "OPENPISTA_CACHE", "TELEGRAM_BOT_TOKEN"}
     names |= {name for spec in pista.PROVIDERS.values() for name in (*spec.key_env, spec.url_env) if name}
-    assert {name for name in names if name not in README and name not in EXAMPLE} == set()
+    assert {name for name in names if name not in SETTINGS and name not in EXAMPLE} == set()
 
 
 def test_version():
@@ -139,10 +155,10 @@ def test_version():
 
 
 def test_links_lead_somewhere():
-    for text, folder in ((README, ROOT), (KOREAN, ROOT), (CHAT, ROOT / "docs")):
+    for text, folder in ((README, ROOT), (KOREAN, ROOT), *((text, ROOT / "docs") for text in GUIDES.values())):
         targets = re.findall(r"\]\(([^)]+)\)", text)
         assert [name for name in targets if "://" not in name and not (folder / name).is_file()] == []
-    assert "](docs/chat.md)" in README and "](docs/chat.md)" in KOREAN
+    assert [name for name in GUIDES if f"](docs/{name})" not in README or f"](docs/{name})" not in KOREAN] == []
 
 
 # docs/chat.md
@@ -154,14 +170,38 @@ def test_page_has_each_chat_command_and_no_other():
     assert chat_commands(CHAT) == {*pista.CHAT_COMMANDS}
 
 
-def test_readme_has_each_chat_command_and_no_other():
-    assert chat_commands(README) == {*pista.CHAT_COMMANDS}
+def test_no_other_page_has_chat_commands_that_do_not_exist():
+    assert set().union(*map(chat_commands, PAGES.values())) == {*pista.CHAT_COMMANDS}
 
 
 def test_page_says_which_commands_work_during_a_turn():
     [said] = re.findall(r"^(`/help`.*) work during a turn", CHAT, re.M)
     same = {"exit"}  # the other name of /quit
     assert chat_commands(said) | same == {name for name, entry in pista.CHAT_COMMANDS.items() if entry.at_once}
+
+
+# docs/daemon.md
+
+
+def test_page_has_each_schedule_and_policy():
+    words = {word for span in spans(DAEMON) for word in span.split()}
+    assert words >= {*pista.CRON_MACROS, "@reboot", *pista.CATCH_UPS, *pista.CRON_TOOLS}
+    assert {word for word in words if word.startswith("@")} == {*pista.CRON_MACROS, "@reboot"}
+    assert all(pista.Cron.parse(word) for word in words if word.startswith("@"))
+
+
+def test_schedules_of_the_page_mean_something():
+    table = DAEMON[DAEMON.index("| Written | Means |") :]
+    for row in re.findall(r"^\| `([^@].*?)` \|", table[: table.index("\n\n")], re.M):
+        for word in re.findall(r"`([^`]+)`", f"`{row}`"):
+            fields = (f"{word} * * * *", f"* * {word} * *", f"* * * {word} *", f"* * * * {word}")
+            assert any(is_schedule(text) for text in fields), word
+
+
+def is_schedule(text):
+    with contextlib.suppress(pista.CronError):
+        return bool(pista.Cron.parse(text))
+    return False
 
 
 # README_ko.md
@@ -252,13 +292,16 @@ def steps(block):
 
 
 def looks_like(printed, shown):
-    """The same but for numbers, and for what … stands for."""
-    shown, printed = (re.sub(r"\d+", "0", text) for text in (shown, printed))
+    """The same but for numbers, days of the week, and what … stands for."""
+    day = rf"\b(?:{'|'.join(pista.WEEKDAY_NAMES)})(?= \d)"
+    shown, printed = (re.sub(r"\d+", "0", re.sub(day, "day", text, flags=re.I)) for text in (shown, printed))
     return re.fullmatch(re.escape(shown).replace("…", ".*"), printed) is not None
 
 
 TALK = "$ openpista -s tidy\n"
-SHOWN = [body for kind, body in blocks(README + CHAT) if kind == "console" and not body.startswith(TALK)]
+CONSOLE = [body for text in PAGES.values() for kind, body in blocks(text) if kind == "console" and body[0] == "$"]
+SERVED = [body for body in CONSOLE if re.search(r"^\$ openpista (start|devices|connect|cron)\b", body, re.M)]
+SHOWN = [body for body in CONSOLE if body not in SERVED and not body.startswith(TALK)]
 
 
 @pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.split("-e")[0][2:40].strip())
@@ -266,6 +309,68 @@ def test_session_is_true(block, fresh):
     for line, shown in steps(block):
         printed = bash(line, fresh)
         assert looks_like(printed, shown), f"{line}\n{printed}"
+
+
+@pytest.fixture
+def served(fresh, model):
+    """The environment of a person who has a daemon, or starts one: its home has a free port and a model."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = pathlib.Path(fresh["HOME"], ".openpista")
+    folder.mkdir(mode=0o700)
+    (folder / "config.toml").write_text(f'[gateway]\nport = {port}\nhost = "127.0.0.1"\ngrace = 1\n')
+    env = fresh | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": model.url, "TZ": "Asia/Seoul"}
+    bash("openpista --version", env)  # unpacked, which is said once
+    yield env
+    bash("openpista stop", env)
+
+
+@pytest.mark.parametrize("block", SERVED, ids=lambda block: " ".join(block.split()[2:4]))
+def test_session_with_the_daemon_is_true(block, served, model):
+    home = pathlib.Path(served["HOME"])
+    port = re.search(r"port = (\d+)", (home / ".openpista/config.toml").read_text())[1]
+    if "openpista start" not in block:
+        bash("openpista start --detach", served)
+    model.script({"text": "No, the fullest is / with 41 %."})  # what docs/daemon.md shows
+    for line, shown in steps(block):
+        shown = shown.replace("server.example.com:4433", f"127.0.0.1:{port}").replace(", [::1]:4433", "")
+        shown = shown.replace("/home/you", str(home))
+        end = time.monotonic() + (20 if "history" in line else 0)  # the daemon takes its time
+        while True:
+            printed = bash(line.replace("server.example.com", f"127.0.0.1:{port}"), served)
+            if "cron list" in line:  # which one comes first depends on the hour
+                printed, shown = ("\n".join(sorted(text.splitlines())) for text in (printed, shown))
+            if looks_like(printed, shown) or time.monotonic() > end:
+                break
+        assert looks_like(printed, shown), f"{line}\n{printed}"
+
+
+def test_an_invite_is_enough(served, model):
+    port = re.search(r"port = (\d+)", pathlib.Path(served["HOME"], ".openpista/config.toml").read_text())[1]
+    bash("openpista start --detach; openpista devices add laptop --host 127.0.0.1 > invite 2> /dev/null", served)
+    away = served | {"OPENPISTA_HOME": f"{served['HOME']}/away"}
+    model.script({"text": "first"}, {"text": "second"})
+    assert bash("openpista connect - -e hi < invite", away) == "first\n"
+    assert bash(f"openpista connect 127.0.0.1:{port} -e hi", away) == "second\n"
+    assert bash("openpista devices revoke laptop", served) == "revoked 1 device\n"
+    assert "not known here" in bash(f"openpista connect 127.0.0.1:{port} -e hi", away)
+
+
+def test_files_in_the_home_are_named(served):
+    bash("openpista start --detach; openpista devices add laptop --host 127.0.0.1 > invite 2> /dev/null", served)
+    bash("openpista connect - -e hi < invite", served)
+    found = {path.name for path in pathlib.Path(served["HOME"], ".openpista").iterdir()}
+    named = {span.strip("/") for text in (README, DAEMON) for span in spans(text)} | {"memory.db-shm", "memory.db-wal"}
+    assert {name for name in found if name not in named and name != "config.toml"} == set()
+    assert {
+        "openpista.pid",
+        "openpista.log",
+        "gateway.pem",
+        "local.token",
+        "known_gateways",
+        "gateway_tickets",
+    } <= found
 
 
 def test_first_command_is_true(fresh):
