@@ -5075,8 +5075,9 @@ def misfit_of_object(value: dict[str, Any], wanted: Mapping[str, Any], where: st
 class Gate:
     """Asks the person before a risky call. A no is final for the turn, and so a Gate is made for each."""
 
-    def __init__(self, mode: str, approve: Approve | None, always: set[str] | None = None):
+    def __init__(self, mode: str, approve: Approve | None, always: set[str] | None = None, hint: str = ""):
         self.mode, self.approve = mode, approve
+        self.hint = hint  # how it could be allowed where nobody can be asked
         self.always = set() if always is None else always  # calls that need no more asking
         self._denied = False
         self._asking = asyncio.Lock()  # one question at a time
@@ -5088,7 +5089,7 @@ class Gate:
         danger, key = danger or "every call is asked for", to_json([call.name, call.arguments])
         if self.approve is None and key not in self.always:
             return (
-                f"denied: {danger}, and nobody can be asked here (--yes allows it). Do not try it another way: "
+                f"denied: {danger}, and nobody can be asked here{self.hint}. Do not try it another way: "
                 "say what should be run, and why."
             )
         async with self._asking:
@@ -5105,6 +5106,9 @@ class Gate:
         if decision is Decision.ALWAYS:
             self.always.add(key)
         return ""
+
+
+YES_ALLOWS = " (--yes allows it)"
 
 
 class Toolbox:
@@ -10024,7 +10028,7 @@ class Local:
         """The answer to a person's words."""
         session = await self.settle(name)
         mode = "never" if self.ctx.args.yes else self.ctx.config.tools.approval
-        gate = Gate(mode, approve, self._always.setdefault(name, set()))
+        gate = Gate(mode, approve, self._always.setdefault(name, set()), YES_ALLOWS)
         return await self.app.agent.turn(session, text, gate, tell)
 
     async def settle(self, name: str) -> Session:
@@ -12599,7 +12603,7 @@ class Daemon:
             "model": self.app.models.name_of(""),
         }
         if self.gateway:
-            rows["gateway"] = f"{addresses_line(self.gateway.addresses)}, sha256 {self.gateway.fingerprint}"
+            rows["gateway"] = gateway_line(self.gateway.addresses, self.gateway.fingerprint)
         head = f"openpista {__version__}, pid {os.getpid()}"
         lines = [head, *(f"  {name:<15}{text}" for name, text in rows.items())]
         if "cli" in self.hub.outlets:
@@ -12622,6 +12626,9 @@ class Daemon:
             "started_at": iso(self.started),
             "uptime": round((now - self.started).total_seconds()),
             "model": self.app.models.name_of(""),
+            "gateway": {"addresses": self.gateway.addresses, "sha256": self.gateway.fingerprint}
+            if self.gateway
+            else None,
             "sessions": store.session_count(),
             "running": sorted(self.hub.running),
             "queue": sum(self.hub.inbox.waiting().values()),
@@ -12653,9 +12660,10 @@ def memory_used() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def addresses_line(addresses: Iterable[tuple[str, int]]) -> str:
-    """Addresses as they are written in URLs."""
-    return ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
+def gateway_line(addresses: Iterable[tuple[str, int]], sha256: str) -> str:
+    """Where a gateway listens, as in URLs, and what its clients pin."""
+    places = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
+    return f"{places}, sha256 {sha256}"
 
 
 def jobs_line(jobs: Mapping[str, Any]) -> str:
@@ -12874,6 +12882,7 @@ def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
     return {
         "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
         "model": found["model"],
+        "gateway": gateway_line(**found["gateway"]) if found["gateway"] else "off",
         "sessions": f"{found['sessions']:,}{running}",
         "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
         "channels": ", ".join(f"{name} ({age})" for name, age in ages) or "none",
@@ -13101,7 +13110,9 @@ async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) ->
         async with open_app(ctx, endpoints) as app:
             session = app.store.session(ctx.args.session or new_session_name(utc_now(), "run"))
             turn = functools.partial(app.agent.turn, session, text)
-            return await one_turn(ctx, session.name, lambda approve, tell: turn(Gate(mode, approve), tell))
+            return await one_turn(
+                ctx, session.name, lambda approve, tell: turn(Gate(mode, approve, hint=YES_ALLOWS), tell)
+            )
 
 
 async def one_turn(ctx: Context, name: str, turn: Callable[[Approve | None, Tell], Awaitable[Reply]]) -> int:
