@@ -129,8 +129,9 @@ class House(contextlib.ExitStack):
         self.home.mkdir(mode=0o700)
         (self.home / "config.toml").write_text(self.CONFIG.format(port=self.port, work=self.work, more=more))
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
-        self.env = kept | {"HOME": str(self.folder), "OPENPISTA_HOME": str(self.home), "XDG_CACHE_HOME": str(self.folder)}
-        self.env |= {"OPENAI_API_KEY": "test-key-123456", "OPENAI_BASE_URL": self.model.url}
+        self.env = kept | {"HOME": str(self.folder), "OPENPISTA_HOME": str(self.home)}
+        self.env |= {"XDG_CACHE_HOME": str(self.folder), "OPENAI_API_KEY": "test-key-123456"}
+        self.env["OPENAI_BASE_URL"] = self.model.url
         self.archive, self.packages = archive, str(ROOT)
         if archive:
             subprocess.run([sys.executable, archive, "skills", "list"], env=self.env, check=True, capture_output=True)
@@ -198,8 +199,8 @@ def print_table(rows: Iterable[Iterable[Any]]) -> None:
     rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = (f"{cell:<{width}}" if not i else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(row, widths)))
-        print("  ".join(cells).rstrip(), flush=True)
+        first, *rest = map(str.rjust, row, widths)
+        print("  ".join([first.strip().ljust(widths[0]), *rest]), flush=True)
 
 
 # ===== 2. kill ================================================================
@@ -468,6 +469,468 @@ def torture_by_kills(options: argparse.Namespace) -> int:
     return 1 if bad or killer.fell else 0
 
 
+# ===== 3. gateway =============================================================
+#
+# The attackers are one process of their own, which is told what to do; this one is
+# the honest client. Each side has its own addresses of the loopback, where the system
+# has more than one.
+
+RATE = 1_500  # datagrams of a flood in a second
+PING = {"type": "ping"}
+WRONG = [PING | {"token": word} for word in ("wrong", "", "x" * 1_000_000, "x" * 100_000, 5)]
+LONG_SESSION = "long"  # what slow readers ask for
+
+
+class Target(NamedTuple):
+    """What is attacked, and with what."""
+
+    port: int
+    fingerprint: str
+    token: str  # of a device that has turned against us
+    seed: int
+    seconds: float
+    streams: int
+
+
+class Elsewhere(o.QuicClient):
+    """A client at another address of this machine."""
+
+    source = 2
+
+    async def _open(self, link: Any, sock: socket.socket, address: tuple) -> None:
+        sock.close()
+        await super()._open(link, socket_of(self.source), address)
+
+
+class Attacker:
+    """All that one can do to a gateway; each attack gives the number of what it has sent."""
+
+    def __init__(self, target: Target):
+        self.target, self.dice, self.problems = target, random.Random(target.seed), []
+        self.end = time.monotonic() + target.seconds
+
+    def client(self, source: int, **more: Any) -> Elsewhere:
+        client = Elsewhere("127.0.0.1", self.target.port, fingerprint=self.target.fingerprint, **more)
+        client.source = source
+        return client
+
+    @property
+    def ping(self) -> dict[str, Any]:
+        return PING | {"token": self.target.token}
+
+    async def flood(self, make: Callable[[], bytes], rate: int = RATE) -> int:
+        """So many datagrams a second, from several addresses."""
+        sent = 0
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(socket_of(source)) for source in (2, 3, 4)]
+            started = time.monotonic()
+            while (now := time.monotonic()) < self.end:
+                for _ in range(min(rate, int((now - started) * rate) - sent)):
+                    with contextlib.suppress(OSError):
+                        socks[sent % 3].sendto(make(), ("127.0.0.1", self.target.port))
+                    sent += 1
+                await asyncio.sleep(0.005)
+        return sent
+
+    # ---- strangers ----
+
+    def initial(self) -> bytes:
+        """An Initial that nobody can read."""
+        head = b"\xc3\0\0\0\1\x08" + self.dice.randbytes(8) + b"\x08" + self.dice.randbytes(8) + b"\0"
+        return head + (0x4000 | (1_198 - len(head))).to_bytes(2, "big") + self.dice.randbytes(1_198 - len(head))
+
+    def first_flight(self) -> bytes:
+        """The first datagram of a client."""
+        quic = o.open_quic().quic.connection.QuicConnection(configuration=o.configured(server_name="x", verify_mode=0))
+        quic.connect(("127.0.0.1", self.target.port), now=0.0)
+        return quic.datagrams_to_send(now=0.0)[0][0]
+
+    def damaged(self, data: bytes) -> bytes:
+        """The same with some bits flipped, or cut short."""
+        copy = bytearray(data)
+        for _ in range(self.dice.choice((1, 1, 3, 30))):
+            copy[self.dice.randrange(min(self.dice.choice((40, 1_200)), len(copy)))] ^= 1 << self.dice.randrange(8)
+        return bytes(copy[: self.dice.randrange(len(copy))]) if self.dice.random() < 0.1 else bytes(copy)
+
+    async def random_bytes(self) -> int:
+        return await self.flood(lambda: self.dice.randbytes(self.dice.randrange(1, 1_400)))
+
+    async def junk_initials(self) -> int:
+        return await self.flood(self.initial)
+
+    async def other_versions(self) -> int:
+        return await self.flood(lambda: b"\xc0" + self.dice.randbytes(4) + self.initial()[5:])
+
+    async def short_headers(self) -> int:
+        return await self.flood(lambda: b"\x43" + self.dice.randbytes(self.dice.randrange(20, 1_200)))
+
+    async def damaged_first_flights(self) -> int:
+        flights = [self.first_flight() for _ in range(20)]
+        return await self.flood(lambda: self.damaged(self.dice.choice(flights)), RATE // 3)
+
+    async def half_open(self) -> int:
+        """Handshakes that are begun and not gone on with."""
+        return await self.flood(self.first_flight, 100)
+
+    async def silent(self) -> int:
+        """Connections that say nothing, as many as they let in from some addresses."""
+        tasks = [asyncio.create_task(self._be_silent(5 + i % 2)) for i in range(24)]
+        return sum(await asyncio.gather(*tasks))
+
+    async def _be_silent(self, source: int) -> int:
+        count = 0
+        while time.monotonic() < self.end:
+            with contextlib.suppress(o.GatewayError, TimeoutError):
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.end - time.monotonic()):
+                    async with self.client(source, time_limit=1.0) as client:
+                        count += 1
+                        while client.problem is None:
+                            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
+        return count
+
+    async def strangers(self) -> int:
+        """Wrong tokens, long ones, too much at once, frames that are none; they are answered slowly, if at all."""
+        count = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.end - time.monotonic()):
+                while True:
+                    with contextlib.suppress(o.GatewayError):
+                        async with self.client(7, time_limit=1.0) as client:
+                            streams = [client.open_stream(self.dice.choice(WRONG), True) for _ in range(3)]
+                            streams.append(raw(client, self.dice.randbytes(200)))
+                            count += len(streams)
+                            for stream in streams:
+                                frame = await stream.receive()
+                                if frame and frame["type"] != "error":
+                                    self.problems.append(f"a stranger was told {frame}")
+                    await asyncio.sleep(0.01)
+        return count
+
+    # ---- a device ----
+
+    async def damaged_datagrams(self) -> int:
+        """A device's datagrams, and beside each of them some that are damaged."""
+        async with self.client(8) as client:
+            count, sock = 0, client.link.port.sock
+            plain = client.link.port.send
+
+            def send(data: bytes, address: tuple) -> None:
+                nonlocal count
+                for copy in [self.damaged(data) for _ in range(3)] + [data]:
+                    count += 1
+                    plain(copy, address)
+
+            client.link.port.send = send
+            while time.monotonic() < self.end and sock.fileno() >= 0:
+                await self._expect("pong", client)
+                await asyncio.sleep(0.01)
+        return count
+
+    async def _expect(self, content: str, client: o.QuicClient) -> None:
+        try:
+            async with asyncio.timeout(5.0):
+                frame = await client.open_stream(self.ping, True).receive()
+            if frame.get("content") != content:
+                self.problems.append(f"a ping was answered with {frame}")
+        except (o.GatewayError, TimeoutError) as error:
+            self.problems.append(f"a ping was not answered: {error!r}")
+            self.end = 0.0
+
+    async def bad_frames(self) -> int:
+        count = 0
+        async with self.client(9) as client:
+            await self._expect("pong", client)
+            await self._borrow(client)
+            while time.monotonic() < self.end:
+                for data, code in bad_frames(self.target.token):
+                    stream = raw(client, data, finish=self.dice.random() < 0.5 or code == "cut")
+                    async with asyncio.timeout(5.0):
+                        frame = await stream.receive()
+                    count += 1
+                    if frame.get("code") != code.replace("cut", "bad_request"):
+                        self.problems.append(f"{data[:60]!r}… was answered with {str(frame)[:200]}, not {code}")
+                        self.end = 0.0
+                stream = client.open_stream(self.ping)  # its end, and a second frame, never come
+                raw(client, b"\0\0\1\0{").reset()
+                if (await stream.receive()).get("content") != "pong":
+                    self.problems.append("a stream that was left open was not answered")
+                count += 2
+                await asyncio.sleep(0.01)
+        return count
+
+    async def _borrow(self, client: o.QuicClient) -> None:
+        """The id of another device's message is ours too, with an answer of its own."""
+        frame = {"type": "message", "id": "m1", "session_id": "mine", "user_message": "hi\necho mine"}
+        stream = client.open_stream(frame | {"token": self.target.token}, True)
+        while (frame := await stream.receive())["type"] not in ("reply", "error"):
+            pass
+        if "mine" not in frame.get("content", "") or "done" in frame["content"]:
+            self.problems.append(f"another device's id was answered with {frame}")
+
+    async def slow_readers(self) -> int:
+        """Connections that ask for much and take nothing."""
+        count, clients = 0, []
+        try:
+            while time.monotonic() < self.end:
+                if len(clients) < 6:
+                    clients.append(client := self.client(10 + len(clients) % 2))
+                    await client.__aenter__()
+                    frame = {"type": "history", "session_id": LONG_SESSION, "limit": 1000, "token": self.target.token}
+                    client.open_stream(self.ping, True)
+                    for _ in range(100):
+                        client.open_stream(frame, True)
+                    await asyncio.sleep(0.1)
+                    client.link.port.received = lambda batch, port: None
+                    count += 100
+                await asyncio.sleep(0.02)
+        finally:
+            for client in clients:
+                await client.__aexit__()
+        return count
+
+    async def many_streams(self) -> int:
+        """Requests without end on one connection, 64 at a time."""
+        rest = itertools.count(1)
+        async with self.client(12) as client:
+            await self._expect("pong", client)
+
+            async def ask() -> None:
+                while next(rest) <= self.target.streams and client.problem is None:
+                    await client.open_stream(self.ping, True).receive()
+
+            try:
+                await asyncio.gather(*(ask() for _ in range(64)))
+            except o.GatewayError as error:
+                self.problems.append(f"streams: {error}")
+        return min(next(rest), self.target.streams)
+
+    async def streams_reset(self) -> int:
+        """Streams that are opened and reset at once: they must not use up what a connection may have open."""
+        count = 0
+        async with self.client(13) as client:
+            await self._expect("pong", client)
+            while time.monotonic() < self.end:
+                for _ in range(20):
+                    stream = client.open_stream(self.ping, self.dice.random() < 0.5)
+                    if self.dice.random() < 0.3:
+                        await asyncio.sleep(0)
+                    self.dice.choice((stream.reset, lambda one=stream: client.link.quic.reset_stream(one.number, 1)))()
+                    count += 1
+                await self._expect("pong", client)
+        return count
+
+
+ATTACKS = """random_bytes junk_initials other_versions short_headers damaged_first_flights half_open silent strangers
+    damaged_datagrams bad_frames slow_readers streams_reset many_streams""".split()
+
+
+def socket_of(source: int) -> socket.socket:
+    """A UDP socket at 127.0.0.source, or where the system has no such address, at any."""
+    with contextlib.suppress(OSError):
+        return o.udp_socket(socket.AF_INET, (f"127.0.0.{source}", 0))
+    return o.udp_socket(socket.AF_INET)
+
+
+def raw(client: o.QuicClient, data: bytes, finish: bool = False) -> o.Stream:
+    """A stream with these bytes."""
+    stream = client.link.open()
+    stream.write(data, finish)
+    return stream
+
+
+def packed(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+def bad_frames(token: str) -> Iterator[tuple[bytes, str]]:
+    """Bytes of a device that are no good request, and the code that answers them; "cut": their end follows."""
+    ping = PING | {"token": token}
+    message = {"type": "message", "id": "1", "token": token, "user_message": "hi"}
+    bodies = [b"{", b"", b"[1]", b"null", b"\xff{}", b'{"a":NaN}', b'{"a":1,"a":2}', b'{"a":"\\ud800"}', b"{} {}"]
+    bodies += [b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", b'{"a":' + b"9" * 5_000 + b"}"]
+    frames = [{}, ping | {"type": 1}, ping | {"type": "pingg"}, {"type": "ping"}, ping | {"token": 5}]
+    frames += [message | {"user_message": ["hi"]}, message | {"id": None}, message | {"metadata": "x"}]
+    frames += [message | {"id": "job:1"}, message | {"channel_id": "quic:somebody"}, message | {"on_disconnect": "x"}]
+    for body in bodies + [json.dumps(frame).encode() for frame in frames]:
+        yield packed(body), "bad_request"
+    for size in ((1 << 20) + 1, (1 << 32) - 1):
+        yield size.to_bytes(4, "big"), "too_large"
+    yield packed(json.dumps(ping | {"token": "x" * 1_000_000}).encode()), "too_large"
+    yield packed(json.dumps(message | {"user_message": "x" * 900_001}).encode()), "too_large"
+    yield packed(json.dumps(ping | {"token": "wrong" * 8}).encode())[:-5], "cut"
+    yield b"\0\0", "cut"
+
+
+def serve_attacks(pipe: Any) -> None:
+    """The attackers' process: (target, names) -> (count, problems)."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            target, names = pipe.recv()
+            pipe.send(asyncio.run(attack(target, names)))
+
+
+async def attack(target: Target, names: list[str]) -> tuple[int, list[str]]:
+    """These attacks side by side."""
+    attackers = [Attacker(target) for _ in names]
+    work = (getattr(one, name)() for one, name in zip(attackers, names, strict=True))
+    counts = await asyncio.gather(*work, return_exceptions=True)
+    problems = [f"{name}: {text}" for one, name in zip(attackers, names, strict=True) for text in one.problems]
+    problems += [f"{name}: {n!r}" for n, name in zip(counts, names, strict=True) if isinstance(n, BaseException)]
+    return sum(count for count in counts if isinstance(count, int)), problems
+
+
+class Honest:
+    """A client that is to be served all the while; how long each answer took."""
+
+    LONGEST = 5.0  # seconds; more counts as no answer
+
+    def __init__(self, house: House):
+        self.house, self.token = house, house.tokens["honest"]
+        self.pings: list[float] = []
+        self.arrivals: list[float] = []  # a new connection, and the answer to its first request
+        self.turns: list[float] = []
+        self.problems: list[str] = []
+        self.peak = 0.0
+        self._numbers = itertools.count(1)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._stay())
+            tasks.create_task(self._arrive())
+            tasks.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, self.house.memory())
+            await asyncio.sleep(0.02)
+
+    async def _stay(self) -> None:
+        """Pings on one connection, and a message each second."""
+        while True:
+            with self._noted("a connection"):
+                async with self.house.client() as client:
+                    while client.problem is None:
+                        started = time.monotonic()
+                        while time.monotonic() < started + 1:
+                            await self._ping(client, self.pings)
+                            await asyncio.sleep(0.01)
+                        await self._turn(client)
+            await asyncio.sleep(0.1)
+
+    async def _arrive(self) -> None:
+        while True:
+            started = time.monotonic()
+            with self._noted("a newcomer"):
+                async with asyncio.timeout(self.LONGEST), self.house.client(time_limit=self.LONGEST) as client:
+                    await self._ping(client, [])
+                    self.arrivals.append(time.monotonic() - started)
+            await asyncio.sleep(0.2)
+
+    async def _ping(self, client: o.QuicClient, times: list[float]) -> None:
+        started = time.monotonic()
+        async with asyncio.timeout(self.LONGEST):
+            frame = await client.open_stream(PING | {"token": self.token}, True).receive()
+        times.append(time.monotonic() - started)
+        if frame != {"type": "reply", "content": "pong"}:
+            self.problems.append(f"a ping was answered with {frame}")
+
+    async def _turn(self, client: o.QuicClient) -> None:
+        """A message with a command, on a session that stays short."""
+        started, name = time.monotonic(), f"m{next(self._numbers)}"
+        frame = {"type": "message", "id": name, "session_id": name, "user_message": f"hi\necho 'done {name}'"}
+        async with asyncio.timeout(2 * self.LONGEST):
+            stream = client.open_stream(frame | {"token": self.token}, True)
+            while (frame := await stream.receive())["type"] != "reply":
+                pass
+        self.turns.append(time.monotonic() - started)
+        if f"done {name}" not in frame["content"]:
+            self.problems.append(f"{name} was answered with {frame}")
+
+    @contextlib.contextmanager
+    def _noted(self, who: str) -> Iterator[None]:
+        try:
+            yield
+        except (o.GatewayError, TimeoutError) as error:
+            self.problems.append(f"{who} was not served: {error!r}")
+
+    def row(self, name: str, count: int) -> tuple[str, ...]:
+        """What an attack has done to us; then all begins anew."""
+        cells = (name, f"{count:,}", *map(figures, (self.pings, self.arrivals, self.turns)), f"{self.peak:.1f}")
+        self.pings, self.arrivals, self.turns, self.peak = [], [], [], 0.0
+        return cells
+
+
+def figures(times: list[float]) -> str:
+    """Median, 99th percentile, and how many they are of."""
+    if len(times) < 2:
+        return f"{times[0] * 1000:.1f} (1)" if times else "-"
+    p99 = statistics.quantiles(times, n=100, method="inclusive")[-1]
+    return f"{statistics.median(times) * 1000:.1f} {p99 * 1000:.1f} ({len(times)})"
+
+
+async def endure(house: House, options: argparse.Namespace, pipe: Any) -> tuple[list[tuple], list[str], float]:
+    """All attacks, one after the other and side by side: rows of the table, problems, growth of memory."""
+    await house.ready()
+    honest, loop, rows, problems = Honest(house), asyncio.get_running_loop(), [], []
+    each = options.seconds / (len(ATTACKS) + 2)
+    work = asyncio.create_task(honest.run())
+    target = Target(house.port, house.fingerprint, house.tokens["mallory"], options.seed, each, options.streams)
+    await asyncio.sleep(max(1.2, each))
+    before = peak = house.memory()
+    rows.append(honest.row("none", 0))
+    for names in [[name] for name in ATTACKS] + [ATTACKS[:-1]]:
+        pipe.send((target, names))
+        count, found = await loop.run_in_executor(None, pipe.recv)
+        problems += found
+        peak = max(peak, honest.peak)
+        rows.append(honest.row(names[0] if len(names) == 1 else "all of these at once", count))
+    await asyncio.sleep(1.0 if options.short else 10.0)
+    peak, after = max(peak, honest.peak), house.memory()
+    rows.append(honest.row("none", 0))
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+    print(f"memory: {before:.1f} MB before, {peak:.1f} MB at most, {after:.1f} MB after")
+    return rows, problems + honest.problems, peak - before
+
+
+def torture_the_gateway(options: argparse.Namespace) -> int:
+    """The command gateway."""
+    import multiprocessing
+
+    started = time.monotonic()
+    options.seconds = 6.0 if options.short else options.seconds
+    options.streams = 1_500 if options.short else options.streams
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    attackers = context.Process(target=serve_attacks, args=(theirs,), daemon=True)
+    attackers.start()
+    theirs.close()
+    with House(options.archive, ("honest", "mallory")) as house:
+        with house.store() as store:
+            session = store.session(LONG_SESSION)
+            for _ in range(20):
+                store.append(session, o.Message(o.Role.USER, "x" * 8_000))
+        house.start()
+        rows, problems, growth = asyncio.run(endure(house, options, ours))
+        if code := house.end(signal.SIGTERM):
+            problems.append(f"the daemon ended with {code} when it was told to end")
+        said = Counter(re.sub(r"\d+", "N", line)[:150] for line in house.words().splitlines()[7:])
+    ours.close()
+    attackers.join(5)
+    heads = ("attack", "sent", "ping: p50 p99 ms", "newcomer: p50 p99 ms", "turn: p50 p99 ms", "peak MB")
+    print_table([heads, *rows])
+    for text in problems[:20]:
+        print(f"  {text}")
+    for line, count in said.most_common(5):
+        print(f"  log, {count} times: {line}")
+    if growth > 40:
+        print(f"  memory grew by {growth:.1f} MB")
+    print(f"seed {options.seed}, {time.monotonic() - started:.0f} s")
+    return 1 if problems or growth > 40 else 0
+
+
 # ===== 4. Command =============================================================
 
 
@@ -477,7 +940,11 @@ def main() -> int:
     kill = commands.add_parser("kill", help="kill -9 while messages come")
     kill.add_argument("--kills", type=int, default=200)
     kill.set_defaults(run=torture_by_kills)
-    for command in (kill,):
+    gateway = commands.add_parser("gateway", help="attacks, while an honest client asks")
+    gateway.add_argument("--seconds", type=float, default=120.0, help="for all attacks; streams take their own time")
+    gateway.add_argument("--streams", type=int, default=1_000_000)
+    gateway.set_defaults(run=torture_the_gateway)
+    for command in (kill, gateway):
         command.add_argument("--short", action="store_true", help="less than 15 s")
         command.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
         command.add_argument("--archive", type=Path, help="this archive instead of the checkout")
