@@ -7265,6 +7265,11 @@ class ServerLink(Link):
         if not self.devices and self.quic._local_max_data.used > self.server.limits.bytes_before:
             self.close(Code.TOO_MUCH, "too much before authentication")
 
+    def on_StreamReset(self, event: Any) -> None:
+        if event.stream_id not in self.streams:  # it has said nothing; until we end it too it counts as open
+            self.quic.reset_stream(event.stream_id, Code.CANCELLED)
+        super().on_StreamReset(event)
+
     def on_ConnectionIdIssued(self, event: Any) -> None:
         self.server.links[event.connection_id] = self
 
@@ -7274,7 +7279,7 @@ class ServerLink(Link):
     def forget(self, stream: Stream) -> None:
         """The request is done; a stream whose end has not come stays, or what comes would look like a new one."""
         stream.done = True
-        self.abandon(stream, Code.DONE, sending=False)
+        self.abandon(stream, Code.DONE, sending=not stream.finished)
         self.settle(stream)
 
     def settle(self, stream: Stream) -> None:

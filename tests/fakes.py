@@ -37,6 +37,8 @@ import time
 #   reasoning      thought before it: reasoning_content, a thinking block with signature, a reasoning item
 #   tool_calls     [{"name", "arguments": object or raw string, "id"?}]
 #   echo           true: text is the last user message; tool_result_text: true: text is the last tool result
+#   shell          text: chat only; the last line of the user's words is called as system_run ("{call}" in it is the
+#                  call's id), again if its result has this text; then the result is said
 #   usage          {"input" (cached ones included), "output", "cached", "reasoning", "cost"}; null: none is sent
 #   finish         "length", "content_filter", "failed", or the vendor's own word
 #   models, bare   for path "/models": the ids to list; a bare array instead of an object
@@ -64,7 +66,7 @@ import time
 #   split          the body in pieces of N bytes, each in a packet of its own
 #   close_delimited  no chunked coding: the body ends where the connection does
 STEP_KEYS = frozenset(
-    """text deltas reasoning tool_calls echo tool_result_text usage finish models bare model path times default
+    """text deltas reasoning tool_calls echo tool_result_text shell usage finish models bare model path times default
     expect allow reject context status headers body overflow delay stall pace after cut cut_bytes reset clean
     garbage long_line error_event no_done raw refuse split close_delimited quirks""".split()
 )
@@ -213,7 +215,10 @@ class Reply:
         self.reasoning, self.finish = step.get("reasoning"), step.get("finish")
         new = (lambda: new_id("", 9)) if "mistral_ids" in self.quirks else format.new_call_id
         empty = "empty_arguments" in self.quirks
-        self.calls = [Call(wanted, new(), empty) for wanted in step.get("tool_calls", ())]
+        calls = step.get("tool_calls", ())
+        if "shell" in step:
+            self.text, calls = shell(step["shell"], body["messages"], new_id("call_", 24))
+        self.calls = [Call(wanted, new(), empty) for wanted in calls]
         said = len(self.text or "") + len(self.reasoning or "") + sum(len(call.text) for call in self.calls)
         known = step.get("usage", {})
         self.usage = None if known is None else {"input": size // 4 + 1, "output": said // 4 + 1} | known
@@ -223,6 +228,16 @@ class Reply:
 
     def used(self, name: str) -> int:
         return (self.usage or {}).get(name, 0)
+
+
+def shell(again: str, messages: list, call_id: str) -> tuple[str | None, list[dict]]:
+    """What a model says that runs what it is told: text, calls."""
+    last = texts(messages[-1]["content"], "text")
+    if messages[-1]["role"] == "tool" and again not in last:
+        return last, []
+    words = next(texts(m["content"], "text") for m in reversed(messages) if m["role"] == "user")
+    command = words.splitlines()[-1].replace("{call}", call_id)
+    return None, [{"name": "system_run", "arguments": {"command": command}, "id": call_id}]
 
 
 def check_schema(schema, name: str, path: str):

@@ -437,6 +437,30 @@ def test_the_handler_hears_that_nobody_listens(identity):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("frame", [None, PING, MESSAGE | {"user_message": "wait"}])
+def test_streams_that_the_client_resets_leave_nothing_behind(identity, frame):
+    """However little it says, and if it does not tell us to stop: else it could soon open no more."""
+
+    async def handler(stream):
+        if stream.request.get("user_message") == "wait":
+            await stream.reset_by_peer.wait()
+        else:
+            await answer(stream)
+
+    async def main():
+        async with serving(identity, handler, streams=16) as server, client(server) as connection:
+            for _ in range(100):
+                stream = connection.open_stream(frame) if frame else connection.link.open()
+                if frame:
+                    await asked(connection)
+                connection.link.quic.reset_stream(stream.number, 1)
+                assert await asked(connection) == PONG
+            (link,) = server.guard.links
+            await until(lambda: len(link.streams) < 2 and len(link.quic._streams) < 3)
+
+    asyncio.run(main())
+
+
 def test_send_waits_for_a_reader_and_ends_one_that_stalls(identity):
     piece, sent, ended = {"type": "delta", "text": "x" * 50_000}, [], []
 
