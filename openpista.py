@@ -11611,7 +11611,7 @@ class Gateway:
                 last = str(error)
 
     async def _cut_revoked(self) -> None:
-        for who in {who for link in self.server.gate.everybody for who in link.devices}:
+        for who in {who for link in self.server.guard.links for who in link.devices}:
             if self.devices.find(who.token_hash) != who.name:
                 self.server.cut(who)
                 for number in self.hub.inbox.open_of(f"quic:{who.name}"):
@@ -11621,9 +11621,10 @@ class Gateway:
         """Listen elsewhere; connections go on where there is a socket of their family."""
         if (hosts, port) == (self._hosts, self.config.port):
             return
-        former, links = self._hosts, list(self.server.gate.everybody)
+        former, links = self._hosts, list(self.server.guard.links)
         port = port or self.server.addresses[0][1]
-        self.server._close_ports()
+        while self.server.ports:
+            self.server.ports.pop().close()
         await asyncio.sleep(0)  # a transport closes its socket in the next turn
         try:
             await self.server.start((host, port) for host in hosts)
@@ -11641,7 +11642,7 @@ class Gateway:
         files = certificate_files(self.home, self.config)
         if (stamp := self._stamp(files)) != self._files:
             self._files = stamp
-            self.server.reload(*files)
+            self.server.use(load_certificate(*files))
             log.warning("gateway: a new certificate, sha256 %s", self.fingerprint)
 
     @staticmethod
