@@ -12,11 +12,15 @@ Add a row:   a generator of Rows under @row; what it needs of the world is in La
 
 import argparse
 import asyncio
+import collections
 import contextlib
+import ctypes
+import fcntl
 import filecmp
 import functools
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -328,10 +332,15 @@ class Lab(contextlib.ExitStack):
     def found(self, work: Callable[..., None], *words: object, home: str = "plain") -> Any:
         """What a part has found."""
         env = self.home(home) | self.packages
-        done = subprocess.run(self.part(work, *words), env=env, capture_output=True, text=True, timeout=2 * LIMIT)
-        if done.returncode:
-            raise Broken(done.stderr.strip().rpartition("\n")[2] or f"{work.__name__} ended with {done.returncode}")
-        return json.loads(done.stdout)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(self.part(work, *words), env=env, **pipes)
+        try:
+            said, problem = process.communicate(timeout=3 * LIMIT)
+        finally:
+            end(process)  # not killed at once: it may have children
+        if process.returncode:
+            raise Broken(problem.strip().rpartition("\n")[2] or f"{work.__name__} ended with {process.returncode}")
+        return json.loads(said)
 
     @contextlib.contextmanager
     def beside(self, work: Callable[..., None], *words: object) -> Iterator[Any]:
@@ -746,6 +755,154 @@ def flooded(invite: str, pid: str, seconds: str, rate: str) -> None:
     asyncio.run(run())
 
 
+# Two network namespaces: the kernel's own TCP on both sides, and a forwarder between that delays and drops
+
+NEWNET, IFF_TUN, IFF_NO_PI = 0x4000_0000, 0x0001, 0x1000
+TUNSETIFF, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x4004_54CA, 0x8914, 0x8916, 0x891C
+
+
+def new_network(address: str) -> int:
+    """Go into a new network namespace, where there is one interface with this address: its TUN descriptor."""
+    if ctypes.CDLL(None, use_errno=True).unshare(NEWNET):
+        raise OSError(ctypes.get_errno(), "no new network namespace")
+    tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", b"way", IFF_TUN | IFF_NO_PI))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for request, value in ((SIOCSIFADDR, address), (SIOCSIFNETMASK, "255.255.255.0")):
+            place = struct.pack("16sHH4s8x", b"way", socket.AF_INET, 0, socket.inet_aton(value))
+            fcntl.ioctl(sock, request, place)
+        for name in (b"lo", b"way"):
+            fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH14x", name, 0x1))
+    return tun
+
+
+def forward(one: int, other: int, delay: float, loss: float, until: Callable[[], bool]) -> None:
+    """Carry packets both ways, each later by the delay; of some nothing is ever seen again."""
+    chance, waiting, ends = random.Random(4), collections.deque(), {one: other, other: one}
+    while not until():
+        pause = min(max(waiting[0][0] - time.monotonic(), 0.0), 0.1) if waiting else 0.1
+        for end in select.select([one, other], [], [], pause)[0]:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet = os.read(end, 65_536)
+                    if chance.random() >= loss:
+                        waiting.append((time.monotonic() + delay, ends[end], packet))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, end, packet = waiting.popleft()
+            with contextlib.suppress(BlockingIOError):  # a full queue: a loss like another
+                os.write(end, packet)
+
+
+@part
+def two_networks(archive: str, invite: str, rounds: str) -> None:
+    """Run `crowded` in one network against the servers in another; null where that cannot be had."""
+    try:
+        one = new_network(HERE)
+    except (OSError, AttributeError):
+        return tell(None)
+    env, home = dict(os.environ), Path(os.environ["OPENPISTA_HOME"])
+    offered = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    controls = [name for name in ("cubic", "bbr") if name in offered]
+    with contextlib.ExitStack() as stack:
+        plain = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+        stack.enter_context(running_daemon(archive, plain, home))
+        for number, name in enumerate(controls):
+            argv = [sys.executable, __file__, "--part", "websocket_server"]
+            argv += [str(home / "gateway.pem"), HERE, str(4_000 + number), name]
+            server = subprocess.Popen(argv, stdout=subprocess.PIPE)
+            stack.callback(end, server)
+            server.stdout.readline()
+        other = new_network(THERE)
+        argv = [sys.executable, __file__, "--part", "crowded", invite, rounds, *controls]
+        client = subprocess.Popen(argv)
+        stack.callback(end, client)
+        forward(one, other, 0.025, 0.02, lambda: client.poll() is not None)
+        if client.returncode:
+            raise Broken(f"the client ended with {client.returncode}")
+
+
+HERE, THERE = "10.99.0.1", "10.99.0.2"
+LARGE, SMALL, GAP = 580_000, 50, 0.02  # bytes of the large reply; small requests beside it; seconds between these
+
+
+async def small_ones(request: Callable[[int], Any]) -> list[float]:
+    """Seconds that each small request took; the next one goes out whatever became of the last."""
+    started = asyncio.get_running_loop().time()
+
+    async def one(number: int) -> float:
+        await asyncio.sleep(max(0.0, started + number * GAP - asyncio.get_running_loop().time()))
+        sent = time.perf_counter()
+        await request(number)
+        return time.perf_counter() - sent
+
+    return await asyncio.gather(*map(one, range(SMALL)))
+
+
+async def crowded_quic(invite: str) -> tuple[list[float], float]:
+    """Times of small requests beside a large reply, and how long that took; all on one connection of ours."""
+    client, token = ours(invite)
+    async with client:
+        await ask(client, token)
+        started = time.perf_counter()
+        large = asyncio.create_task(ask(client, token, type="history", session_id="large", limit=1_000))
+        await asyncio.sleep(0.1)  # two round trips: it is on its way
+        times = await small_ones(lambda number: ask(client, token))
+        size = len(json.dumps(await large, ensure_ascii=False).encode())
+        assert size > 0.9 * LARGE, size
+        return times, time.perf_counter() - started
+
+
+async def crowded_tcp(port: int, congestion: str) -> tuple[list[float], float]:
+    """The same over a TLS WebSocket."""
+    sock = tcp_socket(congestion)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, (HERE, port))
+    reader, writer = await asyncio.open_connection(sock=sock, ssl=client_context(), server_hostname="x")
+    writer.write(UPGRADE)
+    await reader.readuntil(b"\r\n\r\n")
+    waiting: dict[bytes, asyncio.Future[None]] = {}
+
+    def request(name: bytes) -> asyncio.Future[None]:
+        waiting[name] = asyncio.get_running_loop().create_future()
+        writer.write(frame_of(1, name.ljust(100), os.urandom(4)) if name != b"large" else large)
+        return waiting[name]
+
+    async def listen() -> None:
+        came = bytearray()
+        while data := await reader.read(65_536):
+            came += data
+            for frame in frames_in(came):
+                name = b"large" if frame.endswith(b"E") else frame.strip()
+                if not name.startswith(b"L"):
+                    waiting.pop(name).set_result(None)
+
+    large = frame_of(1, b"%d" % LARGE, os.urandom(4))
+    listening = asyncio.create_task(listen())
+    await request(b"first")
+    started = time.perf_counter()
+    bulk = request(b"large")
+    await asyncio.sleep(0.1)
+    times = await small_ones(lambda number: request(b"small %d" % number))
+    await bulk
+    took = time.perf_counter() - started
+    listening.cancel()
+    writer.close()
+    return times, took
+
+
+@part
+def crowded(invite: str, rounds: str, *controls: str) -> None:
+    """Rounds of all, one after the other: name -> times of small requests, and of the large."""
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("quic", *controls)}
+    for _ in range(int(rounds)):
+        for name, (small, large) in found.items():
+            run = crowded_quic(invite) if name == "quic" else crowded_tcp(4_000 + controls.index(name), name)
+            times, took = asyncio.run(asyncio.wait_for(run, 60))
+            small += times
+            large.append(took)
+    tell(found)
+
+
 # ===== 4. The rows ============================================================
 
 
@@ -1047,9 +1204,55 @@ def measure_memory(lab: Lab) -> Iterator[Row]:
         found = lab.found(flooded, served.invite, served.process.pid, 3 if lab.short else 8, 5_000)
     grown, what = found["grown"] / 1e6, f"{found['sent']:,} junk Initials, 5,000/s: memory grows by"
     yield Row(what, f"{grown:.2f} MB", "", "", "<= 5 MB", grown <= 5)
-    quiet, p99 = (statistics.quantiles(found[name], n=100, method="inclusive")[-1] * 1000 for name in ("quiet", "times"))
+    quiet, p99 = (
+        statistics.quantiles(found[name], n=100, method="inclusive")[-1] * 1000 for name in ("quiet", "times")
+    )
     figures = f"{p99:.1f} ms", f"without {quiet:.1f} ms", f"of {len(found['times'])}"
     yield Row("the same: p99 of an honest client, wall", *figures, "<= 20 ms", p99 <= 20)
+
+
+LARGE_SESSION = """
+import pathlib, sys, openpista
+with openpista.Store(pathlib.Path(sys.argv[1])) as store:
+    session = store.session("large")
+    for _ in range(10):  # each as long as a reply may be in a frame, of characters of four bytes
+        store.append(session, openpista.Message(openpista.Role.USER, chr(0x1D11E) * 14_500))
+"""
+
+
+@row("loss")
+def measure_loss(lab: Lab) -> Iterator[Row]:
+    """Small requests beside a large reply where packets get lost."""
+    what, goal = f"{SMALL} requests beside {LARGE // 1000} KB, RTT 50 ms, 2 % loss", ("<= 0.2", "<= 250 ms")
+    env, served = lab.home("lossy"), Path(lab.home("lossy")["OPENPISTA_HOME"])
+    port = settle(served)
+    lab.start("lossy", "-c", LARGE_SESSION, served / "memory.db", **lab.packages)()
+    add = [sys.executable, lab.archive, "devices", "add", "bench", "--host", f"{HERE}:{port}"]
+    done = subprocess.run(add, env=env, cwd=lab.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
+    found = lab.found(two_networks, lab.archive, done.stdout.strip(), 3 if lab.short else 8, home="lossy")
+    if not found:
+        yield Row(what, "not measured", "needs root and TUN", "", "; ".join(goal))
+        return
+    small, large = found.pop("quic")
+    for name, (others, bulk) in found.items():
+        p50, theirs = statistics.median(small) * 1000, statistics.median(others) * 1000
+        worst, their_worst = (
+            statistics.quantiles(some, n=100, method="inclusive")[-1] * 1000 for some in (small, others)
+        )
+        first = name == "cubic"
+        beside = f"TLS WebSocket, {name} "
+        limit = (goal[0], p50 / theirs <= 0.2) if first else ()
+        yield Row(
+            f"{what}: p50" if first else "  the same",
+            f"{p50:.0f} ms",
+            f"{beside}{theirs:.0f}",
+            f"{p50 / theirs:.2f}",
+            *limit,
+        )
+        limit = (goal[1], worst <= 250) if first else ()
+        yield Row("  p99", f"{worst:.0f} ms", f"{beside}{their_worst:.0f}", f"{worst / their_worst:.2f}", *limit)
+        times = statistics.median(large), statistics.median(bulk)
+        yield Row("  the large reply", f"{times[0]:.1f} s", f"{beside}{times[1]:.1f} s", f"{times[0] / times[1]:.2f}")
 
 
 # ===== 5. Command =============================================================
@@ -1066,6 +1269,7 @@ def show(row: Row) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, stop)
     if sys.argv[1:2] == ["--part"]:
         return PARTS[sys.argv[2]](*sys.argv[3:]) or 0
     parser = argparse.ArgumentParser(description="Measures openpista against its goals.")
@@ -1076,8 +1280,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    for number in (signal.SIGALRM, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, stop)
     started, broken = time.monotonic(), 0
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     show(HEAD)
