@@ -11,14 +11,22 @@ Add a row:   a generator of Rows under @row; what it needs of the world is in La
 """
 
 import argparse
+import asyncio
+import collections
 import contextlib
+import ctypes
+import fcntl
 import filecmp
 import functools
 import json
 import os
+import random
 import select
 import signal
+import socket
+import ssl
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +34,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fakes import ModelServer
 
@@ -50,21 +58,20 @@ class Row(NamedTuple):
 
 
 ROWS: dict[str, Callable[["Lab"], Iterator[Row]]] = {}
-LATER = (
-    Row("exec to ready, with QUIC, Telegram and cron", "", "nanobot 2.5 s", "", "<= 0.6 s"),
-    Row("the same: idle memory; idle CPU", "", "nanobot 95 MiB; 0.5 %", "", "50 MiB; 0.1 %"),
-    Row("Telegram message to final answer", "", "nanobot 0.44 s", "", "<= 0.1 s"),
-    Row("gateway ping, p50; 64 in flight, rate", "", "a bare aioquic echo", "", "<= 1.3; >= 1.7"),
-    Row("connect -e, RTT 50 ms: first; second time", "", "a TLS WebSocket", "", "<= 0.6; 0.35"),
-    Row("50 requests beside a large reply: p50; p99", "", "a TLS WebSocket", "", "<= 0.2; 250 ms"),
-    Row("idle connection; flood of Initials: memory", "", "TLS WebSocket 290 KB", "", "90 KB; 5 MB"),
-    Row("kill -9, 200 times: lost; repeated; missing", "", "", "", "0; 0; 0"),
-)
+LATER = (Row("Telegram message to final answer", "", "nanobot 0.44 s", "", "<= 0.1 s"),)
 
 
 def row(name: str) -> Callable:
     """Makes a function a row that the command line can name."""
     return lambda measure: ROWS.setdefault(name, measure)
+
+
+PARTS: dict[str, Callable[..., None]] = {}
+
+
+def part(work: Callable[..., None]) -> Callable[..., None]:
+    """Makes a function something that runs in a process of its own; what it prints is JSON, a line each."""
+    return PARTS.setdefault(work.__name__, work)
 
 
 # ===== 1. Processes ===========================================================
@@ -187,6 +194,84 @@ class Screen:
 # ===== 2. The laboratory ======================================================
 
 
+class Served(NamedTuple):
+    """A daemon that is ready."""
+
+    process: subprocess.Popen
+    took: float  # seconds from exec to READY=1
+    invite: str
+
+
+CONFIG = """
+[gateway]
+port = {port}
+[agent]
+provider = "offline"
+[[cron]]
+name = "morning"
+schedule = "0 9 * * mon-fri"
+prompt = "Good morning."
+"""
+
+
+def settle(home: Path) -> int:
+    """Write the configuration of a daemon; the port of its gateway, which is free now."""
+    home.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as found:
+        found.bind(("::", 0))
+        port = found.getsockname()[1]
+    (home / "config.toml").write_text(CONFIG.format(port=port))
+    return port
+
+
+@contextlib.contextmanager
+def running_daemon(archive: Path | str, env: dict[str, str], cwd: Path | str) -> Iterator[tuple]:
+    """A daemon, and how many seconds it took until it was ready, as it tells by sd_notify(3)."""
+    with (
+        tempfile.TemporaryDirectory(prefix="opb-") as folder,  # a short name: that of a socket may have 100 bytes
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear,
+        open(f"{folder}/said", "w+") as said,
+    ):
+        ear.bind(f"{folder}/notify")
+        ear.settimeout(LIMIT)
+        env = env | {"NOTIFY_SOCKET": f"{folder}/notify"}
+        streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said}
+        started = time.perf_counter()
+        process = subprocess.Popen([sys.executable, archive, "start"], env=env, cwd=cwd, **streams)
+        try:
+            while b"READY=1" not in heard(ear, process, said):
+                pass
+            yield process, time.perf_counter() - started
+        finally:
+            end(process)
+
+
+def heard(ear: socket.socket, process: subprocess.Popen, said: Any) -> bytes:
+    """What the daemon tells; Broken if it is gone."""
+    for _ in range(LIMIT):
+        if select.select([ear], [], [], 1.0)[0]:
+            return ear.recv(65_536)
+        if process.poll() is not None:
+            said.seek(0)
+            raise Broken(f"the daemon ended with {process.returncode}: {said.read()[-200:]!r}")
+    raise Broken(f"the daemon was not ready within {LIMIT} s")
+
+
+def resident(pid: int) -> int:
+    """The bytes of memory that a process has now."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        done = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
+        return int(done.stdout) * 1024
+
+
+def cpu_time(pid: int) -> float:
+    """The seconds of CPU that a process has taken, all its threads together; the kernel's finest count of it."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
 class Lab(contextlib.ExitStack):
     """The archive, homes to run it in, and a scripted model; all of it under one temporary folder."""
 
@@ -240,6 +325,44 @@ class Lab(contextlib.ExitStack):
         script = functools.partial(self.model.script, call, {"text": "It is done.", "expect": result})
         return lambda: (script(), run())[1]
 
+    def part(self, work: Callable[..., None], *words: object) -> list:
+        """How a part is started; see `part`."""
+        return [sys.executable, __file__, "--part", work.__name__, *map(str, words)]
+
+    def found(self, work: Callable[..., None], *words: object, home: str = "plain") -> Any:
+        """What a part has found."""
+        env = self.home(home) | self.packages
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(self.part(work, *words), env=env, **pipes)
+        try:
+            said, problem = process.communicate(timeout=3 * LIMIT)
+        finally:
+            end(process)  # not killed at once: it may have children
+        if process.returncode:
+            raise Broken(problem.strip().rpartition("\n")[2] or f"{work.__name__} ended with {process.returncode}")
+        return json.loads(said)
+
+    @contextlib.contextmanager
+    def beside(self, work: Callable[..., None], *words: object) -> Iterator[Any]:
+        """A part that runs meanwhile; what it says first."""
+        env = self.home("plain") | self.packages
+        process = subprocess.Popen(self.part(work, *words), env=env, stdout=subprocess.PIPE, text=True)
+        try:
+            yield json.loads(process.stdout.readline() or "null")
+        finally:
+            end(process)
+            process.stdout.close()
+
+    @contextlib.contextmanager
+    def daemon(self, home: str) -> Iterator["Served"]:
+        """A daemon in this home, which has a device."""
+        env = self.home(home)
+        port = settle(Path(env["OPENPISTA_HOME"]))
+        add = [sys.executable, self.archive, "devices", "add", os.urandom(4).hex(), "--host", f"127.0.0.1:{port}"]
+        done = subprocess.run(add, env=env, cwd=self.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
+        with running_daemon(self.archive, env, self.folder) as (process, took):
+            yield Served(process, took, done.stdout.strip())
+
     def httpx(self) -> Run:
         """`import httpx` in a virtual environment: this one's, or a new one with the requirements."""
         code, venv = ["-c", "import httpx"], self.folder / "venv"
@@ -252,7 +375,535 @@ class Lab(contextlib.ExitStack):
         return functools.partial(spend, [python, *code], self.home("plain"), self.folder)
 
 
-# ===== 3. The rows ============================================================
+# ===== 3. Parts ===============================================================
+#
+# What runs in processes of its own: the other ends, what lies between, and the
+# clients with their clocks. Only these import openpista.
+
+
+def tell(found: Any) -> None:
+    """Say what was found."""
+    print(json.dumps(found), flush=True)
+
+
+async def ask(client: Any, token: str, **more: Any) -> dict[str, Any]:
+    """One request and its answer over our client."""
+    frame = {"type": "ping", "token": token, **more}
+    answer = await client.open_stream(frame, True).receive()
+    assert answer["type"] == "reply", answer
+    return answer
+
+
+def ours(invite: str) -> tuple[Any, str]:
+    """Our client, not yet connected, and its token."""
+    import openpista
+
+    place = openpista.parse_invite(invite)
+    return openpista.QuicClient(place.host, place.port, fingerprint=place.fingerprint), place.token
+
+
+@part
+def bare_echo(pem: str) -> None:
+    """aioquic's own server, which echoes each stream."""
+    from aioquic.asyncio import QuicConnectionProtocol, serve
+    from aioquic.quic.configuration import QuicConfiguration
+    from aioquic.quic.events import StreamDataReceived
+
+    class Echo(QuicConnectionProtocol):
+        def quic_event_received(self, event: Any) -> None:
+            if isinstance(event, StreamDataReceived):
+                self._quic.send_stream_data(event.stream_id, event.data, event.end_stream)
+                self.transmit()
+
+    async def run() -> None:
+        configuration = QuicConfiguration(is_client=False, alpn_protocols=["echo"])
+        configuration.load_cert_chain(pem)
+        server = await serve("127.0.0.1", 0, configuration=configuration, create_protocol=Echo)
+        tell(server._transport.get_extra_info("sockname")[1])
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def bare_client(port: int, size: int) -> Any:
+    """aioquic's own client: a function that sends so many bytes and waits for them."""
+    from aioquic.asyncio import QuicConnectionProtocol, connect
+    from aioquic.quic.configuration import QuicConfiguration
+    from aioquic.quic.events import StreamDataReceived
+
+    class Client(QuicConnectionProtocol):
+        waiting: dict[int, asyncio.Future[None]]
+
+        def quic_event_received(self, event: Any) -> None:
+            if isinstance(event, StreamDataReceived) and event.end_stream:
+                self.waiting.pop(event.stream_id).set_result(None)
+
+    configuration = QuicConfiguration(is_client=True, alpn_protocols=["echo"], verify_mode=ssl.CERT_NONE)
+    async with connect("127.0.0.1", port, configuration=configuration, create_protocol=Client) as client:
+        client.waiting = {}
+
+        async def echo() -> None:
+            number = client._quic.get_next_available_stream_id()
+            answer = client.waiting[number] = asyncio.get_running_loop().create_future()
+            client._quic.send_stream_data(number, b"x" * size, True)
+            client.transmit()
+            await answer
+
+        yield echo
+
+
+async def one_by_one(request: Callable[[], Any], count: int) -> float:
+    """The p50 of a request, in seconds."""
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        await request()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+async def in_flight(request: Callable[[], Any], count: int, width: int = 64) -> float:
+    """Requests a second with so many under way."""
+    left = iter(range(count))
+
+    async def go_on() -> None:
+        for _ in left:
+            await request()
+
+    started = time.perf_counter()
+    await asyncio.gather(*(go_on() for _ in range(width)))
+    return count / (time.perf_counter() - started)
+
+
+@part
+def speed(invite: str, bare_port: str, rounds: str, count: str) -> None:
+    """Pairs of p50, and pairs of rates: ours and a bare echo of 200 bytes."""
+
+    async def run() -> None:
+        client, token = ours(invite)
+        async with client, bare_client(int(bare_port), 200) as bare:
+            mine = functools.partial(ask, client, token, id="0123456789abcdef")
+            for request in (mine, bare, mine, bare):
+                await one_by_one(request, 50)
+            pings, rates = [], []
+            for _ in range(int(rounds)):
+                pings.append((await one_by_one(mine, int(count)), await one_by_one(bare, int(count))))
+                rates.append((await in_flight(mine, 4 * int(count)), await in_flight(bare, 4 * int(count))))
+        tell({"pings": pings, "rates": rates})
+
+    asyncio.run(run())
+
+
+# The smallest TLS WebSocket: what RFC 6455 demands to open, and frames without pings
+
+
+def frame_of(kind: int, data: bytes, mask: bytes = b"") -> bytes:
+    """A frame; a client's has a mask."""
+    marked = 0x80 if mask else 0
+    size = bytes([marked | len(data)]) if len(data) < 126 else struct.pack(">BH", marked | 126, len(data))
+    return bytes([0x80 | kind]) + size + mask + (bytes(b ^ mask[i % 4] for i, b in enumerate(data)) if mask else data)
+
+
+def frames_in(buffer: bytearray) -> Iterator[bytes]:
+    """Take the whole frames out of the buffer."""
+    while len(buffer) >= 2:
+        masked, size, start = buffer[1] & 0x80, buffer[1] & 0x7F, 2
+        if size == 126:
+            size, start = int.from_bytes(buffer[2:4], "big"), 4
+        mask = bytes(buffer[start : start + 4]) if masked else b""
+        start += len(mask)
+        if len(buffer) < start + size:
+            return
+        data = bytes(buffer[start : start + size])
+        del buffer[: start + size]
+        yield bytes(b ^ mask[i % 4] for i, b in enumerate(data)) if masked else data
+
+
+UPGRADE = b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+UPGRADE += b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+UPGRADED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+UPGRADED += b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+PIECE = 16 << 10
+LOWAT = 25  # TCP_NOTSENT_LOWAT
+
+
+def tcp_socket(congestion: str) -> socket.socket:
+    """A TCP socket, tuned; '' is the system's congestion control."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, LOWAT, PIECE)
+    if congestion:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+    return sock
+
+
+@part
+def websocket_server(pem: str, host: str, port: str = "0", congestion: str = "") -> None:
+    """Echoes; a request that is a number is answered with so many bytes, in pieces, between which others fit."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with tcp_socket(congestion) as listener:
+        listener.bind((host, int(port)))
+        listener.listen()
+        tell(listener.getsockname()[1])
+        while True:
+            plain, _ = listener.accept()
+            with contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as sock:
+                websocket_serve(sock)
+
+
+def websocket_serve(sock: ssl.SSLSocket) -> None:
+    """One connection, to its end."""
+    asked = b""
+    while b"\r\n\r\n" not in asked:
+        asked += sock.recv(4_096)
+    sock.sendall(UPGRADED)
+    sock.setblocking(False)
+    came, out, answers, left = bytearray(), b"", [], 0
+    while True:
+        if not out and answers:
+            out = answers.pop(0)
+        elif not out and left:
+            left -= (size := min(left, PIECE))
+            out = frame_of(2, b"L" * (size - 1) + (b"L" if left else b"E"))
+        select.select([sock], [sock] if out else [], [])
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while data := sock.recv(65_536):
+                came += data
+            return
+        for request in frames_in(came):
+            if request.isdigit():
+                left += int(request)
+            else:
+                answers.append(frame_of(1, request))
+        with contextlib.suppress(ssl.SSLWantWriteError):
+            out = out[sock.send(out) :] if out else b""
+
+
+def client_context() -> ssl.SSLContext:
+    """What a client needs that pins a certificate: nobody else's word is asked."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def websocket_once(context: ssl.SSLContext, port: int) -> float:
+    """Seconds from nothing to the echo of one request."""
+    started = time.perf_counter()
+    with tcp_socket("") as plain:
+        plain.connect(("127.0.0.1", port))
+        with context.wrap_socket(plain) as sock:
+            sock.sendall(UPGRADE)
+            while not sock.recv(4_096).endswith(b"\r\n\r\n"):
+                pass
+            sock.sendall(frame_of(1, b"hello", os.urandom(4)))
+            sock.recv(4_096)
+            return time.perf_counter() - started
+
+
+class Relay(asyncio.DatagramProtocol):
+    """Passes datagrams on to a server, and back, each later by the delay."""
+
+    def __init__(self, target: tuple[str, int], delay: float):
+        self.target, self.delay, self.back = target, delay, {}
+        self.loop = asyncio.get_running_loop()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, address: tuple) -> None:
+        self.loop.call_later(self.delay, self.forward, data, address)
+
+    def forward(self, data: bytes, address: tuple) -> None:
+        if address not in self.back:
+            sock = self.back[address] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock.setblocking(False)
+            sock.connect(self.target)
+            self.loop.add_reader(sock, self.reply, sock, address)
+        self.back[address].send(data)
+
+    def reply(self, sock: socket.socket, address: tuple) -> None:
+        with contextlib.suppress(OSError):  # a server that has stopped listening
+            self.loop.call_later(self.delay, self.transport.sendto, sock.recv(65_536), address)
+
+
+async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float, start: float) -> None:
+    """Pass on what comes, later by the delay, none of it as if it had come before the start."""
+    loop, due = asyncio.get_running_loop(), 0.0
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65_536):
+            due = max(max(loop.time(), start) + delay, due + 1e-6)  # in order
+            loop.call_at(due, writer.write, data)
+    loop.call_later(2 * delay, writer.close)
+
+
+@part
+def relay(udp_port: str, tcp_port: str, delay: str) -> None:
+    """Both, in front of two servers. A client of TCP may speak one round trip after it has begun to connect."""
+    later = float(delay)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        start = asyncio.get_running_loop().time() + 2 * later
+        back, forth = await asyncio.open_connection("127.0.0.1", int(tcp_port))
+        await asyncio.gather(carry(reader, forth, later, start), carry(back, writer, later, 0.0))
+
+    async def run() -> None:
+        udp, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: Relay(("127.0.0.1", int(udp_port)), later), local_addr=("127.0.0.1", 0)
+        )
+        tcp = await asyncio.start_server(accept, "127.0.0.1", 0)
+        tell([udp.get_extra_info("sockname")[1], tcp.sockets[0].getsockname()[1]])
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
+
+
+@part
+def connecting(invite: str, tcp_port: str, rounds: str) -> None:
+    """Triples of seconds from request to reply: what `connect -e` does, first and second time, and a WebSocket."""
+    import openpista
+
+    openpista.open_quic(), openpista.open_crypto()
+    context, wanted = client_context(), openpista.parse_invite(invite)
+
+    async def remote(known: Any) -> tuple[float, bool]:
+        started = time.perf_counter()
+        async with openpista.RemoteDesk(None, wanted, known) as desk:
+            await desk.turn(os.urandom(4).hex(), "hello", None, lambda progress: None)
+            return time.perf_counter() - started, desk._client.early_accepted
+
+    def round() -> tuple[float, ...]:
+        with tempfile.TemporaryDirectory() as folder:
+            known = openpista.KnownGateways(Path(folder))
+            (first, cold), (second, warm) = asyncio.run(remote(known)), asyncio.run(remote(known))
+        assert (cold, warm) == (False, True), "the second time was not early"
+        return first, second, websocket_once(context, int(tcp_port))
+
+    round()
+    tell([round() for _ in range(int(rounds))])
+
+
+@part
+def crowd(invite: str, pid: str, count: str) -> None:
+    """Bytes that the daemon grows by for each idle connection; some come before, which pay for caches."""
+
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def more(number: int) -> int:
+                for _ in range(number):
+                    client, token = ours(invite)
+                    await ask(await stack.enter_async_context(client), token)
+                await asyncio.sleep(1)
+                return resident(int(pid))
+
+            before = await more(20)
+            tell((await more(int(count)) - before) / int(count))
+
+    asyncio.run(run())
+
+
+@part
+def junk(port: str, seconds: str, rate: str) -> None:
+    """Send Initials that nobody can read; how many there were."""
+
+    def datagram() -> bytes:
+        head = b"\xc3" + struct.pack(">I", 1) + b"\x08" + os.urandom(8) + b"\x08" + os.urandom(8) + b"\x00"
+        return head + struct.pack(">H", 0x4000 | (1_200 - len(head) - 2)) + os.urandom(1_200 - len(head) - 2)
+
+    sent, started = 0, time.perf_counter()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        while (now := time.perf_counter() - started) < float(seconds):
+            while sent < now * int(rate):
+                sock.sendto(datagram(), ("127.0.0.1", int(port)))
+                sent += 1
+            time.sleep(0.001)
+    tell(sent)
+
+
+@part
+def flooded(invite: str, pid: str, seconds: str, rate: str) -> None:
+    """An honest client's times, a hundred a second, before and under a flood, and what the daemon grew by at most."""
+    port = invite.partition("127.0.0.1:")[2].partition("/")[0]
+
+    async def honest(client: Any, token: str, until: Callable[[], bool]) -> list[float]:
+        times = []
+        while not until():
+            started = time.perf_counter()
+            await ask(client, token)
+            times.append(time.perf_counter() - started)
+            most[0] = max(most[0], resident(int(pid)))
+            await asyncio.sleep(0.01)
+        return times
+
+    async def run() -> None:
+        client, token = ours(invite)
+        async with client:
+            soon = time.perf_counter() + 1
+            quiet = await honest(client, token, lambda: time.perf_counter() > soon)
+            before = most[0] = resident(int(pid))
+            argv = [sys.executable, __file__, "--part", "junk", port, seconds, rate]
+            with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as flood:
+                times = await honest(client, token, lambda: flood.poll() is not None)
+                sent = int(flood.stdout.read())
+        tell({"quiet": quiet, "times": times, "grown": most[0] - before, "sent": sent})
+
+    most = [0]
+    asyncio.run(run())
+
+
+# Two network namespaces: the kernel's own TCP on both sides, and a forwarder between that delays and drops
+
+NEWNET, IFF_TUN, IFF_NO_PI = 0x4000_0000, 0x0001, 0x1000
+TUNSETIFF, SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK = 0x4004_54CA, 0x8914, 0x8916, 0x891C
+
+
+def new_network(address: str) -> int:
+    """Go into a new network namespace, where there is one interface with this address: its TUN descriptor."""
+    if ctypes.CDLL(None, use_errno=True).unshare(NEWNET):
+        raise OSError(ctypes.get_errno(), "no new network namespace")
+    tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", b"way", IFF_TUN | IFF_NO_PI))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for request, value in ((SIOCSIFADDR, address), (SIOCSIFNETMASK, "255.255.255.0")):
+            place = struct.pack("16sHH4s8x", b"way", socket.AF_INET, 0, socket.inet_aton(value))
+            fcntl.ioctl(sock, request, place)
+        for name in (b"lo", b"way"):
+            fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH14x", name, 0x1))
+    return tun
+
+
+def forward(one: int, other: int, delay: float, loss: float, until: Callable[[], bool]) -> None:
+    """Carry packets both ways, each later by the delay; of some nothing is ever seen again."""
+    chance, waiting, ends = random.Random(4), collections.deque(), {one: other, other: one}
+    while not until():
+        pause = min(max(waiting[0][0] - time.monotonic(), 0.0), 0.1) if waiting else 0.1
+        for end in select.select([one, other], [], [], pause)[0]:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet = os.read(end, 65_536)
+                    if chance.random() >= loss:
+                        waiting.append((time.monotonic() + delay, ends[end], packet))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, end, packet = waiting.popleft()
+            with contextlib.suppress(BlockingIOError):  # a full queue: a loss like another
+                os.write(end, packet)
+
+
+@part
+def two_networks(archive: str, invite: str, rounds: str) -> None:
+    """Run `crowded` in one network against the servers in another; null where that cannot be had."""
+    try:
+        one = new_network(HERE)
+    except (OSError, AttributeError):
+        return tell(None)
+    env, home = dict(os.environ), Path(os.environ["OPENPISTA_HOME"])
+    offered = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    controls = [name for name in ("cubic", "bbr") if name in offered]
+    with contextlib.ExitStack() as stack:
+        plain = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+        stack.enter_context(running_daemon(archive, plain, home))
+        for number, name in enumerate(controls):
+            argv = [sys.executable, __file__, "--part", "websocket_server"]
+            argv += [str(home / "gateway.pem"), HERE, str(4_000 + number), name]
+            server = subprocess.Popen(argv, stdout=subprocess.PIPE)
+            stack.callback(end, server)
+            server.stdout.readline()
+        other = new_network(THERE)
+        argv = [sys.executable, __file__, "--part", "crowded", invite, rounds, *controls]
+        client = subprocess.Popen(argv)
+        stack.callback(end, client)
+        forward(one, other, 0.025, 0.02, lambda: client.poll() is not None)
+        if client.returncode:
+            raise Broken(f"the client ended with {client.returncode}")
+
+
+HERE, THERE = "10.99.0.1", "10.99.0.2"
+LARGE, SMALL, GAP = 580_000, 50, 0.02  # bytes of the large reply; small requests beside it; seconds between these
+
+
+async def small_ones(request: Callable[[int], Any]) -> list[float]:
+    """Seconds that each small request took; the next one goes out whatever became of the last."""
+    started = asyncio.get_running_loop().time()
+
+    async def one(number: int) -> float:
+        await asyncio.sleep(max(0.0, started + number * GAP - asyncio.get_running_loop().time()))
+        sent = time.perf_counter()
+        await request(number)
+        return time.perf_counter() - sent
+
+    return await asyncio.gather(*map(one, range(SMALL)))
+
+
+async def crowded_quic(invite: str) -> tuple[list[float], float]:
+    """Times of small requests beside a large reply, and how long that took; all on one connection of ours."""
+    client, token = ours(invite)
+    async with client:
+        await ask(client, token)
+        started = time.perf_counter()
+        large = asyncio.create_task(ask(client, token, type="history", session_id="large", limit=1_000))
+        await asyncio.sleep(0.1)  # two round trips: it is on its way
+        times = await small_ones(lambda number: ask(client, token))
+        size = len(json.dumps(await large, ensure_ascii=False).encode())
+        assert size > 0.9 * LARGE, size
+        return times, time.perf_counter() - started
+
+
+async def crowded_tcp(port: int, congestion: str) -> tuple[list[float], float]:
+    """The same over a TLS WebSocket."""
+    sock = tcp_socket(congestion)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, (HERE, port))
+    reader, writer = await asyncio.open_connection(sock=sock, ssl=client_context(), server_hostname="x")
+    writer.write(UPGRADE)
+    await reader.readuntil(b"\r\n\r\n")
+    waiting: dict[bytes, asyncio.Future[None]] = {}
+
+    def request(name: bytes) -> asyncio.Future[None]:
+        waiting[name] = asyncio.get_running_loop().create_future()
+        writer.write(frame_of(1, name.ljust(100), os.urandom(4)) if name != b"large" else large)
+        return waiting[name]
+
+    async def listen() -> None:
+        came = bytearray()
+        while data := await reader.read(65_536):
+            came += data
+            for frame in frames_in(came):
+                name = b"large" if frame.endswith(b"E") else frame.strip()
+                if not name.startswith(b"L"):
+                    waiting.pop(name).set_result(None)
+
+    large = frame_of(1, b"%d" % LARGE, os.urandom(4))
+    listening = asyncio.create_task(listen())
+    await request(b"first")
+    started = time.perf_counter()
+    bulk = request(b"large")
+    await asyncio.sleep(0.1)
+    times = await small_ones(lambda number: request(b"small %d" % number))
+    await bulk
+    took = time.perf_counter() - started
+    listening.cancel()
+    writer.close()
+    return times, took
+
+
+@part
+def crowded(invite: str, rounds: str, *controls: str) -> None:
+    """Rounds of all, one after the other: name -> times of small requests, and of the large."""
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("quic", *controls)}
+    for _ in range(int(rounds)):
+        for name, (small, large) in found.items():
+            run = crowded_quic(invite) if name == "quic" else crowded_tcp(4_000 + controls.index(name), name)
+            times, took = asyncio.run(asyncio.wait_for(run, 60))
+            small += times
+            large.append(took)
+    tell(found)
+
+
+# ===== 4. The rows ============================================================
 
 
 @row("archive")
@@ -470,7 +1121,141 @@ def measure_picker(lab: Lab) -> Iterator[Row]:
         yield Row(f"{found['count']:,} models: {what}", *figures, "<= 5 ms", p99 <= 5)
 
 
-# ===== 4. Command =============================================================
+@row("daemon")
+def measure_daemon(lab: Lab) -> Iterator[Row]:
+    """How soon the daemon is ready, and what it takes while it waits."""
+    times, seconds = [], 5 if lab.short else 20
+    for _ in range(1 + (5 if lab.short else 15)):  # the first only warms up
+        with lab.daemon("daemon") as served:
+            times.append(served.took)
+    took = statistics.median(times[1:])
+    what = "exec to ready, wall: QUIC, cron (no Telegram)"
+    figures = f"{took * 1000:.0f} ms", "nanobot 2.5 s", f"{took / 2.5:.2f}"
+    yield Row(what, *figures, "<= 0.6 s", took <= 0.6)
+    with lab.daemon("daemon") as served:
+        time.sleep(2)
+        before, memory = cpu_time(served.process.pid), resident(served.process.pid) / (1 << 20)
+        time.sleep(seconds)
+        share = (cpu_time(served.process.pid) - before) / seconds * 100
+    figures = f"{memory:.1f} MiB", "nanobot 95-117 MiB", f"{memory / 95:.2f}"
+    yield Row("the same: memory while idle", *figures, "<= 50 MiB", memory <= 50)
+    if not before:
+        yield Row("the same: CPU while idle", "not measured", "nanobot 0.5 %", "needs /proc", "<= 0.1 %")
+        return
+    figures = f"{share:.3f} %", "nanobot 0.5 %", f"over {seconds} s"
+    yield Row("the same: CPU while idle", *figures, "<= 0.1 %", share <= 0.1)
+
+
+def side_by_side(found: list[list[float]]) -> tuple[float, float, str, float]:
+    """Medians of both sides, the ratios for the table, and their median."""
+    low, ratio, high = statistics.quantiles([one / other for one, other in found], n=4, method="inclusive")
+    mine, theirs = (statistics.median(pair[side] for pair in found) for side in (0, 1))
+    return mine, theirs, f"{ratio:.2f} ({low:.2f}-{high:.2f})", ratio
+
+
+def certificate(lab: Lab, home: str) -> Path:
+    """The file of a daemon's certificate and key."""
+    return Path(lab.home(home)["OPENPISTA_HOME"]) / "gateway.pem"
+
+
+@row("ping")
+def measure_ping(lab: Lab) -> Iterator[Row]:
+    """The gateway's smallest request beside a bare echo of aioquic."""
+    with lab.daemon("gateway") as served, lab.beside(bare_echo, certificate(lab, "gateway")) as port:
+        found = lab.found(speed, served.invite, port, *((3, 200) if lab.short else (9, 500)))
+    mine, theirs, ratios, ratio = side_by_side(found["pings"])
+    figures = f"{mine * 1000:.2f} ms", f"bare aioquic {theirs * 1000:.2f} ms", ratios
+    yield Row("gateway ping, one at a time, p50, wall", *figures, "<= 1.3", ratio <= 1.3)
+    mine, theirs, ratios, ratio = side_by_side(found["rates"])
+    yield Row("64 pings in flight", f"{mine:,.0f} /s", f"bare aioquic {theirs:,.0f} /s", ratios, ">= 1.7", ratio >= 1.7)
+
+
+@row("connect")
+def measure_connect(lab: Lab) -> Iterator[Row]:
+    """A request to a daemon that is 25 ms away, beside a WebSocket as far away; both through relays of ours."""
+    with (
+        lab.daemon("gateway") as served,
+        lab.beside(websocket_server, certificate(lab, "gateway"), "127.0.0.1") as tcp_port,
+        lab.beside(relay, port_of(served.invite), tcp_port, 0.025) as (udp, tcp),
+    ):
+        invite = served.invite.replace(f":{port_of(served.invite)}/", f":{udp}/")
+        found = lab.found(connecting, invite, tcp, 5 if lab.short else 20)
+    for what, side, goal in (("first", 0, 0.6), ("second", 1, 0.35)):
+        mine, theirs, ratios, ratio = side_by_side([(times[side], times[2]) for times in found])
+        limit, most = (f"<= {goal}", 9.0) if what == "first" else (f"<= {goal}; 70 ms", 0.070)
+        figures = f"{mine * 1000:.0f} ms", f"TLS WebSocket {theirs * 1000:.0f} ms", ratios
+        name = f"connect -e, RTT 50 ms, {what} time, wall"
+        yield Row(name, *figures, limit, ratio <= goal and mine <= most)
+
+
+def port_of(invite: str) -> int:
+    """The port in an invite."""
+    return int(invite.partition("127.0.0.1:")[2].partition("/")[0])
+
+
+@row("memory")
+def measure_memory(lab: Lab) -> Iterator[Row]:
+    """What idle connections and strangers cost the daemon."""
+    with lab.daemon("gateway") as served:
+        each = lab.found(crowd, served.invite, served.process.pid, 100 if lab.short else 200) / 1000
+    figures = f"{each:.0f} KB", "TLS WebSocket 290 KB", f"{each / 290:.2f}"
+    yield Row("memory of an idle connection", *figures, "<= 90 KB", each <= 90)
+    with lab.daemon("gateway") as served:
+        found = lab.found(flooded, served.invite, served.process.pid, 3 if lab.short else 8, 5_000)
+    grown, what = found["grown"] / 1e6, f"{found['sent']:,} junk Initials, 5,000/s: memory grows by"
+    yield Row(what, f"{grown:.2f} MB", "", "", "<= 5 MB", grown <= 5)
+    quiet, p99 = (
+        statistics.quantiles(found[name], n=100, method="inclusive")[-1] * 1000 for name in ("quiet", "times")
+    )
+    figures = f"{p99:.1f} ms", f"without {quiet:.1f} ms", f"of {len(found['times'])}"
+    yield Row("the same: p99 of an honest client, wall", *figures, "<= 20 ms", p99 <= 20)
+
+
+LARGE_SESSION = """
+import pathlib, sys, openpista
+with openpista.Store(pathlib.Path(sys.argv[1])) as store:
+    session = store.session("large")
+    for _ in range(10):  # each as long as a reply may be in a frame, of characters of four bytes
+        store.append(session, openpista.Message(openpista.Role.USER, chr(0x1D11E) * 14_500))
+"""
+
+
+@row("loss")
+def measure_loss(lab: Lab) -> Iterator[Row]:
+    """Small requests beside a large reply where packets get lost."""
+    what, goal = f"{SMALL} requests beside {LARGE // 1000} KB, RTT 50 ms, 2 % loss", ("<= 0.2", "<= 250 ms")
+    env, served = lab.home("lossy"), Path(lab.home("lossy")["OPENPISTA_HOME"])
+    port = settle(served)
+    lab.start("lossy", "-c", LARGE_SESSION, served / "memory.db", **lab.packages)()
+    add = [sys.executable, lab.archive, "devices", "add", "bench", "--host", f"{HERE}:{port}"]
+    done = subprocess.run(add, env=env, cwd=lab.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
+    found = lab.found(two_networks, lab.archive, done.stdout.strip(), 3 if lab.short else 8, home="lossy")
+    if not found:
+        yield Row(what, "not measured", "needs root and TUN", "", "; ".join(goal))
+        return
+    small, large = found.pop("quic")
+    for name, (others, bulk) in found.items():
+        p50, theirs = statistics.median(small) * 1000, statistics.median(others) * 1000
+        worst, their_worst = (
+            statistics.quantiles(some, n=100, method="inclusive")[-1] * 1000 for some in (small, others)
+        )
+        first = name == "cubic"
+        beside = f"TLS WebSocket, {name} "
+        limit = (goal[0], p50 / theirs <= 0.2) if first else ()
+        yield Row(
+            f"{what}: p50" if first else "  the same",
+            f"{p50:.0f} ms",
+            f"{beside}{theirs:.0f}",
+            f"{p50 / theirs:.2f}",
+            *limit,
+        )
+        limit = (goal[1], worst <= 250) if first else ()
+        yield Row("  p99", f"{worst:.0f} ms", f"{beside}{their_worst:.0f}", f"{worst / their_worst:.2f}", *limit)
+        times = statistics.median(large), statistics.median(bulk)
+        yield Row("  the large reply", f"{times[0]:.1f} s", f"{beside}{times[1]:.1f} s", f"{times[0] / times[1]:.2f}")
+
+
+# ===== 5. Command =============================================================
 
 HEAD = Row("what", "figure", "beside", "ratio", "goal")
 WIDTHS = (44, 13, 24, 17, 15)  # and 7 for the last column: 120
@@ -484,6 +1269,9 @@ def show(row: Row) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, stop)
+    if sys.argv[1:2] == ["--part"]:
+        return PARTS[sys.argv[2]](*sys.argv[3:]) or 0
     parser = argparse.ArgumentParser(description="Measures openpista against its goals.")
     parser.add_argument("--short", action="store_true", help="smaller and fewer: less than a minute")
     parser.add_argument("--universal", action="store_true", help="also build the archive for all platforms, twice")
@@ -492,8 +1280,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    for number in (signal.SIGALRM, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, stop)
     started, broken = time.monotonic(), 0
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     show(HEAD)
