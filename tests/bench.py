@@ -822,38 +822,48 @@ def two_networks(archive: str, invite: str, rounds: str) -> None:
 
 
 HERE, THERE = "10.99.0.1", "10.99.0.2"
-LARGE, SMALL, GAP = 580_000, 50, 0.02  # bytes of the large reply; small requests beside it; seconds between these
+LARGE, SMALL, GAP = 580_000, 50, 0.08  # bytes of a large reply; small requests beside it; seconds between these
+Times = tuple[list[float], list[float]]  # of small requests, of large ones
 
 
-async def small_ones(request: Callable[[int], Any]) -> list[float]:
-    """Seconds that each small request took; the next one goes out whatever became of the last."""
-    started = asyncio.get_running_loop().time()
-
-    async def one(number: int) -> float:
-        await asyncio.sleep(max(0.0, started + number * GAP - asyncio.get_running_loop().time()))
-        sent = time.perf_counter()
-        await request(number)
-        return time.perf_counter() - sent
-
-    return await asyncio.gather(*map(one, range(SMALL)))
+async def timed(request: Any, times: list[float]) -> None:
+    """Note how long a request takes."""
+    started = time.perf_counter()
+    await request
+    times.append(time.perf_counter() - started)
 
 
-async def crowded_quic(invite: str) -> tuple[list[float], float]:
-    """Times of small requests beside a large reply, and how long that took; all on one connection of ours."""
-    (client, token), took = ours(invite), []
+async def crowd_together(small: Callable[[int], Any], large: Callable[[], Any]) -> Times:
+    """Small requests, each sent whatever became of the one before, while one large reply is always under way."""
+    loop, times = asyncio.get_running_loop(), ([], [])
+    started = loop.time()
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(started + (2 + number) * GAP - loop.time())
+        await timed(small(number), times[0])
+
+    quick = asyncio.gather(*map(one, range(SMALL)))
+    while not quick.done():
+        await timed(large(), times[1])
+    await quick
+    return times
+
+
+async def crowded_quic(invite: str) -> Times:
+    """Both on one connection of ours."""
+    client, token = ours(invite)
+
+    async def large() -> None:
+        answer = await ask(client, token, type="history", session_id="large", limit=1_000)
+        size = len(json.dumps(answer, ensure_ascii=False).encode())
+        assert abs(size / LARGE - 1) < 0.05, size
+
     async with client:
         await ask(client, token)
-        started = time.perf_counter()
-        large = asyncio.create_task(ask(client, token, type="history", session_id="large", limit=1_000))
-        await asyncio.sleep(0.1)  # two round trips: it is on its way
-        large.add_done_callback(lambda _: took.append(time.perf_counter() - started))
-        times = await small_ones(lambda number: ask(client, token))
-        size = len(json.dumps(await large, ensure_ascii=False).encode())
-        assert size > 0.9 * LARGE, size
-        return times, took[0]
+        return await crowd_together(lambda number: ask(client, token), large)
 
 
-async def crowded_tcp(port: int, congestion: str) -> tuple[list[float], float]:
+async def crowded_tcp(port: int, congestion: str) -> Times:
     """The same over a TLS WebSocket."""
     sock = tcp_socket(congestion)
     sock.setblocking(False)
@@ -863,9 +873,9 @@ async def crowded_tcp(port: int, congestion: str) -> tuple[list[float], float]:
     await reader.readuntil(b"\r\n\r\n")
     waiting: dict[bytes, asyncio.Future[None]] = {}
 
-    def request(name: bytes) -> asyncio.Future[None]:
+    def request(name: bytes, sent: bytes) -> asyncio.Future[None]:
         waiting[name] = asyncio.get_running_loop().create_future()
-        writer.write(frame_of(1, name.ljust(100), os.urandom(4)) if name != b"large" else large)
+        writer.write(frame_of(1, sent, os.urandom(4)))
         return waiting[name]
 
     async def listen() -> None:
@@ -877,30 +887,26 @@ async def crowded_tcp(port: int, congestion: str) -> tuple[list[float], float]:
                 if not name.startswith(b"L"):
                     waiting.pop(name).set_result(None)
 
-    large = frame_of(1, b"%d" % LARGE, os.urandom(4))
+    def small(number: int) -> asyncio.Future[None]:
+        return request(b"small %d" % number, (b"small %d" % number).ljust(100))
+
     listening = asyncio.create_task(listen())
-    await request(b"first")
-    started = time.perf_counter()
-    bulk, took = request(b"large"), []
-    bulk.add_done_callback(lambda _: took.append(time.perf_counter() - started))
-    await asyncio.sleep(0.1)
-    times = await small_ones(lambda number: request(b"small %d" % number))
-    await bulk
+    await small(-1)
+    times = await crowd_together(small, lambda: request(b"large", b"%d" % LARGE))
     listening.cancel()
     writer.close()
-    return times, took[0]
+    return times
 
 
 @part
 def crowded(invite: str, rounds: str, *controls: str) -> None:
-    """Rounds of all, one after the other: name -> times of small requests, and of the large."""
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("quic", *controls)}
+    """Rounds of all, one after the other."""
+    found: dict[str, Times] = {name: ([], []) for name in ("quic", *controls)}
     for _ in range(int(rounds)):
         for name, (small, large) in found.items():
             run = crowded_quic(invite) if name == "quic" else crowded_tcp(4_000 + controls.index(name), name)
-            times, took = asyncio.run(asyncio.wait_for(run, 60))
-            small += times
-            large.append(took)
+            for mine, times in zip((small, large), asyncio.run(asyncio.wait_for(run, 60)), strict=True):
+                mine += times
     tell(found)
 
 
@@ -1230,7 +1236,7 @@ def measure_loss(lab: Lab) -> Iterator[Row]:
     lab.start("lossy", "-c", LARGE_SESSION, served / "memory.db", **lab.packages)()
     add = [sys.executable, lab.archive, "devices", "add", "bench", "--host", f"{HERE}:{port}"]
     done = subprocess.run(add, env=env, cwd=lab.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
-    found = lab.found(two_networks, lab.archive, done.stdout.strip(), 3 if lab.short else 8, home="lossy")
+    found = lab.found(two_networks, lab.archive, done.stdout.strip(), 2 if lab.short else 6, home="lossy")
     if not found:
         yield Row(what, "not measured:", "needs root and TUN", "", "<= 0.2; 250 ms")
         return
