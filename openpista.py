@@ -7095,6 +7095,7 @@ class Link:
         self.streams: dict[int, Stream] = {}
         self.handshaken = False
         self.problem: GatewayError | None = None  # why it is over
+        self._most = 0  # bytes at most that are not acknowledged
         self.progress = asyncio.Event()  # set for a moment by each datagram: it may acknowledge something
         self.deadline: asyncio.TimerHandle | None = None  # for a stranger
         self._soon: asyncio.Handle | None = None  # the transmit at the end of this loop turn
@@ -7159,6 +7160,7 @@ class Link:
     def write(self, number: int, data: bytes, finish: bool) -> None:
         """Queue bytes on a stream."""
         self.quic.send_stream_data(number, data, finish)
+        self._most += len(data)
         self.touch()
 
     def abandon(self, stream: Stream, code: int, sending: bool = True) -> None:
@@ -7171,9 +7173,13 @@ class Link:
 
     def stuck(self, number: int, limit: int) -> int:
         """The bytes that make a stream wait: its own above limit, or all above LINK_UNACKED; else 0."""
-        sizes = {one: len(stream.sender._buffer) for one, stream in self.quic._streams.items()} if self.quic else {}
-        own, total = sizes.get(number, 0), sum(sizes.values())
-        return own if own > limit else total if total > LINK_UNACKED else 0
+        streams = self.quic._streams if self.quic else {}
+        own = len(streams[number].sender._buffer) if number in streams else 0
+        if own > limit:
+            return own
+        if self._most > LINK_UNACKED:  # else not worth a look at each stream, for each frame
+            self._most = sum(len(stream.sender._buffer) for stream in streams.values())
+        return self._most if self._most > LINK_UNACKED else 0
 
     # Events, by aioquic's names; those without a method here are of no use to this end
 
