@@ -847,3 +847,15 @@ def test_names_of_new_sessions():
     name = openpista.new_session_name(datetime(2026, 3, 1, 9, 0, 0, tzinfo=UTC), "run")
     assert name.startswith("run-20260301-090000-")
     assert len({openpista.new_session_name(datetime(2026, 3, 1, tzinfo=UTC), "run") for _ in range(20)}) > 15
+
+
+def test_what_is_written_unsynced_is_only_that(tmp_path):
+    with Store(tmp_path / "memory.db") as store:
+        with store.unsynced():
+            assert store._pragma("synchronous") == 1
+        with store.atomic(), store.unsynced():  # the outermost block counts
+            store.add_usage(store.session("main"), "offline/shell", Usage(), 0.0)
+            assert store._pragma("synchronous") == 2
+        with pytest.raises(StoreError), store.unsynced():
+            store._run("nonsense")
+        assert store._pragma("synchronous") == 2
