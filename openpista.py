@@ -1539,6 +1539,12 @@ class Inbox(Table):
         sql = f"SELECT id FROM inbox WHERE channel = ? AND {self.OPEN} ORDER BY id"
         return [row[0] for row in self._run(sql, channel)]
 
+    def open_of_revoked(self) -> list[int]:
+        """The messages without an answer whose devices may speak no more; what jobs ask is the owner's."""
+        sql = f"""SELECT id FROM inbox WHERE channel = 'quic:' || sender AND {self.OPEN} AND identity NOT LIKE 'job:%'
+                     AND NOT EXISTS (SELECT 1 FROM devices WHERE name = sender AND revoked_at IS NULL) ORDER BY id"""
+        return [row[0] for row in self._run(sql)]
+
     def waiting(self) -> dict[str, int]:
         """The sessions with events that have no answer, and how many."""
         return dict(self._run(f"SELECT session, count(*) FROM inbox WHERE {self.OPEN} GROUP BY session"))
@@ -11659,6 +11665,7 @@ class Gateway:
         self.server = QuicServer(self.handle, self.authenticate, load_certificate(*files), self.tickets, limits)
         self._hosts = gateway_hosts(config, self.devices.list())
         await self.server.start((host, config.port) for host in self._hosts)
+        await self._cut_revoked()  # before the hub takes up their turns
         self._looking = asyncio.create_task(self._look())
 
     @property
@@ -11707,11 +11714,14 @@ class Gateway:
                 last = str(error)
 
     async def _cut_revoked(self) -> None:
+        """End the connections of devices that were revoked, and their turns: they need not be connected for that."""
+        lost = set(self.hub.inbox.open_of_revoked())
         for who in {who for link in self.server.guard.links for who in link.devices}:
             if self.devices.find(who.token_hash) != who.name:
                 self.server.cut(who)
-                for number in self.hub.inbox.open_of(f"quic:{who.name}"):
-                    await self.hub.cancel(number)
+                lost.update(self.hub.inbox.open_of(f"quic:{who.name}"))
+        for number in sorted(lost):
+            await self.hub.cancel(number)
 
     async def _move(self, hosts: list[str], port: int) -> None:
         """Listen elsewhere; connections go on where there is a socket of their family."""

@@ -64,12 +64,12 @@ async def opened(ctx, approval="risky", **settings):
         status = {"version": pista.__version__, "pid": os.getpid()}
         gateway = Gateway(hub, app.store, status=lambda: status, desk=pista.Local(ctx, app))
         gateway.LOOK = settings.pop("look", 1.0)
-        async with hub:
+        try:
             await gateway.open(ctx.home, ctx.config.gateway, Limits(**settings))
-            try:
+            async with hub:
                 yield gateway
-            finally:
-                await gateway.close()
+        finally:
+            await gateway.close()
 
 
 async def serve(home, port, approval):
@@ -619,6 +619,35 @@ def test_a_revoked_device_is_cut_off(daemon, run):
             await until(lambda: daemon.rows(sql, request["id"]) == [("stopped",)])
             (error,) = await ask(daemon, other, {"type": "ping"}, token=token)
             assert error["code"] == "unauthorized"
+
+    run(main())
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_turns_of_a_device_that_was_revoked_while_away_end(mortal, tmp_path, run, killed):
+    mark = tmp_path / "mark"
+    requests = [message(text, session_id="main") for text in ("$ sleep 3", f"$ echo x >> {mark}")]
+    kept = message("$ echo kept", session_id="other")
+
+    async def main():
+        async with mortal.client() as client:
+            turns = [client.open_stream({**request, "token": mortal.token}) for request in requests]
+            await frames(turns[0], "progress")
+            await frames(turns[1], "accepted")
+        if killed:
+            mortal.kill()
+        with Store(mortal.home / "memory.db") as store:
+            Devices(store).revoke("laptop")
+            pista.Inbox(store).add(pista.Event("quic:laptop", "job:1:x", "other", "$ echo job", "cron"))
+        if killed:
+            mortal.start()
+        sql = "SELECT state FROM inbox ORDER BY id"
+        await until(lambda: mortal.rows(sql)[:2] == [("stopped",)] * 2, 3.0)
+        token = mortal.add("other")
+        async with mortal.client() as client:
+            assert (await ask(mortal, client, kept, token=token))[-1]["content"] == "kept"
+        await asyncio.sleep(3.0)
+        assert not mark.exists() and ("stopped",) not in mortal.rows(sql)[2:]
 
     run(main())
 
