@@ -6786,10 +6786,14 @@ def make_certificate(folder: Path) -> Path:
     path = folder / "gateway.pem"
     if not path.exists():
         temporary = path.with_suffix(f".{os.getpid()}")
-        write_private(temporary, new_certificate())
-        with contextlib.suppress(FileExistsError):  # another process was first: clients may know its fingerprint
-            os.link(temporary, path)
-        temporary.unlink()
+        try:
+            write_private(temporary, new_certificate())
+            with contextlib.suppress(FileExistsError):  # another process was first: clients may know its fingerprint
+                os.link(temporary, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write the gateway's certificate {path}: {error.strerror}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 

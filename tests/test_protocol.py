@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -711,6 +712,25 @@ def test_a_first_device_opens_the_door_and_connections_go_on(tmp_path, run):
             with Store(ctx.database) as store:
                 Devices(store).revoke("laptop")
             await until(lambda: "0.0.0.0" not in {host for host, _ in gateway.addresses})
+
+    run(main())
+
+
+def test_a_certificate_that_cannot_be_made_anew_is_waited_for(tmp_path, run, monkeypatch, caplog):
+    ctx = context(tmp_path)
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def main():
+        async with opened(ctx, look=0.05) as gateway:
+            first = gateway.fingerprint
+            with monkeypatch.context() as patched:
+                patched.setattr(pista, "write_private", full)
+                (tmp_path / "gateway.pem").unlink()
+                await until(lambda: "cannot write the gateway's certificate" in caplog.text)
+                assert gateway.fingerprint == first
+            await until(lambda: gateway.fingerprint != first)
 
     run(main())
 
