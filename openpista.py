@@ -12591,13 +12591,14 @@ class Daemon:
         with contextlib.suppress(CredentialError):  # said when somebody asks
             chosen_endpoints(ctx)
         try:
-            self.scheduler.sync_config(ctx.config.cron)
             self._furnish(ctx)
             if self.gateway and ctx.config.gateway.port:
                 await self.gateway.reload(ctx.config.gateway)
+            self.scheduler.sync_config(ctx.config.cron)  # last: a job that is removed takes its history with it
         except PistaError:
-            self.scheduler.sync_config(former.config.cron)
             self._furnish(former)
+            if self.gateway:
+                await self.gateway.reload(former.config.gateway)
             raise
         self.ctx, self.hub.approval = ctx, ctx.config.tools.approval
         await self.app.models.renew(ctx)

@@ -402,6 +402,32 @@ def test_a_hang_up_rereads_the_settings(house, tmp_path):
     assert "did you mean 'offline'?" in said[3] and "99" in said[4]
 
 
+@pytest.mark.parametrize("wrong", ["gateway", "cron"])
+def test_refused_settings_leave_the_jobs_and_the_gateway_alone(house, openpista, wrong):
+    port, other = free_port(), free_port()
+    old = OFFLINE.replace("port = 0", f"port = {port}") + CRON.format("morning", 9)
+    house.configure(old)
+    daemon = house.start()
+    assert openpista("cron", "pause", "morning").returncode == 0
+    with o.Store(house.home / "memory.db") as store:
+        o.Jobs(store).note(o.Jobs(store).get("morning"), "2026-03-01T00:00:00.000Z", None, "of old")
+    new = old.replace(str(port), f"{other}\ntls_cert = '/nowhere'" if wrong == "gateway" else str(other))
+    house.configure(new.replace("morning", "evening") + CRON.format("worse", 9 if wrong == "gateway" else 99))
+    daemon.send_signal(signal.SIGHUP)
+    house.heard.wait("READY=1")
+    with o.Store(house.home / "memory.db") as store:
+        (job,) = o.Jobs(store).list()
+        assert (job.name, job.state) == ("morning", "paused")
+        assert [run.note for run in o.Jobs(store).history("morning")] == ["of old"]
+    house.configure(old)
+    assert json.loads(openpista("status", "--json").stdout)["pid"] == daemon.pid
+    code, out, _ = house.end(daemon)
+    assert code == 0 and "settings refused, the old ones stay" in out
+
+
+CRON = '[[cron]]\nname = "{}"\nschedule = "0 {} * * *"\nprompt = "hi"\n'
+
+
 # The chat beside it
 
 
