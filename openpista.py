@@ -12737,15 +12737,17 @@ def in_background(ctx: Context, path: Path, tell: int) -> int:
     for handle, stream in ((os.open(os.devnull, os.O_RDONLY), 0), (log_file, 1), (log_file, 2)):
         os.dup2(handle, stream)
 
+    pipe = open(tell, "wb", buffering=0)  # noqa: SIM115 - knows that it was closed: its number may be another file's then
+
     def ready(lines: str) -> None:
-        os.write(tell, f"ready\n{lines}".encode())
-        os.close(tell)
+        with pipe:
+            pipe.write(f"ready\n{lines}".encode())
 
     try:
         return asyncio.run(serve(ctx, ready))
     except PistaError as error:
-        with contextlib.suppress(OSError):  # it was ready before
-            os.write(tell, f"\n{ctx.redact(str(error))}".encode())
+        if not pipe.closed:
+            pipe.write(f"\n{ctx.redact(str(error))}".encode())
         raise
 
 

@@ -197,6 +197,35 @@ def test_a_daemon_in_another_container_is_not_killed(house, openpista):
     assert done.returncode == 1 and "runs on another-machine/1" in done.stderr
 
 
+def test_what_is_wrong_after_the_start_is_not_written_where_the_pipe_was(house, monkeypatch, tmp_path):
+    told, tell = os.pipe()
+    ctx = o.Context(None, o.Config(), house.home, {}, o.Redactor())
+    other = tmp_path / "other"
+
+    async def serve(ctx, ready):
+        ready("lines")
+        handle = os.open(other, os.O_WRONLY | os.O_CREAT)
+        if handle != tell:
+            os.dup2(handle, tell)
+            os.close(handle)
+        raise o.PistaError("wrong later")
+
+    monkeypatch.setattr(o, "serve", serve)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    kept = [os.dup(number) for number in range(3)]
+    try:
+        with pytest.raises(o.PistaError, match="wrong later"):
+            o.in_background(ctx, tmp_path / "log", tell)
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(tell)
+    with open(told, "rb") as pipe:
+        assert pipe.read() == b"ready\nlines"
+    assert other.read_bytes() == b""
+
+
 def test_detached(house, openpista):
     house.configure(OFFLINE + '[[cron]]\nschedule = "0 0 1 1 *"\nprompt = "happy new year"\n')
     done = openpista("start", "--detach")
