@@ -12947,8 +12947,8 @@ Restart=on-failure
 RestartSec=5
 # Wrong settings (2) are not mended by another start.
 RestartPreventExitStatus=2
-# Commands in the background end with the service.
-KillMode=control-group
+# Running turns have their grace: commands hear nothing before openpista is gone, and end with it.
+KillMode=mixed
 # One command that takes all the memory is ended, and not the service with it.
 OOMPolicy=continue
 # The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.
