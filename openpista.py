@@ -12862,7 +12862,8 @@ def cmd_stop(ctx: Context) -> int:
     pid, machine = running_daemon(ctx)
     if machine != machine_name():
         raise PistaError(f"openpista runs on {machine}, pid {pid}", "stop it there")
-    os.kill(pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signal.SIGTERM)
     grace, started, said = ctx.config.gateway.grace, time.monotonic(), False
     while (found := holder(ctx.home / PID_FILE)) and found.pid == pid:
         waited = time.monotonic() - started

@@ -197,6 +197,14 @@ def test_a_daemon_in_another_container_is_not_killed(house, openpista):
     assert done.returncode == 1 and "runs on another-machine/1" in done.stderr
 
 
+def test_stopping_what_has_just_ended(home, monkeypatch, capsys):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setattr(o, "running_daemon", lambda ctx: o.Holder(ended.pid, o.machine_name()))
+    assert o.cmd_stop(o.Context(None, o.Config(), home, {}, o.Redactor())) == 0
+    assert capsys.readouterr().out == f"stopped openpista, pid {ended.pid}\n"
+
+
 def test_what_is_wrong_after_the_start_is_not_written_where_the_pipe_was(house, monkeypatch, tmp_path):
     told, tell = os.pipe()
     ctx = o.Context(None, o.Config(), house.home, {}, o.Redactor())
