@@ -1556,6 +1556,12 @@ class Inbox(Table):
         sql = f"SELECT id FROM inbox WHERE channel = ? AND {self.OPEN} ORDER BY id"
         return [row[0] for row in self._run(sql, channel)]
 
+    def open_of_revoked(self) -> list[int]:
+        """The messages without an answer whose devices may speak no more; what jobs ask is the owner's."""
+        sql = f"""SELECT id FROM inbox WHERE channel = 'quic:' || sender AND {self.OPEN} AND identity NOT LIKE 'job:%'
+                     AND NOT EXISTS (SELECT 1 FROM devices WHERE name = sender AND revoked_at IS NULL) ORDER BY id"""
+        return [row[0] for row in self._run(sql)]
+
     def waiting(self) -> dict[str, int]:
         """The sessions with events that have no answer, and how many."""
         return dict(self._run(f"SELECT session, count(*) FROM inbox WHERE {self.OPEN} GROUP BY session"))
@@ -6799,10 +6805,14 @@ def make_certificate(folder: Path) -> Path:
     path = folder / "gateway.pem"
     if not path.exists():
         temporary = path.with_suffix(f".{os.getpid()}")
-        write_private(temporary, new_certificate())
-        with contextlib.suppress(FileExistsError):  # another process was first: clients may know its fingerprint
-            os.link(temporary, path)
-        temporary.unlink()
+        try:
+            write_private(temporary, new_certificate())
+            with contextlib.suppress(FileExistsError):  # another process was first: clients may know its fingerprint
+                os.link(temporary, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write the gateway's certificate {path}: {error.strerror}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -11684,6 +11694,7 @@ class Gateway:
         self.server = QuicServer(self.handle, self.authenticate, load_certificate(*files), self.tickets, limits)
         self._hosts = gateway_hosts(config, self.devices.list())
         await self.server.start((host, config.port) for host in self._hosts)
+        await self._cut_revoked()  # before the hub takes up their turns
         self._looking = asyncio.create_task(self._look())
 
     @property
@@ -11732,11 +11743,14 @@ class Gateway:
                 last = str(error)
 
     async def _cut_revoked(self) -> None:
+        """End the connections of devices that were revoked, and their turns: they need not be connected for that."""
+        lost = set(self.hub.inbox.open_of_revoked())
         for who in {who for link in self.server.guard.links for who in link.devices}:
             if self.devices.find(who.token_hash) != who.name:
                 self.server.cut(who)
-                for number in self.hub.inbox.open_of(f"quic:{who.name}"):
-                    await self.hub.cancel(number)
+                lost.update(self.hub.inbox.open_of(f"quic:{who.name}"))
+        for number in sorted(lost):
+            await self.hub.cancel(number)
 
     async def _move(self, hosts: list[str], port: int) -> None:
         """Listen elsewhere; connections go on where there is a socket of their family."""
@@ -12602,13 +12616,14 @@ class Daemon:
         with contextlib.suppress(CredentialError):  # said when somebody asks
             chosen_endpoints(ctx)
         try:
-            self.scheduler.sync_config(ctx.config.cron)
             self._furnish(ctx)
             if self.gateway and ctx.config.gateway.port:
                 await self.gateway.reload(ctx.config.gateway)
+            self.scheduler.sync_config(ctx.config.cron)  # last: a job that is removed takes its history with it
         except PistaError:
-            self.scheduler.sync_config(former.config.cron)
             self._furnish(former)
+            if self.gateway:
+                await self.gateway.reload(former.config.gateway)
             raise
         self.ctx, self.hub.approval = ctx, ctx.config.tools.approval
         await self.app.models.renew(ctx)
@@ -12747,15 +12762,17 @@ def in_background(ctx: Context, path: Path, tell: int) -> int:
     for handle, stream in ((os.open(os.devnull, os.O_RDONLY), 0), (log_file, 1), (log_file, 2)):
         os.dup2(handle, stream)
 
+    pipe = open(tell, "wb", buffering=0)  # noqa: SIM115 - knows that it was closed: its number may be another file's then
+
     def ready(lines: str) -> None:
-        os.write(tell, f"ready\n{lines}".encode())
-        os.close(tell)
+        with pipe:
+            pipe.write(f"ready\n{lines}".encode())
 
     try:
         return asyncio.run(serve(ctx, ready))
     except PistaError as error:
-        with contextlib.suppress(OSError):  # it was ready before
-            os.write(tell, f"\n{ctx.redact(str(error))}".encode())
+        if not pipe.closed:
+            pipe.write(f"\n{ctx.redact(str(error))}".encode())
         raise
 
 
@@ -12870,7 +12887,8 @@ def cmd_stop(ctx: Context) -> int:
     pid, machine = running_daemon(ctx)
     if machine != machine_name():
         raise PistaError(f"openpista runs on {machine}, pid {pid}", "stop it there")
-    os.kill(pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signal.SIGTERM)
     grace, started, said = ctx.config.gateway.grace, time.monotonic(), False
     while (found := holder(ctx.home / PID_FILE)) and found.pid == pid:
         waited = time.monotonic() - started
@@ -12955,8 +12973,8 @@ Restart=on-failure
 RestartSec=5
 # Wrong settings (2) are not mended by another start.
 RestartPreventExitStatus=2
-# Commands in the background end with the service.
-KillMode=control-group
+# Running turns have their grace: commands hear nothing before openpista is gone, and end with it.
+KillMode=mixed
 # One command that takes all the memory is ended, and not the service with it.
 OOMPolicy=continue
 # The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.

@@ -197,6 +197,43 @@ def test_a_daemon_in_another_container_is_not_killed(house, openpista):
     assert done.returncode == 1 and "runs on another-machine/1" in done.stderr
 
 
+def test_stopping_what_has_just_ended(home, monkeypatch, capsys):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setattr(o, "running_daemon", lambda ctx: o.Holder(ended.pid, o.machine_name()))
+    assert o.cmd_stop(o.Context(None, o.Config(), home, {}, o.Redactor())) == 0
+    assert capsys.readouterr().out == f"stopped openpista, pid {ended.pid}\n"
+
+
+def test_what_is_wrong_after_the_start_is_not_written_where_the_pipe_was(house, monkeypatch, tmp_path):
+    told, tell = os.pipe()
+    ctx = o.Context(None, o.Config(), house.home, {}, o.Redactor())
+    other = tmp_path / "other"
+
+    async def serve(ctx, ready):
+        ready("lines")
+        handle = os.open(other, os.O_WRONLY | os.O_CREAT)
+        if handle != tell:
+            os.dup2(handle, tell)
+            os.close(handle)
+        raise o.PistaError("wrong later")
+
+    monkeypatch.setattr(o, "serve", serve)
+    monkeypatch.setattr(os, "setsid", lambda: None)
+    kept = [os.dup(number) for number in range(3)]
+    try:
+        with pytest.raises(o.PistaError, match="wrong later"):
+            o.in_background(ctx, tmp_path / "log", tell)
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(tell)
+    with open(told, "rb") as pipe:
+        assert pipe.read() == b"ready\nlines"
+    assert other.read_bytes() == b""
+
+
 def test_detached(house, openpista):
     house.configure(OFFLINE + '[[cron]]\nschedule = "0 0 1 1 *"\nprompt = "happy new year"\n')
     done = openpista("start", "--detach")
@@ -402,6 +439,32 @@ def test_a_hang_up_rereads_the_settings(house, tmp_path):
     assert "did you mean 'offline'?" in said[3] and "99" in said[4]
 
 
+@pytest.mark.parametrize("wrong", ["gateway", "cron"])
+def test_refused_settings_leave_the_jobs_and_the_gateway_alone(house, openpista, wrong):
+    port, other = free_port(), free_port()
+    old = OFFLINE.replace("port = 0", f"port = {port}") + CRON.format("morning", 9)
+    house.configure(old)
+    daemon = house.start()
+    assert openpista("cron", "pause", "morning").returncode == 0
+    with o.Store(house.home / "memory.db") as store:
+        o.Jobs(store).note(o.Jobs(store).get("morning"), "2026-03-01T00:00:00.000Z", None, "of old")
+    new = old.replace(str(port), f"{other}\ntls_cert = '/nowhere'" if wrong == "gateway" else str(other))
+    house.configure(new.replace("morning", "evening") + CRON.format("worse", 9 if wrong == "gateway" else 99))
+    daemon.send_signal(signal.SIGHUP)
+    house.heard.wait("READY=1")
+    with o.Store(house.home / "memory.db") as store:
+        (job,) = o.Jobs(store).list()
+        assert (job.name, job.state) == ("morning", "paused")
+        assert [run.note for run in o.Jobs(store).history("morning")] == ["of old"]
+    house.configure(old)
+    assert json.loads(openpista("status", "--json").stdout)["pid"] == daemon.pid
+    code, out, _ = house.end(daemon)
+    assert code == 0 and "settings refused, the old ones stay" in out
+
+
+CRON = '[[cron]]\nname = "{}"\nschedule = "0 {} * * *"\nprompt = "hi"\n'
+
+
 # The chat beside it
 
 
@@ -507,7 +570,7 @@ def test_a_systemd_unit(house, openpista, kind, tmp_path):
     service = dict(unit["Service"])
     assert (
         service["Type"] == "notify"
-        and service["KillMode"] == "control-group"
+        and service["KillMode"] == "mixed"  # a command that runs is not ended while its turn has its grace
         and ("User" in service) == (kind == "--system")
     )
     program = f'"{sys.executable}" "{o.__file__}" "start"'

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -64,12 +65,12 @@ async def opened(ctx, approval="risky", **settings):
         status = {"version": pista.__version__, "pid": os.getpid()}
         gateway = Gateway(hub, app.store, status=lambda: status, desk=pista.Local(ctx, app))
         gateway.LOOK = settings.pop("look", 1.0)
-        async with hub:
+        try:
             await gateway.open(ctx.home, ctx.config.gateway, Limits(**settings))
-            try:
+            async with hub:
                 yield gateway
-            finally:
-                await gateway.close()
+        finally:
+            await gateway.close()
 
 
 async def serve(home, port, approval):
@@ -623,6 +624,35 @@ def test_a_revoked_device_is_cut_off(daemon, run):
     run(main())
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_turns_of_a_device_that_was_revoked_while_away_end(mortal, tmp_path, run, killed):
+    mark = tmp_path / "mark"
+    requests = [message(text, session_id="main") for text in ("$ sleep 3", f"$ echo x >> {mark}")]
+    kept = message("$ echo kept", session_id="other")
+
+    async def main():
+        async with mortal.client() as client:
+            turns = [client.open_stream({**request, "token": mortal.token}) for request in requests]
+            await frames(turns[0], "progress")
+            await frames(turns[1], "accepted")
+        if killed:
+            mortal.kill()
+        with Store(mortal.home / "memory.db") as store:
+            Devices(store).revoke("laptop")
+            pista.Inbox(store).add(pista.Event("quic:laptop", "job:1:x", "other", "$ echo job", "cron"))
+        if killed:
+            mortal.start()
+        sql = "SELECT state FROM inbox ORDER BY id"
+        await until(lambda: mortal.rows(sql)[:2] == [("stopped",)] * 2, 3.0)
+        token = mortal.add("other")
+        async with mortal.client() as client:
+            assert (await ask(mortal, client, kept, token=token))[-1]["content"] == "kept"
+        await asyncio.sleep(3.0)
+        assert not mark.exists() and ("stopped",) not in mortal.rows(sql)[2:]
+
+    run(main())
+
+
 # ---- the gateway itself ----
 
 
@@ -682,6 +712,25 @@ def test_a_first_device_opens_the_door_and_connections_go_on(tmp_path, run):
             with Store(ctx.database) as store:
                 Devices(store).revoke("laptop")
             await until(lambda: "0.0.0.0" not in {host for host, _ in gateway.addresses})
+
+    run(main())
+
+
+def test_a_certificate_that_cannot_be_made_anew_is_waited_for(tmp_path, run, monkeypatch, caplog):
+    ctx = context(tmp_path)
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def main():
+        async with opened(ctx, look=0.05) as gateway:
+            first = gateway.fingerprint
+            with monkeypatch.context() as patched:
+                patched.setattr(pista, "write_private", full)
+                (tmp_path / "gateway.pem").unlink()
+                await until(lambda: "cannot write the gateway's certificate" in caplog.text)
+                assert gateway.fingerprint == first
+            await until(lambda: gateway.fingerprint != first)
 
     run(main())
 
