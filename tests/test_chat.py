@@ -1154,7 +1154,7 @@ def test_browsing_models(model, chat):
     tty.wait("o4-mini")
     tty.send(ESC)
     tty.wait("› before")
-    assert not tty.screen.is_full and tty.lines[:-2] == [*before, "› /models"]
+    tty.until(lambda: not tty.screen.is_full and tty.lines[:-2] == [*before, "› /models"])
     assert tty.raw.count(b"\x1b[?1049h") == 1  # a list that comes later does not flicker
     tty.send("/models" + ENTER)
     tty.wait("gpt-5-codex")
@@ -1162,7 +1162,8 @@ def test_browsing_models(model, chat):
     tty.wait("openai/gpt-5-codex answers this session from now on")
     tty.send("who" + ENTER)
     answered(tty, 2)
-    assert model.bodies()[-1]["model"] == "gpt-5-codex" and tty.lines[-1].startswith("openai/gpt-5-codex · ")
+    assert model.bodies()[-1]["model"] == "gpt-5-codex"
+    tty.until(lambda: tty.lines[-1].startswith("openai/gpt-5-codex · "))  # a paint may be due
     assert len(model.requests()) == fetched + 2  # the list came from the cache
     leave(tty)
 
