@@ -11436,10 +11436,13 @@ def told_call(call: ToolCall, clean: Callable[[str], str]) -> dict[str, Any]:
 
 
 class TicketShelf:
-    """The server's session tickets in the database: a restart neither forgets nor honours one twice."""
+    """The server's session tickets in the database: a restart neither forgets nor honours one twice.
 
-    def __init__(self, table: Tickets):
-        self.table = table
+    A ticket holds for the certificate that it was given with: who has a new one shows it to everybody.
+    """
+
+    def __init__(self, table: Tickets, pin: Callable[[], str]):
+        self.table, self.pin = table, pin
 
     def pop(self, label: bytes) -> SessionTicket | None:
         """The ticket, which is then gone."""
@@ -11448,12 +11451,12 @@ class TicketShelf:
         except StoreError as error:  # then there is a whole handshake, and nothing is read early
             log.warning("a session ticket was not looked for: %s", error)
             return None
-        return body and ticket_from_json(json.dumps(body))
+        return ticket_from_json(json.dumps(body)) if body and body.pop("pin", "") == self.pin() else None
 
     def add(self, ticket: SessionTicket) -> None:
         seconds = (ticket.not_valid_after - utc_now()).total_seconds()
         with contextlib.suppress(StoreError):
-            self.table.add(ticket.ticket, json.loads(ticket_to_json(ticket)), seconds)
+            self.table.add(ticket.ticket, json.loads(ticket_to_json(ticket)) | {"pin": self.pin()}, seconds)
 
 
 class Listener:
@@ -11623,7 +11626,7 @@ class Exchange:
         frame = {"type": "reply", **known, "content": text, "is_error": answer.is_error, **answer.metadata}
         stream.write(encode_frame(frame), True)
         await stream.room(0)
-        if stream.deaf is None:
+        if stream.deaf is None or stream.deaf.code == Code.DONE:  # it said goodbye, which may come before its last ACK
             with contextlib.suppress(StoreError):
                 self.hub.collected(event.channel, event.identity)
 
@@ -11674,7 +11677,7 @@ class Gateway:
     def __init__(self, hub: Hub, store: Store, *, status: Callable[[], dict[str, Any]], desk: Local):
         self.hub, self.store, self.status, self.desk = hub, store, status, desk
         self.redact: Redactor = desk.ctx.redact
-        self.devices, self.tickets = Devices(store), TicketShelf(Tickets(store))
+        self.devices, self.tickets = Devices(store), TicketShelf(Tickets(store), lambda: self.fingerprint)
         self.exchange = Exchange(hub, self.redact)
         self.outlet = hub.outlets["quic"] = Outlet(approver=self.exchange.approver)
         self.server: QuicServer | None = None
@@ -12047,11 +12050,13 @@ class Uplink:
     """The way to a gateway: a connection that is made anew when it has ended, and requests on it."""
 
     PULSE = 3.0  # seconds between two pings while an answer is waited for, and for each
+    SMALL = 40_000  # bytes of a message; a gateway takes no large frame from somebody whom it does not know yet
     ANSWER, TICKET = 30.0, 1.0  # seconds for what is no turn, and for the ticket for the next time
 
     def __init__(self, invite: Invite, known: KnownGateways):
         self.invite, self.known, self.place = invite, known, invite.place
         self._client: QuicClient | None = None
+        self._welcome: QuicClient | None = None  # the connection on which a request went out
         self._connecting = asyncio.Lock()
         self._pulse: asyncio.Task[None] | None = None
         self._waiting = 0  # answers that are waited for
@@ -12112,8 +12117,13 @@ class Uplink:
 
     async def _open(self, frame: dict[str, Any], last: bool) -> Stream:
         """A stream with this request."""
-        client = await self._connected()
-        return client.open_stream({**frame, "token": self.invite.token}, last)
+        client, request = await self._connected(), {**frame, "token": self.invite.token}
+        if client is not self._welcome and len(str(request.get("user_message")).encode()) > self.SMALL:
+            greeting = client.open_stream({"type": "ping", "token": self.invite.token}, True)
+            async with asyncio.timeout(self.ANSWER):
+                checked(await greeting.receive())
+        self._welcome = client
+        return client.open_stream(request, last)
 
     async def _next(self, stream: Stream) -> dict[str, Any]:
         """The next frame of an answer. GatewayError if none comes any more, other errors if the gateway refuses."""
@@ -12748,9 +12758,11 @@ def detach(ctx: Context) -> int:
         return in_background(ctx, path, tell)
     os.close(tell)
     with open(told, encoding="utf-8", errors="replace") as pipe:
-        ready, _, words = pipe.read().partition("\n")  # until it is ready, or gone
-    if not ready:
-        raise PistaError(words or f"openpista ended before it was ready; {path} may say why")
+        state, _, words = pipe.read().partition("\n")  # until it is ready, or gone
+    if state != "ready":
+        error = PistaError(words or f"openpista ended before it was ready; {path} may say why")
+        error.exit_code = int(state or error.exit_code)
+        raise error
     print(f"{words}\n  {'log':<15}{path}\nopenpista runs in the background; `openpista stop` ends it.")
     return 0
 
@@ -12772,7 +12784,7 @@ def in_background(ctx: Context, path: Path, tell: int) -> int:
         return asyncio.run(serve(ctx, ready))
     except PistaError as error:
         if not pipe.closed:
-            pipe.write(f"\n{ctx.redact(str(error))}".encode())
+            pipe.write(f"{error.exit_code}\n{ctx.redact(str(error))}".encode())
         raise
 
 
