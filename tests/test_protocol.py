@@ -41,6 +41,7 @@ from openpista import (
     Store,
     StoreError,
     UsageError,
+    WrongServer,
     hash_token,
     parse_invite,
 )
@@ -598,6 +599,37 @@ def test_the_second_request_of_a_desk_goes_out_early(daemon, tmp_path, run):
         for name in ("known_gateways", "gateway_tickets"):
             assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
         assert KnownGateways(tmp_path).find(Invite(daemon.host, daemon.port)) == daemon.invite()
+
+    run(main())
+
+
+def test_a_ticket_does_not_outlive_its_certificate(mortal, tmp_path, run):
+    invite = mortal.invite()
+
+    async def main():
+        known = tmp_path / "client"
+        async with desk_of(mortal, known) as desk:
+            assert (await desk.turn("one", "$ echo hi", None, lambda progress: None)).text == "hi"
+        mortal.kill()
+        (mortal.home / "gateway.pem").unlink()
+        mortal.start()
+        assert mortal.fingerprint != invite.fingerprint
+        mortal.fingerprint = invite.fingerprint  # what the desk has pinned
+        async with desk_of(mortal, known) as desk:
+            with pytest.raises(WrongServer):
+                await desk.turn("two", "$ echo never", None, lambda progress: None)
+        assert mortal.rows("SELECT count(*) FROM sessions WHERE name = 'two'") == [(0,)]
+
+    run(main())
+
+
+def test_a_large_message_is_the_first(free, tmp_path, run):
+    async def main():
+        for name in ("first", "second"):  # the second time early data is allowed
+            async with desk_of(free, tmp_path) as desk:
+                text = f"$ echo {name}\n" + "가" * 60_000
+                assert (await desk.turn(f"{name}-{new_id()}", text, None, lambda progress: None)).text == name
+        await until(lambda: free.rows("SELECT count(*) FROM outbox WHERE state = 'waiting'") == [(0,)])
 
     run(main())
 
