@@ -11058,7 +11058,7 @@ LATE = timedelta(seconds=60)  # more than that, and a time was missed
 MOST_MISSED = 100  # times that catch_up "all" makes up for
 JOB_QUEUE = 20  # that may wait in a session: a job that takes longer than until its next time must not pile up
 CATCH_UPS = ("skip", "once", "all")
-CHANNEL = re.compile(rf"cli|job|(?:{'|'.join(ChannelsConfig._fields)}|quic):\S+")
+CHANNEL = re.compile(rf"cli|job|(?:{'|'.join(ChannelsConfig._fields)}):\S+")  # not quic: a device fetches its answers
 
 
 def next_time(job: Job, after: datetime, zone: tzinfo) -> datetime | None:
@@ -11089,7 +11089,7 @@ def timed(job: Job, now: datetime, zone: tzinfo, once: str = "") -> Job:
         raise CronError("the prompt is empty")
     if job.channel and not CHANNEL.fullmatch(job.channel):
         close = near(job.channel.partition(":")[0], ChannelsConfig._fields)
-        hint = "a channel is such as telegram:123456789"
+        hint = "a channel is such as telegram:123456789; without one the answers are in `openpista cron history`"
         raise CronError(f"there is no channel {clip(job.channel, 60)!r}{close}", hint)
     if once:
         job = job._replace(schedule=iso(parse_moment(once, zone_of(job, zone), now)))
@@ -11296,9 +11296,11 @@ class CronAdd(CronTool):
         if bool(schedule) == bool(once):
             raise ToolError("give either schedule or once")
         words = (arguments.get("name", ""), schedule, arguments.get("tz", ""), arguments["prompt"], event.session)
-        job = Job(0, *words, event.channel, dict(event.reply_to), "once", "agent", "active", None)
-        job = add_job(self.jobs, job, self.zone, once)
-        return ToolResult("", f"job {job.name}, next: {due_text(job, self.zone)}")
+        there = CHANNEL.fullmatch(event.channel) is not None  # a device fetches its own answers only
+        to = (event.channel, dict(event.reply_to)) if there else ("", {})
+        job = add_job(self.jobs, Job(0, *words, *to, "once", "agent", "active", None), self.zone, once)
+        where = "" if there else f"; its answers are not sent here: see `openpista cron history {job.name}`"
+        return ToolResult("", f"job {job.name}, next: {due_text(job, self.zone)}{where}")
 
 
 class CronList(CronTool):
@@ -13530,7 +13532,12 @@ def cmd_cron_run(ctx: Context) -> int:
         job = jobs.get(ctx.args.name)
         if jobs.run(job, iso(jobs.store.now()), JOB_QUEUE).answer == "full":
             raise PistaError(f"too much waits in the session {job.session!r}", "try again when it is done")
-    print(f"{job.name} is done as soon as the daemon has time; see `openpista cron history {job.name}`")
+    when = (
+        "as soon as the daemon has time"
+        if holder(ctx.home / PID_FILE)
+        else "when `openpista start` runs: it does not now"
+    )
+    print(f"{job.name} is done {when}; see `openpista cron history {job.name}`")
     return 0
 
 
@@ -13747,6 +13754,8 @@ def cmd_devices_revoke(ctx: Context) -> int:
         devices = Devices(store)
         active = [device.name for device in devices.list() if not device.revoked_at]
         for name in ctx.args.names:
+            if name == LOCAL:
+                raise UsageError(f"{LOCAL!r} is this machine itself: `openpista status` needs it")
             if name not in active:
                 raise UsageError(
                     f"no device named {name!r} may speak{near(name, active)}", "see `openpista devices list`"
@@ -13834,7 +13843,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entry, args = parse(argv)
         setup_logging("debug" if args.debug else args.log_level, redact)
-        config = read_config(args.config, os.environ)[0]
+        config = config_for(entry, args)
         redact.add(*config.secrets())
         code = entry.run(Context(args, config, home(os.environ), os.environ, redact))
         sys.stdout.flush()
@@ -13859,6 +13868,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.debug("failed", exc_info=True)
         drop(sys.stdout)
         return complain(redact(": ".join(filter(None, (error.strerror or str(error), error.filename)))), 1)
+
+
+def config_for(entry: Command, args: argparse.Namespace) -> Config:
+    """The configuration. To stop a daemon, or to keep a device out, a broken one is no obstacle: that is only said."""
+    try:
+        return read_config(args.config, os.environ)[0]
+    except ConfigError as error:
+        if entry.name not in ("stop", "devices list", "devices revoke"):
+            raise
+        log.warning("%s; going on as if there were none", error)
+        return Config()
 
 
 def open_streams() -> None:

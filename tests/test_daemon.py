@@ -245,7 +245,10 @@ def test_detached(house, openpista):
     assert stat.S_IMODE(log.stat().st_mode) == 0o600 and f"pid {pid}" in log.read_text()
     again = openpista("start", "--detach")
     assert again.returncode == 1 and f"openpista runs already, pid {pid}" in again.stderr
-    assert openpista("stop").stdout == f"stopped openpista, pid {pid}\n" and is_gone(pid)
+    with (house.home / "config.toml").open("a") as file:
+        file.write("\nbogus = 1\n")  # a slip of the pen must not keep the owner from stopping it
+    done = openpista("stop")
+    assert done.stdout == f"stopped openpista, pid {pid}\n" and is_gone(pid) and "going on as if" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1101,6 +1101,7 @@ def test_devices(openpista, home):
         assert openpista("devices", "add", name).returncode == 2
     assert re.search(r"laptop +\S+ \S+ +never +active", openpista("devices", "list").stdout)
     assert openpista("devices", "revoke", "laptob").returncode == 2
+    assert "is this machine itself" in openpista("devices", "revoke", "local").stderr
     assert openpista("devices", "revoke", "laptop").stdout == "revoked 1 device\n"
     (row,) = json.loads(openpista("devices", "list", "--json").stdout)
     assert row["name"] == "laptop" and row["revoked_at"] and row["last_seen"] is None

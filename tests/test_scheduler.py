@@ -597,6 +597,7 @@ def cron(openpista, environ):
 
 
 def test_a_job_from_the_command_line(cron, home):
+    assert "there is no channel 'quic:laptop'" in cron("add", "0 9 * * *", "hi", "--channel", "quic:laptop").stderr
     done = cron("add", "0 9 * * mon-fri", "Good morning", "--name", "morning", "--channel", "telegram:42")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("added morning, next: ") and done.stdout.endswith(" 09:00 KST\n")
