@@ -3,9 +3,13 @@
 A message comes in, a model decides, bash does it, the answer goes back. All of
 it is in this file.
 
-    command line, chat
-         | text             ^ Reply, Progress
+    remote clients (Gateway)   jobs (Scheduler)   the chat of `start`
+         | Event            ^ Answer
          v                  |
+        Hub: inbox, one worker a session, outbox
+         |
+         |   run, chat      ^ Reply, Progress
+         v   v              |
        Agent --- Request ---> Provider ---> a language model
          | ToolCall         ^ Completion
          v                  |
@@ -47,9 +51,10 @@ Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS
 Add a setting:    a field in Config, a line in config.example.toml.
 Add a command:    a function under @command; in the chat a row in CHAT_COMMANDS.
 
-httpx is imported in `open_http`, its door, so that a command that asks no model
-stays quick; so are parts of the standard library that few commands use. The nouns
-are NamedTuples: frozen, and at import three times cheaper than frozen dataclasses.
+Heavy packages have a door each: httpx `open_http`, aioquic `open_quic`, cryptography
+`open_crypto`, so that a command that needs none stays quick; parts of the standard
+library that few commands use are imported where they are used. The nouns are NamedTuples:
+frozen, and at import three times cheaper than frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -85,7 +90,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from email.utils import parsedate_to_datetime
 from enum import IntEnum, StrEnum
@@ -5349,7 +5354,7 @@ async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None
 
     async def beat() -> None:
         while not lost:
-            await asyncio.sleep(Store.LEASE / 3)
+            await asyncio.sleep(store.LEASE / 3)
             with contextlib.suppress(StoreError):  # a busy moment; the lease lasts for two more beats
                 if not store.take_lease(session):  # the machine slept, and another process took over
                     lost.append(store.lease_holder(session))
@@ -5669,7 +5674,7 @@ def spoken(message: Message) -> str:
 class Outlet(NamedTuple):
     """How a kind of channel takes what goes out. Its name is what stands before the colon of a channel."""
 
-    send: Callable[[Delivery], Awaitable[None]] | None = None  # None: it fetches answers itself, see Hub.reply_for
+    send: Callable[[Delivery], Awaitable[None]] | None = None  # None: it fetches answers itself, see Hub.watch
     approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
     split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
     repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
@@ -5965,11 +5970,6 @@ class Hub:
             watchers.remove(watcher)
             if not watchers:
                 self._watchers.pop(number, None)
-
-    def reply_for(self, channel: str, identity: str) -> Answer | None:
-        """What became of an event so far, for a channel that fetches its answers; None if there was none."""
-        item = self.inbox.find(channel, identity)
-        return item and self.outbox.answer(item)
 
     def collected(self, channel: str, identity: str) -> None:
         """The channel has handed the answer over."""
@@ -9863,10 +9863,11 @@ class BrowserLogin:
         auth_url: str = "https://openrouter.ai/auth",
         api_url: str = "https://openrouter.ai/api/v1",
         timeout: float = 300.0,
+        listen: Callable[..., Awaitable[asyncio.Server]] = asyncio.start_server,
     ):
         import secrets
 
-        self.auth_url, self.api_url, self.timeout = auth_url, api_url, timeout
+        self.auth_url, self.api_url, self.timeout, self.listen = auth_url, api_url, timeout, listen
         self._verifier, self._path = Secret(secrets.token_urlsafe(32)), f"/callback/{secrets.token_urlsafe(32)}"
         self._visits: list[asyncio.Task[None]] = []  # in the order they came
 
@@ -9875,7 +9876,7 @@ class BrowserLogin:
         self._brought: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
         try:
             # The address itself, since localhost may be ::1 or anything (RFC 8252, 7.3 and 8.3).
-            self._server = await asyncio.start_server(self._visit, "127.0.0.1", 0, limit=self.LONGEST_REQUEST)
+            self._server = await self.listen(self._visit, "127.0.0.1", 0, limit=self.LONGEST_REQUEST)
         except OSError as error:
             raise PistaError(f"cannot wait for the browser on 127.0.0.1: {error}", self.OTHER_WAY) from None
         return self
@@ -10008,7 +10009,8 @@ class BrowserLogin:
 #
 # The conversation at a terminal. Chat knows the session and the commands; a
 # ScreenChat shows it on a terminal, a LineChat in plain lines. What answers is a
-# Local, the agent in this process. Text is printed once, above the lines that
+# desk: Local, the agent in this process; further down HubDesk, beside the daemon,
+# and RemoteDesk, on another machine. Text is printed once, above the lines that
 # are painted again and again: the answer's unfinished line, the status, the input.
 
 
@@ -12769,7 +12771,7 @@ def detach(ctx: Context) -> int:
     return 0
 
 
-def in_background(ctx: Context, path: Path, tell: int) -> int:
+def in_background(ctx: Context, path: Path, tell: int, work: Callable[..., Coroutine[Any, Any, int]] = serve) -> int:
     """Go on without a terminal, with a log; `tell` takes the first lines, or what is wrong."""
     os.setsid()
     log_file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -12783,7 +12785,7 @@ def in_background(ctx: Context, path: Path, tell: int) -> int:
             pipe.write(f"ready\n{lines}".encode())
 
     try:
-        return asyncio.run(serve(ctx, ready))
+        return asyncio.run(work(ctx, ready))
     except PistaError as error:
         if not pipe.closed:
             pipe.write(f"{error.exit_code}\n{ctx.redact(str(error))}".encode())
@@ -12898,7 +12900,13 @@ STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has
 @command("stop")
 def cmd_stop(ctx: Context) -> int:
     """End the running daemon, and wait until it is gone."""
-    pid, machine = running_daemon(ctx)
+    end_daemon(ctx, running_daemon(ctx))
+    return 0
+
+
+def end_daemon(ctx: Context, running: Holder) -> None:
+    """Ask this daemon to end, and wait for it; PistaError if that takes too long."""
+    pid, machine = running
     if machine != machine_name():
         raise PistaError(f"openpista runs on {machine}, pid {pid}", "stop it there")
     with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -12913,7 +12921,6 @@ def cmd_stop(ctx: Context) -> int:
             print(f"openpista: waiting for running turns, at most {grace} s", file=sys.stderr)
         time.sleep(0.05)
     print(f"stopped openpista, pid {pid}")
-    return 0
 
 
 @command("status", arg("--json", action="store_true", help="for scripts"))

@@ -689,9 +689,9 @@ def test_a_session_that_is_in_use_is_waited_for(desk, tmp_path):
     assert asyncio.run(both()) == ["first asked", "first ended"]
 
 
-def test_a_session_that_another_process_took_over(desk, tmp_path, monkeypatch):
+def test_a_session_that_another_process_took_over(desk, tmp_path):
     """The machine slept: the turn ends with an error, and its task is not taken for cancelled afterwards."""
-    monkeypatch.setattr(Store, "LEASE", 0.3)
+    desk.store.LEASE = 0.3
 
     async def turn():
         def taken(request):

@@ -197,15 +197,14 @@ def test_a_daemon_in_another_container_is_not_killed(house, openpista):
     assert done.returncode == 1 and "runs on another-machine/1" in done.stderr
 
 
-def test_stopping_what_has_just_ended(home, monkeypatch, capsys):
+def test_stopping_what_has_just_ended(home, capsys):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    monkeypatch.setattr(o, "running_daemon", lambda ctx: o.Holder(ended.pid, o.machine_name()))
-    assert o.cmd_stop(o.Context(None, o.Config(), home, {}, o.Redactor())) == 0
+    o.end_daemon(o.Context(None, o.Config(), home, {}, o.Redactor()), o.Holder(ended.pid, o.machine_name()))
     assert capsys.readouterr().out == f"stopped openpista, pid {ended.pid}\n"
 
 
-def test_what_is_wrong_after_the_start_is_not_written_where_the_pipe_was(house, monkeypatch, tmp_path):
+def test_what_is_wrong_after_the_start_is_not_written_where_the_pipe_was(house, tmp_path):
     told, tell = os.pipe()
     ctx = o.Context(None, o.Config(), house.home, {}, o.Redactor())
     other = tmp_path / "other"
@@ -218,20 +217,17 @@ def test_what_is_wrong_after_the_start_is_not_written_where_the_pipe_was(house, 
             os.close(handle)
         raise o.PistaError("wrong later")
 
-    monkeypatch.setattr(o, "serve", serve)
-    monkeypatch.setattr(os, "setsid", lambda: None)
-    kept = [os.dup(number) for number in range(3)]
-    try:
-        with pytest.raises(o.PistaError, match="wrong later"):
-            o.in_background(ctx, tmp_path / "log", tell)
-    finally:
-        for number, copy in enumerate(kept):
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(tell)
+    if not (pid := os.fork()):
+        try:
+            o.in_background(ctx, tmp_path / "log", tell, serve)
+        except o.PistaError as error:
+            os._exit(7 if "wrong later" in str(error) else 1)
+        finally:
+            os._exit(2)
+    os.close(tell)
     with open(told, "rb") as pipe:
         assert pipe.read() == b"ready\nlines"
-    assert other.read_bytes() == b""
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7 and other.read_bytes() == b""
 
 
 def test_detached(house, openpista):

@@ -81,6 +81,12 @@ async def until(condition, seconds=5.0):
             await asyncio.sleep(0.005)
 
 
+def reply_for(hub, channel, identity):
+    """What became of an event so far."""
+    item = hub.inbox.find(channel, identity)
+    return item and hub.outbox.answer(item)
+
+
 def is_gone(pid):
     """Whether a process has ended, reaped or not."""
     try:
@@ -236,18 +242,18 @@ def test_a_watcher_sees_how_it_goes_and_the_answer(house):
 def test_a_channel_that_fetches_its_answers(house):
     async def go():
         async with house.open() as hub:
-            assert hub.reply_for("fetch:me", "1") is None
+            assert reply_for(hub, "fetch:me", "1") is None
             receipt = hub.submit(event("sleep 0.1; echo one", channel="fetch:me", identity="1"))
-            assert hub.reply_for("fetch:me", "1") == Answer("waiting")
-            await until(lambda: hub.reply_for("fetch:me", "1").state == "running")
+            assert reply_for(hub, "fetch:me", "1") == Answer("waiting")
+            await until(lambda: reply_for(hub, "fetch:me", "1").state == "running")
             await hub.watch(receipt.id, nothing)
         async with house.open() as hub:
-            assert hub.reply_for("fetch:me", "1")[:3] == ("done", "one", False)
+            assert reply_for(hub, "fetch:me", "1")[:3] == ("done", "one", False)
             assert hub.outbox.channels() == ["fetch:me"]
             hub.collected("fetch:me", "1")
             assert hub.outbox.channels() == []
-            assert hub.reply_for("fetch:me", "1").text == "one", "a request that is replayed finds its reply"
-            assert hub.reply_for("fetch:other", "1") is None
+            assert reply_for(hub, "fetch:me", "1").text == "one", "a request that is replayed finds its reply"
+            assert reply_for(hub, "fetch:other", "1") is None
 
     asyncio.run(go())
 
@@ -617,7 +623,7 @@ def test_a_long_answer_goes_out_in_pieces_and_is_one_again(house):
             await hub.watch(receipt.id, nothing)
             await until(lambda: house.post.texts == ["one", "two", "three"])
             assert [(d.piece, d.reply_to) for d in house.post.got] == [(i, {"thread": 4}) for i in range(3)]
-            assert hub.reply_for("fake:1", "1").text == "one\n\ntwo\n\nthree"
+            assert reply_for(hub, "fake:1", "1").text == "one\n\ntwo\n\nthree"
 
     asyncio.run(go())
 
@@ -927,7 +933,7 @@ def test_no_statement_reads_a_whole_table(house):
             hub.store.db.set_trace_callback(seen.add)
             await hub.watch(hub.submit(event("echo 1", identity="1")).id, nothing)
             hub.submit(event("echo 2", channel="fetch:1", identity="2"))
-            hub.reply_for("fetch:1", "2")
+            reply_for(hub, "fetch:1", "2")
             await until(lambda: not hub.inbox.waiting())
             hub.collected("fetch:1", "2")
             hub.courier.open()

@@ -320,12 +320,11 @@ def test_a_slow_request_is_cut_off(vendor, caplog):
     assert caplog.text == ""
 
 
-def test_a_machine_without_a_loopback(vendor, monkeypatch):
+def test_a_machine_without_a_loopback():
     async def no_server(*args, **options):
         raise OSError(99, "Cannot assign requested address")
 
-    monkeypatch.setattr(asyncio, "start_server", no_server)
-    error = asyncio.run(failure(login_at(vendor).__aenter__()))
+    error = asyncio.run(failure(BrowserLogin(listen=no_server).__aenter__()))
     assert "cannot wait for the browser" in str(error) and "--api-key" in error.hint
 
 
