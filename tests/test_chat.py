@@ -197,8 +197,8 @@ def test_a_risky_call_is_asked_about_with_one_key(model, chat, tmp_path):
     tty.send("y")
     tty.wait("  yes, once")
     answered(tty, 1)
+    tty.wait("Run it?")  # about what was queued
     assert runs("log") == 1 and questions(model)[-1] == "xa" and prompts(tty)[-1] == "›"
-    tty.wait("Run it?")
     tty.spend(SETTLE)
     tty.send("ㅁ")  # the key of the a on a Korean keyboard
     tty.wait("  yes, and always this command in this session")
