@@ -165,3 +165,62 @@ CREATE TABLE tickets (
     expires_at TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX tickets_by_end ON tickets (expires_at);
+
+-- step 4: Telegram: who may speak and where each chat stands; questions that outlive a restart; pictures
+
+ALTER TABLE messages ADD COLUMN images TEXT;  -- JSON list of {path, media_type}: what a model sees beside the text
+ALTER TABLE inbox ADD COLUMN shown TEXT NOT NULL DEFAULT '';  -- the name in the channel of the message that shows its progress
+ALTER TABLE outbox ADD COLUMN in_doubt INTEGER NOT NULL DEFAULT 0;  -- an earlier attempt may have arrived
+
+-- Risky calls that a person was asked about.
+CREATE TABLE approvals (
+    id         INTEGER PRIMARY KEY,
+    inbox_id   INTEGER NOT NULL REFERENCES inbox ON DELETE CASCADE,
+    call_id    TEXT NOT NULL,
+    tool       TEXT NOT NULL,
+    arguments  TEXT NOT NULL,                -- JSON
+    danger     TEXT NOT NULL,
+    state      TEXT NOT NULL DEFAULT 'waiting'
+               CHECK (state IN ('waiting', 'once', 'always', 'deny', 'expired', 'withdrawn')),
+    shown      TEXT NOT NULL DEFAULT '',     -- the channel's name for the message that asks
+    decided_by TEXT NOT NULL DEFAULT '',
+    asked_at   TEXT NOT NULL,
+    expires_at TEXT NOT NULL,
+    used_at    TEXT                          -- when the turn took the decision
+);
+CREATE INDEX approvals_by_inbox ON approvals (inbox_id);
+
+-- Calls that a session need not ask about any more.
+CREATE TABLE grants (
+    session    TEXT NOT NULL,
+    tool       TEXT NOT NULL,
+    arguments  TEXT NOT NULL,                -- JSON
+    granted_at TEXT NOT NULL,
+    PRIMARY KEY (session, tool, arguments)
+) WITHOUT ROWID;
+
+-- Who wrote to a channel without being in its configuration.
+CREATE TABLE people (
+    channel    TEXT NOT NULL,                -- telegram
+    id         TEXT NOT NULL,                -- the channel's, which nobody else can take: no user name
+    name       TEXT NOT NULL DEFAULT '',
+    state      TEXT NOT NULL CHECK (state IN ('asked', 'allowed', 'denied')),
+    code       TEXT NOT NULL DEFAULT '',     -- that the person was given, while it is good
+    asked_at   TEXT NOT NULL,
+    expires_at TEXT,
+    PRIMARY KEY (channel, id)
+) WITHOUT ROWID;
+
+-- Which session a chat is in.
+CREATE TABLE chats (
+    place   TEXT PRIMARY KEY,                -- telegram:42, telegram:-100123/7 for a topic
+    session TEXT NOT NULL DEFAULT '',        -- '': the one with the name of the place
+    moved_to TEXT NOT NULL DEFAULT ''        -- the place that this group is now, if it has become another
+) WITHOUT ROWID;
+
+-- How far a channel has read.
+CREATE TABLE cursors (
+    name     TEXT PRIMARY KEY,
+    position INTEGER NOT NULL,
+    moved_at TEXT NOT NULL
+) WITHOUT ROWID;
