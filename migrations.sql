@@ -224,3 +224,25 @@ CREATE TABLE cursors (
     position INTEGER NOT NULL,
     moved_at TEXT NOT NULL
 ) WITHOUT ROWID;
+
+-- step 5: agents by name: who answers a session, hand-overs between them, what each has used
+
+ALTER TABLE sessions ADD COLUMN agent TEXT NOT NULL DEFAULT '';  -- chosen for it; '': the routes say
+ALTER TABLE sessions ADD COLUMN failures INTEGER NOT NULL DEFAULT 0;  -- of its last turns, one after the other
+ALTER TABLE sessions ADD COLUMN parent INTEGER REFERENCES sessions ON DELETE CASCADE;  -- whose agent gave the work here
+ALTER TABLE inbox ADD COLUMN agent TEXT NOT NULL DEFAULT 'default';  -- who answers, once it is running
+ALTER TABLE usage ADD COLUMN agent TEXT NOT NULL DEFAULT 'default';
+CREATE INDEX sessions_by_parent ON sessions (parent) WHERE parent IS NOT NULL;
+
+-- A call of agent.ask: its result is the answer that another session's agent gives.
+CREATE TABLE handovers (
+    message_id INTEGER NOT NULL REFERENCES messages ON DELETE CASCADE,  -- with the call
+    call_id    TEXT NOT NULL,
+    session_id INTEGER NOT NULL REFERENCES sessions ON DELETE CASCADE,  -- of the agent that works
+    agent      TEXT NOT NULL,
+    asked      INTEGER REFERENCES messages ON DELETE SET NULL,  -- the task in its transcript; NULL: not begun
+    answer     TEXT,                         -- NULL: none yet
+    PRIMARY KEY (message_id, call_id)
+) WITHOUT ROWID;
+CREATE INDEX handovers_by_session ON handovers (session_id);
+CREATE INDEX handovers_by_asked ON handovers (asked) WHERE asked IS NOT NULL;

@@ -21,9 +21,14 @@ DEFAULTS = [
     ("agent.base_url", ""),
     ("agent.format", ""),
     ("agent.fallback", ()),
+    ("agent.escalate", ()),
+    ("agent.tools", ("*",)),
     ("agent.max_tool_rounds", 10),
     ("agent.max_tokens", 0),
     ("agent.context_tokens", 0),
+    ("agent.daily_tokens", 0),
+    ("agent.daily_calls", 0),
+    ("agent.ask_tokens", 0),
     ("agent.timeout", 300.0),
     ("agent.idle_timeout", 60.0),
     ("agent.prompt", ""),
@@ -33,6 +38,7 @@ DEFAULTS = [
     ("tools.output_limit", 10_000),
     ("tools.workdir", ""),
     ("tools.keep_env", ()),
+    ("tools.reviewer", ""),
     ("channels.telegram.enabled", False),
     ("channels.telegram.token", ""),
     ("channels.telegram.allowed_users", ()),
@@ -42,6 +48,8 @@ DEFAULTS = [
     ("database.url", ""),
     ("skills.workspace", ""),
     ("cron", ()),
+    ("agents", {}),
+    ("routes", ()),
 ]
 
 
