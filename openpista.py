@@ -5446,8 +5446,8 @@ class Spent(NamedTuple):
 
     def __str__(self) -> str:
         tokens = f"{self.tokens:,} of {self.daily_tokens:,}" if self.daily_tokens else f"{self.tokens:,}"
-        calls = f"{self.calls:,} of {self.daily_calls:,}" if self.daily_calls else f"{self.calls:,}"
-        return f"{self.agent}: {tokens} tokens, {calls} calls today"
+        calls = f"{self.calls:,} of {self.daily_calls:,} calls" if self.daily_calls else plural(self.calls, "call")
+        return f"{self.agent}: {tokens} tokens, {calls} today"
 
 
 class Crew(NamedTuple):

@@ -302,7 +302,9 @@ def test_rounds_end_with_one_last_answer(desk):
         "so far so good\n\n(Stopped after 3 rounds of tools, the most that [agent] max_tool_rounds allows.)"
     )
     assert [request.may_call for request in desk.models.requests] == [True, True, True, False]
-    assert all(request.tools == desk.agent.crew.personas["default"].toolbox.specs for request in desk.models.requests), "the prefix stays"
+    assert all(
+        request.tools == desk.agent.crew.personas["default"].toolbox.specs for request in desk.models.requests
+    ), "the prefix stays"
     assert "No more tools" in desk.models.requests[-1].note
     assert desk.stored[-1].text == reply.text
     assert "No more tools" not in "".join(message.text for message in desk.stored)
