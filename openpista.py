@@ -14238,7 +14238,7 @@ async def open_crew(ctx: Context) -> AsyncIterator[App]:
 
 @command("agents list", arg("--json", action="store_true", help="for scripts"))
 def cmd_agents_list(ctx: Context) -> int:
-    """List the agents: who answers, with which tools, asking when, and what was used today."""
+    """List the agents, and what each may do."""
     return asyncio.run(list_agents(ctx))
 
 

@@ -66,6 +66,7 @@ def test_json(openpista, model, openai):
     assert json.loads(done.stdout) == {
         "answer": "done",
         "session": "s",
+        "agent": "default",
         "provider": "openai",
         "model": "gpt-4o",
         "tool_calls": [{"name": "system.run", "arguments": {"command": "echo hi"}, "output": "hi", "is_error": False}],

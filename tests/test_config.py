@@ -94,6 +94,11 @@ api_key = "abcdefghijkl"
 base_url = "http://box/v1"
 format = "messages"
 fallback = ["openai/gpt-4o", "groq"]
+escalate = ["openai/gpt-5"]
+tools = ["system.*"]
+daily_tokens = 1000
+daily_calls = 10
+ask_tokens = 100
 max_tool_rounds = 3
 max_tokens = 500
 context_tokens = 9000
@@ -107,6 +112,7 @@ max_timeout = 20
 output_limit = 500
 workdir = "/srv"
 keep_env = ["CI_TOKEN"]
+reviewer = "guard"
 [channels.telegram]
 enabled = true
 token = "123456:abc"
@@ -127,6 +133,10 @@ tz = "Asia/Seoul"
 channel = "telegram:17"
 [[cron]]
 name = "second"
+[agents.guard]
+provider = "groq"
+[[routes]]
+agent = "guard"
 """
 
 

@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 README, KOREAN, EXAMPLE = (
     (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "config.example.toml")
 )
-GUIDES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = ROOT / "docs"
+GUIDES = {str(path.relative_to(DOCS)): path.read_text("utf-8") for path in sorted(DOCS.rglob("*.md"))}
 CHAT, DAEMON, SETTINGS = (GUIDES[f"{name}.md"] for name in ("chat", "daemon", "settings"))
 PAGES = {"README.md": README, **GUIDES}
 GLOBAL = {"--config", "--log-level", "--debug", "--version", "--help"}
@@ -155,7 +156,8 @@ def test_version():
 
 
 def test_links_lead_somewhere():
-    for text, folder in ((README, ROOT), (KOREAN, ROOT), *((text, ROOT / "docs") for text in GUIDES.values())):
+    guides = ((text, (DOCS / name).parent) for name, text in GUIDES.items())
+    for text, folder in ((README, ROOT), (KOREAN, ROOT), *guides):
         targets = re.findall(r"\]\(([^)]+)\)", text)
         assert [name for name in targets if "://" not in name and not (folder / name).is_file()] == []
     assert [name for name in GUIDES if f"](docs/{name})" not in README or f"](docs/{name})" not in KOREAN] == []
@@ -237,8 +239,24 @@ def test_example_is_the_default():
 
 
 def test_example_has_every_setting_and_says_why():
-    assert sorted([*keys(tomllib.loads(EXAMPLE)), "cron"]) == sorted(settings(pista.Config()))
+    tables = ["cron", "agents", "routes"]
+    assert sorted([*keys(tomllib.loads(EXAMPLE)), *tables]) == sorted(settings(pista.Config()))
     assert [line for line in EXAMPLE.splitlines() if re.match(r"\w+ =", line) and "  # " not in line] == []
+
+
+@pytest.mark.parametrize("kind, head", [(pista.RoleConfig, "[agents.NAME]"), (pista.RouteConfig, "[[routes]]")])
+def test_example_of_an_agent_and_a_route(kind, head):
+    table = EXAMPLE[EXAMPLE.index(f"# {head}") :].partition("\n\n")[0]
+    assert [line for line in table.splitlines()[1:] if not re.match(r"# \w+ = .+  ?# ", line)] == []
+    found = tomllib.loads(re.sub(r"^# ", "", table, flags=re.M))
+    [row] = found["agents"].values() if kind is pista.RoleConfig else found["routes"]
+    assert list(row) == list(kind._fields)
+    assert pista.build(kind, row)
+
+
+def test_page_has_each_condition_of_a_route():
+    rows = re.findall(r"^\| `(\w+)` \|", GUIDES["agent-orchestration/routing-rules.md"], re.M)
+    assert rows == list(pista.RouteConfig._fields[1:])
 
 
 def test_example_of_a_job():
