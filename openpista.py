@@ -5394,7 +5394,7 @@ class Toolbox:
 
 
 class AgentAsk(Tool):
-    """agent.ask: a task for another agent. Turn._hand_over runs it, since it is a turn of its own."""
+    """agent.ask: a task for another agent. Errand.ask runs it, since it is a turn of its own."""
 
     NAME = "agent.ask"
 
@@ -5875,23 +5875,109 @@ async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None
 
 
 class Errand:
-    """What turns have in common that all serve the same words of a person."""
+    """What turns have in common that all serve the same words of a person: tasks for other agents, the reviewer."""
 
-    TOKENS, MOST = 500_000, 32  # for all that other agents do for it, if [agent] has no ask_tokens; hand-overs
+    TOKENS, MOST = 500_000, 32  # for all that other agents do for it, if [agent] has no ask_tokens; tasks
+    DEEPEST = 3  # agents that wait for one another
+    LONGEST_ANSWER = 30_000  # characters of another agent's
+    REVIEW = 15.0  # seconds for a reviewer
 
-    def __init__(self, words: str, tokens: int):
-        self.words, self.limit = words, tokens or self.TOKENS
+    def __init__(self, tokens: int):
+        self.words, self.limit = "", tokens or self.TOKENS
         self.tokens = self.count = 0
         self.remarks: list[str] = []  # what the person must see at the end of the answer
+
+    async def ask(self, asker: Turn, message_id: int, call: ToolCall) -> ToolResult:
+        """The answer of another agent, in a session of its own; after a restart it goes on from there."""
+        try:
+            async with asker.askable:
+                answer, is_error = await self._answer(asker, message_id, call), False
+        except PistaError as error:  # no key, no budget, nobody there: the one that asked hears of it
+            answer, is_error = str(error), True
+        text = asker.persona.toolbox.redact(storable(answer))
+        return ToolResult(call.id, head_and_tail(text, self.LONGEST_ANSWER), is_error)
+
+    async def _answer(self, asker: Turn, message_id: int, call: ToolCall) -> str:
+        name, agent, store = call.arguments["agent"], asker.agent, asker.store
+        if refusal := self._refusal(asker, name):
+            raise ToolError(refusal)
+        self.count += 1
+        agent.crew.persona(name)  # or why it cannot answer, before anything is written
+        handover = store.hand_over(asker.session, message_id, call.id, name)
+        if handover.answer is not None:
+            return handover.answer
+        note = functools.partial(store.note_handover, handover)
+        record = Record(lambda number: note(asked=number), lambda reply: note(answer=reply.text))
+        tell = functools.partial(pass_on, asker.tell, name, handover.session.id)
+        how = {"gate": asker.gate, "tell": tell, "record": record, "agent": name, "asker": asker}
+        if handover.asked is None:
+            reply = await agent.turn(handover.session, task_text(call, asker.persona), **how)
+        else:
+            reply = await agent.resume(handover.session, handover.asked, **how)
+        asker.usage = asker.usage.plus(reply.usage)
+        return reply.text
+
+    def _refusal(self, asker: Turn, name: str) -> str:
+        """Why a task must not be given to this agent; '' if it may."""
+        others = asker.persona.toolbox.tools[AgentAsk.NAME].spec.parameters["properties"]["agent"]["enum"]
+        chain = " > ".join(asker.chain)
+        if name in asker.chain:
+            return f"{name} waits for you ({chain}): do it yourself, or say what is missing"
+        if name not in others:
+            return f"there is no agent {clip(name, 60)!r} that you may ask{near(name, others)}"
+        if len(asker.chain) > self.DEEPEST:
+            return f"too deep ({chain}): do it yourself, or say what is missing"
+        full = self.count >= self.MOST
+        return f"{self.MOST} tasks were given to other agents in this turn, and no more are" if full else ""
+
+    async def review(self, turn: Turn, call: ToolCall, danger: str) -> Verdict:
+        """What [tools] reviewer says of a risky call; `ask` if it says nothing that can be understood in time."""
+        name = turn.agent.crew.reviewer
+        try:
+            async with asyncio.timeout(self.REVIEW):
+                verdict = parse_verdict(await self._judgement(turn, name, call, danger), name)
+        except TimeoutError:
+            verdict = Verdict("ask", f"it did not answer within {self.REVIEW:g} s", name)
+        except PistaError as error:
+            verdict = Verdict("ask", f"it could not be asked: {clip(str(error), 200)}", name)
+        verdict = verdict._replace(reason=turn.persona.toolbox.redact(verdict.reason))
+        if verdict.word == "deny":
+            what = clip(str(call.arguments.get("command") or to_json(call.arguments)), 120)
+            self.remarks.append(f"{name} refused {call.name} {what}: {verdict.reason}")
+            turn.tell(Progress("notice", self.remarks[-1]))
+        return verdict
+
+    async def _judgement(self, turn: Turn, name: str, call: ToolCall, danger: str) -> str:
+        persona, mark = turn.agent.crew.persona(name), os.urandom(4).hex()
+        last = [f"{e.message.role}: {clip(spoken(e.message), 1_000)}" for e in turn.store.tail(turn.session, 6_000)]
+        parts = {
+            "call": f"{call.name} {to_json(call.arguments)}",
+            "risk": danger,
+            "request": self.words,
+            "conversation": "\n".join(last[-6:]),
+        }
+        marks = (f"<data {mark} {part}>\n{head_and_tail(text, 8_000)}\n</data {mark}>" for part, text in parts.items())
+        system = "\n\n".join(filter(None, (REVIEW_PROMPT, persona.settings.prompt)))
+        request = Request(system, (Message(Role.USER, "\n".join(marks)),))
+        answer = await turn.pay(turn.agent.models_of(name), persona, request, lambda progress: None)
+        return answer.message.text
+
+
+def pass_on(tell: Tell, name: str, session: int, progress: Progress) -> None:
+    """Show what another agent does; what it says goes only to the one that asked."""
+    if progress.kind in ("delta", "again"):
+        return
+    changed: dict[str, Any] = {"agent": progress.agent or name, "usage": None}
+    if progress.call and not progress.agent:  # two that work side by side may have calls of the same id
+        changed["call"] = progress.call._replace(id=f"{session}/{progress.call.id}")
+    tell(progress._replace(**changed))
 
 
 class Turn:
     """One turn of a session: what was asked, what it has cost, what it has repeated."""
 
     NOTE_AT, END_AT = 3, 5  # equal calls with equal results
-    DEEPEST, SIDE_BY_SIDE = 3, 4  # agents that ask one another; those that one of them waits for at once
-    REVIEW = 15.0  # seconds for a reviewer
-    LONGEST_ANSWER = 30_000  # characters of another agent's
+    SIDE_BY_SIDE = 4  # other agents that it waits for at once
 
     def __init__(
         self,
@@ -5907,10 +5993,10 @@ class Turn:
         self.persona, self.record, self.asker = persona, record, asker
         self.gate = gate.of(persona.name if asker else "", persona.approval)
         self.chain: tuple[str, ...] = (*asker.chain, persona.name) if asker else (persona.name,)
-        self.errand = asker.errand if asker else Errand("", persona.settings.ask_tokens)
+        self.errand = asker.errand if asker else Errand(persona.settings.ask_tokens)
         self.models = agent.models_of(persona.name, session.model)
         self.usage, self.model = Usage(), self.models.name
-        self._askable = asyncio.Semaphore(self.SIDE_BY_SIDE)
+        self.askable = asyncio.Semaphore(self.SIDE_BY_SIDE)
         self._level, self._failed = 0, 0  # models of [agent] escalate that took over; failed rounds since then
         self.done: list[tuple[ToolCall, ToolResult]] = []
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
@@ -5921,6 +6007,7 @@ class Turn:
 
     async def run(self, text: str) -> Reply:
         """Write the person's words down, and answer them."""
+        self.errand.words = self.errand.words or text
         self._settle()
         message = Message(Role.USER, storable(text))
         with self.store.atomic():
@@ -5930,7 +6017,7 @@ class Turn:
 
     async def resume(self, asked: Entry) -> Reply:
         """Answer words that are written down, going on from what was done for them."""
-        self._asked = asked
+        self._asked, self.errand.words = asked, self.errand.words or asked.message.text
         later = [entry.message for entry in self.store.transcript(self.session, after=asked.id)]
         if any(message.role is Role.USER for message in later):  # another process had a turn meanwhile
             return await self.run(f"{AGAIN}\n{asked.message.text}")
@@ -5946,7 +6033,6 @@ class Turn:
         """Rounds of asking and acting, until the answer is words."""
         # Those before a restart count: a command that kills openpista would else be asked for for ever.
         rounds = self.persona.settings.max_tool_rounds or AgentConfig().max_tool_rounds
-        self.errand.words = self.errand.words or self._asked.message.text
         self._escalate_for_turns()
         for _ in range(used, rounds):
             answer = await self._ask()
@@ -6042,9 +6128,10 @@ class Turn:
         if self.asker and self.errand.tokens >= self.errand.limit:
             said = f"the agents asked in this turn have used {self.errand.tokens:,} of {self.errand.limit:,} tokens"
             raise OutOfBudget(said, "[agent] ask_tokens is the limit")
-        return await self._pay(self.models, self.persona, request, tell)
+        return await self.pay(self.models, self.persona, request, tell)
 
-    async def _pay(self, models: Models, persona: Persona, request: Request, tell: Tell) -> Completion:
+    async def pay(self, models: Models, persona: Persona, request: Request, tell: Tell) -> Completion:
+        """What models say, at the cost of an agent. OutOfBudget before they are asked."""
         self.agent.check_budget(persona)
         started = time.monotonic()
         answer = await models.complete(request, tell)
@@ -6079,43 +6166,6 @@ class Turn:
         for _ in range(failures // 2):
             self._escalate(f"{failures} failed turns")
 
-    # ---- the reviewer ----
-
-    async def _review(self, call: ToolCall, danger: str) -> Verdict:
-        """What [tools] reviewer says of a risky call; `ask` if it says nothing that can be understood in time."""
-        name = self.agent.crew.reviewer
-        try:
-            async with asyncio.timeout(self.REVIEW):
-                verdict = parse_verdict(await self._judgement(name, call, danger), name)
-        except TimeoutError:
-            verdict = Verdict("ask", f"it did not answer within {self.REVIEW:g} s", name)
-        except PistaError as error:
-            verdict = Verdict("ask", f"it could not be asked: {clip(str(error), 200)}", name)
-        verdict = verdict._replace(reason=self.persona.toolbox.redact(verdict.reason))
-        if verdict.word == "deny":
-            what = clip(str(call.arguments.get("command") or to_json(call.arguments)), 120)
-            said = f"{name} refused {call.name} {what}: {verdict.reason}"
-            self.errand.remarks.append(said)
-            self.tell(Progress("notice", said))
-        return verdict
-
-    async def _judgement(self, name: str, call: ToolCall, danger: str) -> str:
-        persona, mark = self.agent.crew.persona(name), os.urandom(4).hex()
-        last = [f"{e.message.role}: {clip(spoken(e.message), 1_000)}" for e in self.store.tail(self.session, 6_000)][
-            -6:
-        ]
-        parts = {
-            "call": f"{call.name} {to_json(call.arguments)}",
-            "risk": danger,
-            "request": self.errand.words,
-            "conversation": "\n".join(last),
-        }
-        marks = (f"<data {mark} {part}>\n{head_and_tail(text, 8_000)}\n</data {mark}>" for part, text in parts.items())
-        system = "\n\n".join(filter(None, (REVIEW_PROMPT, persona.settings.prompt)))
-        request = Request(system, (Message(Role.USER, "\n".join(marks)),))
-        answer = await self._pay(self.agent.models_of(name), persona, request, lambda progress: None)
-        return answer.message.text
-
     # ---- acting ----
 
     async def _act(self, message: Message) -> None:
@@ -6142,7 +6192,7 @@ class Turn:
         """One call from its check to its result, journalled before and after."""
         started, toolbox = False, self.persona.toolbox
         try:
-            review = self._review if self.agent.crew.reviewer else None
+            review = functools.partial(self.errand.review, self) if self.agent.crew.reviewer else None
             if refusal := await toolbox.refusal(call, self.gate, review):
                 result = ToolResult(call.id, toolbox.redact(refusal), is_error=True)
             else:
@@ -6151,7 +6201,7 @@ class Turn:
                 log.debug("%s %s", call.name, clip(to_json(call.arguments), 500))
                 self.tell(Progress("tool_started", call=call))
                 asks = call.name == AgentAsk.NAME
-                result = await (self._hand_over(message_id, call) if asks else toolbox.run(call))
+                result = await (self.errand.ask(self, message_id, call) if asks else toolbox.run(call))
         except asyncio.CancelledError:
             result = ToolResult(call.id, STOPPED if started else NOT_BEGUN, is_error=True)
             self.store.finish_call(self.session, message_id, result, "interrupted")
@@ -6160,51 +6210,6 @@ class Turn:
         self.tell(Progress("tool_finished", call=call, result=result))
         self.store.finish_call(self.session, message_id, self._noted(call, result))
         return result
-
-    async def _hand_over(self, message_id: int, call: ToolCall) -> ToolResult:
-        """The answer of another agent, in a session of its own; after a restart it goes on from there."""
-        try:
-            async with self._askable:
-                answer, is_error = await self._answer_of(message_id, call), False
-        except PistaError as error:  # no key, no budget, nobody there: the one that asked hears of it
-            answer, is_error = str(error), True
-        text = self.persona.toolbox.redact(storable(answer))
-        return ToolResult(call.id, head_and_tail(text, self.LONGEST_ANSWER), is_error)
-
-    async def _answer_of(self, message_id: int, call: ToolCall) -> str:
-        name, errand, agent = call.arguments["agent"], self.errand, self.agent
-        others = self.persona.toolbox.tools[AgentAsk.NAME].spec.parameters["properties"]["agent"]["enum"]
-        if name in self.chain:
-            raise ToolError(f"{name} waits for you ({' > '.join(self.chain)}): do it yourself, or say what is missing")
-        if name not in others:
-            raise ToolError(f"there is no agent {clip(name, 60)!r} that you may ask{near(name, others)}")
-        if len(self.chain) > self.DEEPEST:
-            raise ToolError(f"too deep ({' > '.join(self.chain)}): do it yourself, or say what is missing")
-        if errand.count >= errand.MOST:
-            raise ToolError(f"{errand.MOST} tasks were given to other agents in this turn, and no more are")
-        errand.count += 1
-        agent.crew.persona(name)  # or why it cannot answer, before anything is written
-        handover = self.store.hand_over(self.session, message_id, call.id, name)
-        if handover.answer is not None:
-            return handover.answer
-        note = functools.partial(self.store.note_handover, handover)
-        record = Record(lambda number: note(asked=number), lambda reply: note(answer=reply.text))
-        way = (self.gate, functools.partial(self._pass_on, name, handover.session.id), record)
-        if handover.asked is None:
-            reply = await agent.turn(handover.session, task_text(call, self.persona), *way, agent=name, asker=self)
-        else:
-            reply = await agent.resume(handover.session, handover.asked, *way, agent=name, asker=self)
-        self.usage = self.usage.plus(reply.usage)
-        return reply.text
-
-    def _pass_on(self, name: str, session: int, progress: Progress) -> None:
-        """Show what another agent does; what it says goes only to the one that asked."""
-        if progress.kind in ("delta", "again"):
-            return
-        changed: dict[str, Any] = {"agent": progress.agent or name, "usage": None}
-        if progress.call and not progress.agent:  # two that work side by side may have calls of the same id
-            changed["call"] = progress.call._replace(id=f"{session}/{progress.call.id}")
-        self.tell(progress._replace(**changed))
 
     def _noted(self, call: ToolCall, result: ToolResult) -> ToolResult:
         """The result, with a note when the same call has given the same before."""

@@ -365,7 +365,9 @@ def test_every_command(model, chat, home):
     says("/sessions", "no sessions yet")
     tty.send("how are you" + ENTER)
     answered(tty, 1)
-    names = "help login connection models model new sessions resume clear stop usage tools skills quit exit".split()
+    names = (
+        "help login connection models model agent new sessions resume clear stop usage tools skills quit exit".split()
+    )
     says("/help", *(f"  /{name} " for name in names), "Tab completes")
     says("/usage", "this session:", "tokens in", "cost unknown")
     says("/tools", "system.run", "skill.read", "You are asked before")
@@ -1244,3 +1246,43 @@ def test_sessions_are_gone_on_with(model, chat):
     tty.send("/resume work" + ENTER)
     tty.until(lambda: tty.lines[-1].startswith("openai/m2 · work"))
     leave(tty)
+
+
+# Agents
+
+
+def test_an_agent_is_chosen_for_the_session(model, chat, openai, tmp_path):
+    (tmp_path / "crew.toml").write_text(
+        '[agents.ops]\nmodel = "m1"\ndaily_tokens = 5000\n[[routes]]\nagent = "ops"\nprefix = "!ops "\n'
+    )
+    model.script(*({"model": name, "text": f"I am {name}.", "times": -1} for name in ("m1", "gpt-4o")))
+    tty = chat("--config", str(tmp_path / "crew.toml"))
+    tty.send("!ops who?" + ENTER)
+    tty.wait("ops, openai/m1 · 0 tool calls")
+    tty.send("/agent nobody" + ENTER)
+    tty.wait("✗ there is no agent 'nobody'; known: default, ops")
+    tty.send("/agent ops" + ENTER)
+    tty.wait("ops answers this session; /agent reset ends that")
+    tty.send("who now?" + ENTER)
+    answered(tty, 2)
+    assert [body["model"] for body in model.bodies()] == ["m1", "m1"]
+    assert questions(model)[0] == "who?"
+    tty.send("/agent reset" + ENTER)
+    tty.wait("[[routes]] say who answers this session")
+    tty.send("and now?" + ENTER)
+    tty.wait("I am gpt-4o.")
+    tty.send("/usage" + ENTER)
+    tty.wait("of 5,000 tokens, 2 calls today")
+    leave(tty)
+
+
+def test_who_works_is_shown(model, terminal, tmp_path):
+    (tmp_path / "crew.toml").write_text('[agents.hand]\nmodel = "m1"\ntools = ["system.run"]\n')
+    asks = {"tool_calls": [{"name": "agent_ask", "arguments": {"agent": "hand", "task": "look"}}]}
+    model.script(
+        asks | {"model": "gpt-4o"}, run("echo seen") | {"model": "m1"}, {"text": "a"}, {"text": "It is there."}
+    )
+    tty = terminal("--config", str(tmp_path / "crew.toml"), "run", "-e", "look")
+    tty.wait("It is there.")
+    assert "✓ hand: echo seen" in tty.text and "✓ agent.ask hand" in tty.text
+    assert tty.end() == 0

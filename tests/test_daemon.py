@@ -309,6 +309,95 @@ def test_status_over_the_gateway(house, openpista):
     )
 
 
+CREW = """
+[gateway]
+port = {port}
+grace = 1
+[agents.worker]
+model = "m1"
+tools = []
+[agents.guest]
+model = "m2"
+[[routes]]
+agent = "worker"
+job = "disks"
+[[routes]]
+agent = "guest"
+channel = "quic:laptop"
+"""
+
+
+def test_one_daemon_three_models(house, openpista, openai, model):
+    """A job, a device and a terminal get an agent each, and `routes test` says the same."""
+    house.configure(CREW.format(port=free_port()))
+    model.script(*({"model": name, "text": f"I am {name}", "times": -1} for name in ("m1", "m2", "gpt-4o")))
+    keys = {name: openai[name] for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")}
+    house.start(**keys)
+    invite = openpista("devices", "add", "laptop", "--host", "127.0.0.1").stdout
+    away = {"OPENPISTA_HOME": str(house.folder / "away")}
+    until(lambda: openpista("connect", "-", "-e", "who?", env=away, input=invite).stdout == "I am m2\n")
+    openpista("cron", "add", "--once", "+1d", "who?", "--name", "disks")
+    openpista("cron", "run", "disks")
+    until(lambda: "I am m1" in openpista("cron", "history", "disks").stdout)
+    assert openpista("run", "-e", "who?", env=keys).stdout == "I am gpt-4o\n"
+    assert {body["model"]: bool(body.get("tools")) for body in model.bodies()} == {
+        "m1": False,
+        "m2": True,
+        "gpt-4o": True,
+    }
+
+    for words, agent in (
+        (["quic:laptop"], "guest, openai/m2"),
+        (["job", "--job", "disks"], "worker, openai/m1"),
+        (["cli"], "default, openai/gpt-4o"),
+    ):
+        said = openpista("routes", "test", words[0], "who?", *words[1:], env=keys).stdout
+        assert said.splitlines()[-1] == f"agent {agent}, gets: who?"
+    assert (
+        "route 1 (worker) does not match: job is '', not 'disks'\nroute 2 matches: channel = "
+        in openpista("routes", "test", "quic:laptop", "who?", env=keys).stdout
+    )
+    rows = {
+        row["name"]: row["today"]["calls"] for row in json.loads(openpista("agents", "list", "--json", env=keys).stdout)
+    }
+    assert rows == {"default": 1, "worker": 1, "guest": 1}
+
+
+BROKEN = [  # settings that cannot be -> what is said
+    ("[agents.a]\nprompt_file = 'gone.md'", "cannot read the prompt_file"),
+    ("[agents.a]\nprovider = 'ofline'", "agents.a: unknown provider 'ofline', did you mean 'offline'"),
+    ("[[routes]]\nagent = 'a'", "route 1: there is no agent 'a'"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN)
+def test_agents_that_cannot_be_are_refused_at_the_start_and_later(house, text, words):
+    house.configure(f"{OFFLINE}{text}")
+    daemon = house.start(ready=False)
+    assert daemon.wait(10) == 2 and words in daemon.stderr.read()
+    house.configure(OFFLINE)
+    daemon = house.start()
+    house.configure(f"{OFFLINE}{text}")
+    daemon.send_signal(signal.SIGHUP)
+    house.heard.wait("READY=1")
+    house.put("$ echo on")
+    _, out, _ = house.end(daemon)
+    assert "settings refused, the old ones stay" in out and words in out
+
+
+def test_odd_agents_are_said_at_the_start(house):
+    house.configure(
+        f"{OFFLINE}[agents.a]\nprovider = 'groq'\n[[routes]]\nagent = 'a'\n[[routes]]\nagent = 'default'\nprefix = '!'"
+    )
+    number = house.put("hello")
+    daemon = house.start()
+    assert house.answer(number).text.startswith("no key for groq")
+    _, _, err = house.end(daemon)
+    assert (
+        "route 2 (agent default) is never reached: route 1" in err and "agent a cannot answer: no key for groq" in err
+    )
+
+
 # Who started it
 
 

@@ -294,6 +294,22 @@ def test_what_else_can_be_asked(daemon, run):
             assert (await answer(type="model", session_id=name, model="offline"))["chosen"] == "offline"
             assert (await answer(type="model", session_id=name))["chosen"] == "offline"
             assert (await answer(type="model", session_id=name, model=""))["chosen"] == ""
+            agents = {"agents": [{"name": "default", "description": ""}], "model": "offline/shell"}
+            who = "default answers this session"
+            assert await answer(type="agent", session_id=name) == {
+                "content": f"{who}. There are: default",
+                "agent": "",
+                **agents,
+            }
+            chosen = await answer(type="agent", session_id=name, agent="default")
+            assert chosen == {"content": f"{who}; /agent reset ends that", "agent": "default", **agents}
+            assert (await answer(type="agent", session_id=name, agent="reset")) == {
+                "content": who,
+                "agent": "",
+                **agents,
+            }
+            [spent] = (await answer(type="usage", session_id=name))["agents"]
+            assert spent["agent"] == "default" and spent["calls"] >= 2 and spent["daily_tokens"] == 0
             tools = await answer(type="tools")
             assert tools["tools"][0]["name"] == "system.run" and tools["approval"] == "risky"
             assert (await answer(type="skills"))["skills"] == []
@@ -320,6 +336,7 @@ ERRORS = [
     ({"type": "model", "model": "anthropic/x"}, "no_key", "key"),
     ({"type": "model", "model": "nobody/x"}, "bad_request", "nobody"),
     ({"type": "models", "provider": "nobody"}, "bad_request", "nobody"),
+    ({"type": "agent", "agent": "nobody"}, "bad_request", "there is no agent 'nobody'"),
 ]
 
 
@@ -891,6 +908,13 @@ def test_a_desk_has_what_a_chat_asks_for(daemon, tmp_path, run):
             assert (await desk.tools())[0][0] == "system.run" and desk.approval == "risky"
             assert await desk.skills() == []
             assert (await desk.catalogue("openai")).models and desk.known_models()
+            assert (await desk.appoint(name, "")).startswith("default answers this session. There are")
+            assert await desk.appoint(name, "default") == "default answers this session; /agent reset ends that"
+            assert (desk.agent, desk.chosen, desk.model) == ("default", "", "offline/shell")
+            with pytest.raises(pista.UsageError, match="no agent 'x'"):
+                await desk.appoint(name, "x")
+            assert [spent.agent for spent in await desk.spent(name)] == ["default"]
+            assert await desk.spent("new one") == []
 
     run(main())
 

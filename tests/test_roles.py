@@ -677,7 +677,9 @@ def test_the_reviewer_denies_and_the_person_sees_why(office):
     [message] = request.messages
     mark = re.match(r"<data (\w{8}) call>", message.text)[1]
     assert message.text.count(f"</data {mark}>") == 4
-    assert PAGE in message.text and "what does the page say?" in message.text and "curl" in message.text.split("risk>")[1]
+    assert (
+        PAGE in message.text and "what does the page say?" in message.text and "curl" in message.text.split("risk>")[1]
+    )
 
 
 VERDICTS = [  # what the reviewer answers -> what the person reads
@@ -705,15 +707,13 @@ def test_a_reviewer_that_is_silent_is_not_waited_for(office):
     async def silent(request):
         await asyncio.sleep(60)
 
-    class Hasty(o.Turn):
-        REVIEW = 0.05
-
     desk = office(GUARD, default=[], guard=silent)
 
     async def go():
-        session = desk.store.session("main")
-        turn = Hasty(desk.agent, desk.agent.crew.persona("default"), session, Gate("risky", None), print, o.Record())
-        return await turn._review(calls("rm x").message.tool_calls[0], "rm deletes files")
+        persona, session = desk.agent.crew.persona("default"), desk.store.session("main")
+        turn = o.Turn(desk.agent, persona, session, Gate("risky", None), print, o.Record())
+        turn.errand.REVIEW = 0.05
+        return await turn.errand.review(turn, calls("rm x").message.tool_calls[0], "rm deletes files")
 
     assert asyncio.run(go()) == ("ask", "it did not answer within 0.05 s", "guard")
 
