@@ -5461,7 +5461,10 @@ class Crew(NamedTuple):
     def persona(self, name: str) -> Persona:
         """The agent of this name; ConfigError if there is none, or it cannot answer."""
         if name not in self.personas:  # not the default one in its place: that may be allowed more
-            raise ConfigError(f"there is no agent {name!r}{near(name, self.personas)}", "/agent reset ends the choice")
+            raise ConfigError(
+                f"there is no agent {name!r}{near(name, self.personas)}",
+                "see `openpista agents list`; /agent reset ends a choice",
+            )
         if problem := self.personas[name].problem:
             raise ConfigError(problem)
         return self.personas[name]
@@ -5579,12 +5582,12 @@ def route_warnings(routes: Sequence[RouteConfig]) -> list[str]:
     return said
 
 
-def tool_warnings(crew: Crew, known: Iterable[str]) -> list[str]:
-    """The names in tools and asks that stand for nothing."""
+def name_warnings(personas: Mapping[str, Persona], known: Iterable[str]) -> list[str]:
+    """The names in `tools` that stand for no tool."""
     known = {*known, AgentAsk.NAME}
     return [
-        f"agent {name}: tools has {pattern!r}, and there is no such tool{near(pattern, known)}"
-        for name, persona in crew.personas.items()
+        f"agent {name}: there is no tool {pattern!r}{near(pattern, known)}"
+        for name, persona in personas.items()
         for pattern in persona.settings.tools
         if not fnmatch.filter(known, pattern)
     ]
@@ -5767,20 +5770,31 @@ class Agent:
         self.bytes_per_token = 3.2  # a careful guess until a provider reports its count
 
     async def turn(
-        self, session: Session, text: str, gate: Gate, tell: Tell, record: Record | None = None, **who: Any
+        self,
+        session: Session,
+        text: str,
+        gate: Gate,
+        tell: Tell,
+        record: Record | None = None,
+        agent: str = DEFAULT,
+        asker: Turn | None = None,
     ) -> Reply:
-        """Take the person's words and answer them. One process at a time works on a session; others wait.
-
-        `agent` is who answers, `asker` the turn of an agent that has this as a task.
-        """
-        async with self._turn(session, gate, tell, record, **who) as turn:
+        """Take the person's words, or the asker's, and answer them. One process at a time works on a session."""
+        async with self._turn(session, gate, tell, record, agent, asker) as turn:
             return await turn.run(text)
 
     async def resume(
-        self, session: Session, asked: int, gate: Gate, tell: Tell, record: Record | None = None, **who: Any
+        self,
+        session: Session,
+        asked: int,
+        gate: Gate,
+        tell: Tell,
+        record: Record | None = None,
+        agent: str = DEFAULT,
+        asker: Turn | None = None,
     ) -> Reply:
         """Go on with the turn whose words are message `asked`, cut off by a restart: nothing is run again."""
-        async with self._turn(session, gate, tell, record, **who) as turn:
+        async with self._turn(session, gate, tell, record, agent, asker) as turn:
             return await turn.resume(self.store.message(turn.session, asked))
 
     @contextlib.asynccontextmanager
@@ -5790,8 +5804,8 @@ class Agent:
         gate: Gate,
         tell: Tell,
         record: Record | None,
-        agent: str = DEFAULT,
-        asker: Turn | None = None,
+        agent: str,
+        asker: Turn | None,
     ) -> AsyncIterator[Turn]:
         persona = self.crew.persona(agent)
         async with hold(self.store, session, tell):
@@ -10225,6 +10239,8 @@ def furnish(ctx: Context, more: Iterable[Tool] = ()) -> Crew:
     toolbox.add(more)
     where, today = describe_machine(bench.folder(), ctx.environ), f"{datetime.now():%Y-%m-%d}"
 
+    reviewer = ctx.config.tools.reviewer
+
     def persona(name: str, role: RoleConfig) -> Persona:
         problem = ""
         try:
@@ -10235,7 +10251,7 @@ def furnish(ctx: Context, more: Iterable[Tool] = ()) -> Crew:
         others = {
             other: known.description
             for other, known in ctx.config.agents.items()
-            if other != name and (role.asks is None or is_among(role.asks, other))
+            if other != name and (other != reviewer if role.asks is None else is_among(role.asks, other))
         }
         asking = [AgentAsk(others)] if others else []
         own = toolbox.only(functools.partial(is_among, settings.tools), asking)
@@ -10246,7 +10262,7 @@ def furnish(ctx: Context, more: Iterable[Tool] = ()) -> Crew:
     roles = {DEFAULT: RoleConfig(), **ctx.config.agents}
     personas = {name: persona(name, role) for name, role in roles.items()}
     clock = lambda: datetime.now(local_zone(ctx.environ))  # noqa: E731
-    return Crew(personas, ctx.config.routes, ctx.config.tools.reviewer, clock)
+    return Crew(personas, ctx.config.routes, reviewer, clock)
 
 
 def role_settings(agent: AgentConfig, role: RoleConfig) -> AgentConfig:
@@ -10272,11 +10288,11 @@ def with_prompt(role: RoleConfig, folder: Path) -> RoleConfig:
     return role._replace(prompt=text)
 
 
-def check_crew(ctx: Context, crew: Crew, models: Pool) -> list[str]:
+def check_crew(ctx: Context, crew: Crew, models: Pool, tools: Iterable[str]) -> list[str]:
     """What is odd about the agents and routes. ConfigError names what makes one of them impossible."""
     for name in crew.personas:
         crew.persona(name)
-    said = route_warnings(crew.routes)
+    said = [*route_warnings(crew.routes), *name_warnings(crew.personas, tools)]
     for name in ctx.config.agents:
         try:
             models.pick("", name)
@@ -12128,6 +12144,7 @@ class CronRemove(CronTool):
 
 
 CRON_TOOLS = {tool.spec.name: tool for tool in (CronAdd, CronList, CronRemove)}
+EVERY_TOOL = (*TOOLS, *CRON_TOOLS)  # that there may be here, beside agent.ask
 
 
 def cron_tools(jobs: Jobs, zone: tzinfo) -> list[Tool]:
@@ -13377,7 +13394,7 @@ class Daemon:
         with contextlib.suppress(CredentialError):  # it is said in the first lines, and to whoever asks
             self.app.models.pick("")
         self._furnish(self.ctx)
-        for warning in check_crew(self.ctx, self.app.agent.crew, self.app.models):
+        for warning in check_crew(self.ctx, self.app.agent.crew, self.app.models, EVERY_TOOL):
             log.warning("%s", warning)
         self.scheduler.sync_config(config.cron)
         if self.gateway:
@@ -13463,7 +13480,7 @@ class Daemon:
             chosen_endpoints(ctx)
         try:
             self._furnish(ctx)
-            for warning in check_crew(ctx, self.app.agent.crew, Pool(ctx)):
+            for warning in check_crew(ctx, self.app.agent.crew, Pool(ctx), EVERY_TOOL):
                 log.warning("%s", warning)
             if self.gateway and ctx.config.gateway.port:
                 await self.gateway.reload(ctx.config.gateway)
@@ -14235,8 +14252,7 @@ async def open_crew(ctx: Context) -> AsyncIterator[App]:
     """The agents as the daemon has them, with what is odd about them on stderr."""
     async with open_app(ctx) as app:
         app.agent.crew = furnish(ctx, cron_tools(Jobs(app.store), local_zone(ctx.environ)))
-        known = {*TOOLS, *CRON_TOOLS}
-        for warning in [*check_crew(ctx, app.agent.crew, app.models), *tool_warnings(app.agent.crew, known)]:
+        for warning in check_crew(ctx, app.agent.crew, app.models, EVERY_TOOL):
             print(f"warning: {ctx.redact(printable(warning))}", file=sys.stderr)
         yield app
 
@@ -14250,46 +14266,32 @@ def cmd_agents_list(ctx: Context) -> int:
 async def list_agents(ctx: Context) -> int:
     """Print the agents; the exit code."""
     async with open_crew(ctx) as app:
-        rows = []
-        for persona, spent in zip(app.agent.crew.personas.values(), app.agent.crew.spent(app.store), strict=False):
-            approval = persona.approval or ctx.config.tools.approval
-            model, tools = app.models.name_of("", persona.name), list(persona.toolbox.tools)
-            known = {"name": persona.name, "description": persona.description, "model": model, "tools": tools}
-            rows.append(known | {"approval": approval, "today": {**spent._asdict()}})
+        crew = app.agent.crew
+        today = {spent.agent: spent._asdict() for spent in crew.spent(app.store)}
+        rows = [
+            {
+                "name": persona.name,
+                "model": app.models.name_of("", persona.name),
+                "approval": persona.approval or ctx.config.tools.approval,
+                "tools": list(persona.toolbox.tools),
+                "description": persona.description,
+                "today": today[persona.name],
+            }
+            for persona in crew.personas.values()
+        ]
     if ctx.args.json:
         print_json(rows)
     else:
-        heads = ("AGENT", "MODEL", "ASKS", "TOOLS", "TOKENS TODAY")
-        cells_of = (
-            (
-                row["name"],
-                clip(row["model"], 60),
-                row["approval"],
-                ", ".join(row["tools"]) or "none",
-                tokens_of_today(row["today"]),
-            )
-            for row in rows
-        )
-        print_table([heads, *cells_of])
+        shown = [(r["name"], clip(r["model"], 60), r["approval"], ", ".join(r["tools"]) or "none") for r in rows]
+        print_table([("AGENT", "MODEL", "APPROVAL", "TOOLS"), *shown])
     return 0
-
-
-def tokens_of_today(today: Mapping[str, Any]) -> str:
-    """The tokens of an agent's day, and how many it may use."""
-    most = f" of {today['daily_tokens']:,}" if today["daily_tokens"] else ""
-    return f"{today['tokens']:,}{most}"
 
 
 @command(
     "routes test",
     arg("channel", metavar="CHANNEL", help="such as cli, telegram:42, quic:laptop, job"),
     arg("text", metavar="TEXT", help="what is said there"),
-    arg(
-        "--sender",
-        metavar="NAME",
-        default="",
-        help="who says it; default: of telegram:42 and quic:laptop who is behind it",
-    ),
+    arg("--sender", metavar="NAME", default="", help="who says it; default: what stands behind the channel's colon"),
     arg("--session", metavar="NAME", default="", help="in which session"),
     arg("--job", metavar="NAME", default="", help="the job that asks it"),
     arg("--image", action="store_true", help="as if an image came with it"),
@@ -14297,40 +14299,36 @@ def tokens_of_today(today: Mapping[str, Any]) -> str:
 )
 def cmd_routes_test(ctx: Context) -> int:
     """Say which agent would answer a message, and why."""
-    return asyncio.run(test_routes(ctx))
+    return asyncio.run(explain_routes(ctx))
 
 
-async def test_routes(ctx: Context) -> int:
-    """Print route after route what does not hold, up to the one that counts; the exit code."""
+async def explain_routes(ctx: Context) -> int:
+    """Print of route after route what does not hold, up to the one that counts; the exit code."""
     args = ctx.args
-    metadata = {"job": args.job, "images": ["test"] if args.image else []}
+    metadata = {"job": args.job, "images": ["an image"] if args.image else []}
     sender = args.sender or ("cron" if args.job else args.channel.partition(":")[2])
-    event = Event(args.channel, "job:test" if args.job else "test", args.session, args.text, sender, metadata=metadata)
+    event = Event(args.channel, "job:" if args.job else "", args.session, args.text, sender, metadata=metadata)
     async with open_crew(ctx) as app:
-        crew = app.agent.crew
+        crew, chosen = app.agent.crew, ""
         if args.at:
-            hour, minute = clock_time(args.at)
-            now = crew.now().replace(hour=hour, minute=minute)
-            crew = crew._replace(now=lambda: now)
-        chosen = ""
+            crew = crew._replace(now=functools.partial(at_time, args.at, crew.now()))
         with contextlib.suppress(StoreError):
             chosen = app.store.find_session(args.session).agent
-        for number, route in enumerate(() if chosen else crew.routes, 1):
-            if not (why := mismatch(route, event, crew.now())):
-                break
-            print(printable(f"route {number} ({route.agent}) does not match: {why}"))
+        misses = [mismatch(route, event, crew.now()) for route in crew.routes if not chosen]
+        for number, why in enumerate(itertools.takewhile(bool, misses), 1):
+            print(printable(f"route {number} ({crew.routes[number - 1].agent}) does not match: {why}"))
         choice = crew.choose(event, chosen)
         model = app.models.name_of("", choice.agent)
     print(printable(f"{choice.why}\nagent {choice.agent}, {model}, gets: {choice.text}"))
     return 0
 
 
-def clock_time(text: str) -> tuple[int, int]:
-    """Hour and minute of HH:MM."""
-    match = re.fullmatch(r"([01]?\d|2[0-3]):([0-5]\d)", text)
-    if not match:
-        raise UsageError(f"--at takes HH:MM, not {text!r}")
-    return int(match[1]), int(match[2])
+def at_time(text: str, day: datetime) -> datetime:
+    """The moment of this day at which the clock shows HH:MM."""
+    try:
+        return datetime.strptime(text, "%H:%M").replace(year=day.year, month=day.month, day=day.day, tzinfo=day.tzinfo)
+    except ValueError:
+        raise UsageError(f"--at takes HH:MM, not {text!r}") from None
 
 
 # ---- sessions ----

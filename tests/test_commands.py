@@ -86,6 +86,8 @@ ERRORS = [  # words, step, exit code, what is said
     (["--session", ""], None, 2, r"--session must be 1 to 200"),
     (["--session", "a\nb"], None, 2, r"--session must be 1 to 200"),
     (["--bogus"], None, 2, r"unrecognized arguments: --bogus"),
+    (["--agent", "ops"], None, 2, r"there is no agent 'ops'"),
+    (["--agent", "ops", "--model", "x"], None, 2, r"--agent has a model of its own; leave out --provider and --model"),
     (["--config", "/nowhere/c.toml"], None, 2, r"no configuration file /nowhere/c\.toml"),
 ]
 

@@ -81,6 +81,14 @@ def test_routes_lead_straight_to_the_executor(run, model):
     shown = run("routes", "test", "cli", "!run df -h")
     assert shown.stdout == 'route 1 matches: prefix = "!run "\nagent executor, openai/gpt-4o-mini, gets: df -h\n'
     assert shown.stderr == ""
+    shown = run("routes", "test", "job", "check", "--job", "disks", "--at", "23:30", "--image", "--sender", "x")
+    assert shown.stdout == (
+        "route 1 (executor) does not match: the text does not begin with '!run '\n"
+        'route 2 matches: channel = "job"\nagent verifier, openai/o4-mini, gets: check\n'
+    )
+    assert run("routes", "test", "cli", "x", "--at", "25:00").stderr.startswith(
+        "openpista: --at takes HH:MM, not '25:00'"
+    )
 
 
 def test_the_reviewer_denies_what_a_page_asked_for(terminal, model):

@@ -201,6 +201,15 @@ def test_what_an_agent_leaves_out_is_as_in_agent(office):
     assert "Be brief." in crew.persona("plain").system
 
 
+def test_whom_an_agent_may_ask(office):
+    toml = "[tools]\nreviewer = 'c'\n[agents.a]\n[agents.b]\nasks = ['c']\n[agents.c]\n[agents.d]\nasks = []"
+    found = {}
+    for name, persona in office(toml).agent.crew.personas.items():
+        tool = persona.toolbox.tools.get("agent.ask")
+        found[name] = tool and tool.spec.parameters["properties"]["agent"]["enum"]
+    assert found == {"default": ["a", "b", "d"], "a": ["b", "d"], "b": ["c"], "c": ["a", "b", "d"], "d": None}
+
+
 def test_agents_cost_nothing_where_there_are_none(office):
     persona = office().agent.crew.persona("default")
     assert list(persona.toolbox.tools) == ["system.run"]
@@ -373,8 +382,8 @@ def test_odd_routes_are_said(rows, words):
 
 def test_tools_that_do_not_exist_are_said(office):
     crew = office("[agents.a]\ntools = ['system.rum', 'skill.*', 'agent.ask']").agent.crew
-    [line] = o.tool_warnings(crew, [*o.TOOLS, *o.CRON_TOOLS])
-    assert line == "agent a: tools has 'system.rum', and there is no such tool, did you mean 'system.run'?"
+    [line] = o.name_warnings(crew.personas, o.EVERY_TOOL)
+    assert line == "agent a: there is no tool 'system.rum', did you mean 'system.run'?"
 
 
 def test_an_agent_that_is_gone_is_not_replaced(office):
