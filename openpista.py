@@ -10911,6 +10911,10 @@ class Local:
         """The names of the sessions, as far as they are known without asking."""
         return [session.name for session in self.app.store.sessions(200)]
 
+    def known_agents(self) -> list[str]:
+        """The names of the agents, as far as they are known without asking."""
+        return list(self.app.agent.crew.personas)
+
     def known_models(self) -> list[str]:
         """The ids of the models of the provider that answers, as far as they are known without asking."""
         return [model.id for model in known_models(listed_endpoint(self.ctx, self.provider)[0], self.ctx.model_lists)]
@@ -11096,6 +11100,8 @@ class Chat:
                 known = self.desk.known_sessions()
             elif name == "/model":
                 known = ["reset", *self.desk.known_models()]
+            elif name == "/agent":
+                known = ["reset", *self.desk.known_agents()]
         return [entry[len(begun) :].lstrip() for entry in known if entry.startswith(word)]
 
     # ---- the commands ----
@@ -13007,6 +13013,7 @@ class RemoteDesk(Uplink):
         super().__init__(invite, known)
         self.ctx, self.chosen, self.model, self.approval, self.ready = ctx, "", invite.place, "", True
         self.agent = ""  # chosen for the session
+        self._agents: list[str] = []
         self._chosen: dict[str, str] = {}  # session -> the model chosen for it, as far as it is known
         self._sessions: list[str] = []
         self._models: list[str] = []
@@ -13099,7 +13106,9 @@ class RemoteDesk(Uplink):
 
     async def appoint(self, name: str, wanted: str) -> str:
         """Have an agent answer a session, or say who does."""
-        found = await self.ask("agent", session_id=name, agent=wanted)
+        found, self._agents = await self._rows(
+            "agent", "agents", lambda row: str(row["name"]), session_id=name, agent=wanted
+        )
         if wanted:
             self.agent, self.model = str(found.get("agent") or ""), str(found.get("model"))
             self.chosen = self._chosen[name] = ""
@@ -13160,6 +13169,10 @@ class RemoteDesk(Uplink):
     def known_sessions(self) -> list[str]:
         """The names of the sessions, as far as they are known without asking."""
         return self._sessions
+
+    def known_agents(self) -> list[str]:
+        """The names of the agents, as far as they are known without asking."""
+        return self._agents
 
     def known_models(self) -> list[str]:
         """The ids of the provider's models, as far as they are known without asking."""

@@ -1261,7 +1261,7 @@ def test_an_agent_is_chosen_for_the_session(model, chat, openai, tmp_path):
     tty.wait("ops, openai/m1 · 0 tool calls")
     tty.send("/agent nobody" + ENTER)
     tty.wait("✗ there is no agent 'nobody'; known: default, ops")
-    tty.send("/agent ops" + ENTER)
+    tty.send("/agent o\t" + ENTER)
     tty.wait("ops answers this session; /agent reset ends that")
     tty.send("who now?" + ENTER)
     answered(tty, 2)

@@ -911,6 +911,7 @@ def test_a_desk_has_what_a_chat_asks_for(daemon, tmp_path, run):
             assert (await desk.appoint(name, "")).startswith("default answers this session. There are")
             assert await desk.appoint(name, "default") == "default answers this session; /agent reset ends that"
             assert (desk.agent, desk.chosen, desk.model) == ("default", "", "offline/shell")
+            assert desk.known_agents() == ["default"]
             with pytest.raises(pista.UsageError, match="no agent 'x'"):
                 await desk.appoint(name, "x")
             assert [spent.agent for spent in await desk.spent(name)] == ["default"]
