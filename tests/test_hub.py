@@ -972,3 +972,43 @@ def test_what_is_old_is_forgotten(house):
             assert len(list(hub.store.transcript(hub.store.session("main")))) == 4, "the transcript stays"
 
     asyncio.run(go())
+
+
+# Agents
+
+
+def test_a_stop_ends_the_agents_that_were_asked_too(house):
+    """The hub's /stop, while another agent runs a command: within a second all is over, and what waits goes on."""
+
+    def model_of(name, agent="default"):
+        return ScriptedModels(hand if agent == "hand" else head)
+
+    def head(request):
+        text, results = asked(request)
+        call = ToolCall(f"p{time.monotonic_ns()}", "agent.ask", {"agent": "hand", "task": text})
+        ask = Completion(Message(Role.ASSISTANT, "", (call,)), Usage(), "fake/head")
+        return said(f"head: {results[-1]}") if results else ask
+
+    def hand(request):
+        text, results = asked(request)
+        return said(results[-1]) if results else asks(text.splitlines()[-1])
+
+    async def go():
+        async with house.open() as hub:
+            main = hub.agent.crew.personas["default"]
+            tools = main.toolbox.only(lambda name: name == "agent.ask", [openpista.AgentAsk({"hand": ""})])
+            hub.agent.crew = openpista.Crew(
+                {"default": main._replace(toolbox=tools), "hand": main._replace(name="hand")}
+            )
+            hub.agent.pick = model_of
+            hub.submit(event("echo $$ >pid; sleep 60"))
+            hub.submit(event("echo next"))
+            await until(lambda: (house.folder / "pid").exists() and (house.folder / "pid").read_text())
+            assert await hub.stop("main") == "Stopped (2 commands had been started)."
+            await until(lambda: len(house.post.got) == 2)
+            assert house.post.texts[1] == "head: next"
+            assert is_gone(int((house.folder / "pid").read_text()))
+        assert {row[0] for row in house.rows("state FROM tool_calls")} == {"interrupted", "finished"}
+        assert house.rows("count(*) FROM handovers WHERE answer IS NOT NULL") == [(1,)]
+
+    asyncio.run(go())
