@@ -90,7 +90,17 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Container,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from email.utils import parsedate_to_datetime
 from enum import IntEnum, StrEnum
@@ -123,6 +133,7 @@ log = logging.getLogger("openpista")
 #   SkillError                             a skill is missing or malformed
 #   ChannelError                           a channel does not deliver, for good
 #     ChannelBusy                          ... for now: worth another try
+#     BotError                             ... Telegram refuses, and says why
 #   MissingPackage                         a package that should be shipped
 #
 # A message says what, and where; the hint says what to do. `main` prints them.
@@ -201,6 +212,15 @@ class ChannelBusy(ChannelError):
     def __init__(self, message: str, retry_after: float | None = None):
         super().__init__(message)
         self.retry_after = retry_after  # seconds the channel asked for
+
+
+class BotError(ChannelError):
+    """Telegram refuses a call of its Bot API."""
+
+    def __init__(self, message: str, hint: str, code: int, migrated_to: int = 0):
+        super().__init__(message, hint)
+        self.code = code  # as in HTTP
+        self.migrated_to = migrated_to  # the chat that a group has become
 
 
 class CronError(PistaError):
@@ -1147,6 +1167,7 @@ class Store:
             over = "SELECT id FROM inbox WHERE session = ? AND done_at IS NOT NULL"  # what waits is still answered
             self._run(f"DELETE FROM outbox WHERE state NOT IN ('waiting', 'sending') AND inbox_id IN ({over})", name)
             self._run(f"UPDATE inbox SET text = '', sender = '', metadata = '{{}}' WHERE id IN ({over})", name)
+            self._run("DELETE FROM grants WHERE session = ?", name)
             self._run("DELETE FROM sessions WHERE id = ?", session.id)
 
     # ---- the lease: one process at a time works on a session ----
@@ -1444,6 +1465,7 @@ class Item(NamedTuple):
     attempts: int  # how often its turn was begun or taken up again
     message_id: int | None  # the person's words in the transcript; None: the turn has not begun
     received_at: str
+    shown: str = ""  # the name in the channel of the message that shows the progress
 
 
 class Delivery(NamedTuple):
@@ -1459,6 +1481,34 @@ class Delivery(NamedTuple):
     attempts: int
     created_at: str
     next_at: str
+    in_doubt: bool = False  # an earlier attempt may have arrived
+
+
+class Approval(NamedTuple):
+    """A risky call that a person was asked about."""
+
+    id: int
+    inbox_id: int
+    call: ToolCall
+    danger: str
+    state: str  # waiting, once, always, deny, expired, withdrawn
+    shown: str  # the name in the channel of the message that asks
+    decided_by: str
+    expires_at: str
+    channel: str
+    session: str
+    sender: str  # whose words led to it
+
+
+class Person(NamedTuple):
+    """Somebody who wrote to a channel without being in its configuration."""
+
+    id: str  # the channel's
+    name: str
+    state: str  # asked, allowed, denied
+    code: str
+    asked_at: str
+    expires_at: str | None
 
 
 class Job(NamedTuple):
@@ -1512,7 +1562,7 @@ class Inbox(Table):
     """What came in and what became of it."""
 
     COLUMNS = """id, channel, identity, session, text, sender, reply_to, metadata, state, attempts, message_id,
-                 received_at"""
+                 received_at, shown"""
     OPEN = "state IN ('waiting', 'running')"  # word for word the condition of the index
 
     def add(self, event: Event, limit: int = sys.maxsize) -> Receipt:
@@ -1567,6 +1617,33 @@ class Inbox(Table):
                      AND NOT EXISTS (SELECT 1 FROM devices WHERE name = sender AND revoked_at IS NULL) ORDER BY id"""
         return [row[0] for row in self._run(sql)]
 
+    def said_in(self, channel: str, message: int) -> Item | None:
+        """The newest event of a channel that came as this message."""
+        return self._one(
+            "channel = ? AND json_extract(reply_to, '$.message') = ? ORDER BY id DESC LIMIT 1", channel, message
+        )
+
+    def album(self, channel: str, name: str) -> Item | None:
+        """The event of a channel that an album began, while its turn has not."""
+        where = "channel = ? AND state = 'waiting' AND message_id IS NULL AND json_extract(metadata, '$.album') = ?"
+        return self._one(f"{where} ORDER BY id DESC LIMIT 1", channel, name)
+
+    def rewrite(self, number: int, text: str, metadata: Mapping[str, Any]) -> bool:
+        """Put other words in the place of an event's; False if its turn has begun."""
+        sql = "UPDATE inbox SET text = ?, metadata = ? WHERE id = ? AND state = 'waiting' AND message_id IS NULL"
+        return self._run(sql, storable(text), storable(to_json(dict(metadata))), number).rowcount == 1
+
+    def show(self, number: int, name: str) -> None:
+        """Note which message of the channel shows the progress."""
+        with self.store.unsynced():
+            self._run("UPDATE inbox SET shown = ? WHERE id = ?", name, number)
+
+    def move(self, old: str, new: str) -> None:
+        """A channel has another name from now on."""
+        with self.atomic():
+            for table in ("inbox", "outbox", "jobs"):
+                self._run(f"UPDATE OR IGNORE {table} SET channel = ? WHERE channel = ?", new, old)
+
     def waiting(self) -> dict[str, int]:
         """The sessions with events that have no answer, and how many."""
         return dict(self._run(f"SELECT session, count(*) FROM inbox WHERE {self.OPEN} GROUP BY session"))
@@ -1596,7 +1673,7 @@ class Inbox(Table):
 class Outbox(Table):
     """What goes out, each channel's in order."""
 
-    COLUMNS = "id, inbox_id, channel, reply_to, piece, text, metadata, attempts, created_at, next_at"
+    COLUMNS = "id, inbox_id, channel, reply_to, piece, text, metadata, attempts, created_at, next_at, in_doubt"
     OPEN = "state IN ('waiting', 'sending')"  # word for word the condition of the index
 
     def add(
@@ -1646,10 +1723,10 @@ class Outbox(Table):
         sql = "UPDATE outbox SET state = 'sent', error = '', sent_at = ? WHERE id = ? AND state = 'sending'"
         self._run(sql, self.stamp(), number)
 
-    def later(self, number: int, seconds: float, error: str) -> None:
-        """Note that it did not go, and when to try again."""
-        sql = "UPDATE outbox SET state = 'waiting', next_at = ?, error = ? WHERE id = ?"
-        self._run(sql, self.stamp(seconds=-seconds), storable(error), number)
+    def later(self, number: int, seconds: float, error: str, in_doubt: bool = False) -> None:
+        """Note that it did not go, or that it may have gone, and when to try again."""
+        sql = "UPDATE outbox SET state = 'waiting', next_at = ?, error = ?, in_doubt = in_doubt OR ? WHERE id = ?"
+        self._run(sql, self.stamp(seconds=-seconds), storable(error), in_doubt, number)
 
     def drop(self, number: int, state: str, error: str) -> None:
         """Note that it is not tried again: `dead`, or `unknown` if it may have arrived."""
@@ -1676,6 +1753,171 @@ class Outbox(Table):
         """Forget at most so many texts that nobody asked for and that are so many days old; how many were."""
         old = "SELECT id FROM outbox WHERE inbox_id IS NULL AND created_at < ? LIMIT ?"
         return self._run(f"DELETE FROM outbox WHERE id IN ({old})", self.stamp(days=days), most).rowcount
+
+
+class Approvals(Table):
+    """Risky calls and what people said to them: a question outlives the process that asked it."""
+
+    def ask(self, inbox_id: int, call: ToolCall, danger: str, seconds: float) -> tuple[Approval, bool]:
+        """The question about a call, and whether it is new; one that stands is not asked again."""
+        values = (inbox_id, call.id, call.name, storable(to_json(call.arguments)))
+        with self.atomic():
+            where = "inbox_id = ? AND call_id = ? AND tool = ? AND arguments = ? AND used_at IS NULL"
+            if standing := self._some(where, *values):
+                return standing[-1], False
+            sql = """INSERT INTO approvals (inbox_id, call_id, tool, arguments, danger, asked_at, expires_at)
+                     VALUES (?, ?, ?, ?, ?, ?, ?)"""
+            row = self._run(sql, *values, storable(danger), self.stamp(), self.stamp(seconds=-seconds))
+            return self.get(row.lastrowid), True
+
+    def get(self, number: int) -> Approval | None:
+        """The question of this number."""
+        return next(iter(self._some("approvals.id = ?", number)), None)
+
+    def waiting(self, channel: str) -> list[Approval]:
+        """The questions that a channel has not answered."""
+        return self._some("approvals.state = 'waiting' AND used_at IS NULL AND channel = ?", channel)
+
+    def denied(self, inbox_id: int) -> bool:
+        """Whether the person has said no in this turn."""
+        return bool(self._some("inbox_id = ? AND approvals.state = 'deny'", inbox_id))
+
+    def _some(self, where: str, *values: Any) -> list[Approval]:
+        sql = f"""SELECT approvals.id, inbox_id, call_id, tool, arguments, danger, approvals.state, approvals.shown,
+                         decided_by, expires_at, channel, session, sender
+                    FROM approvals JOIN inbox ON inbox.id = inbox_id WHERE {where} ORDER BY approvals.id"""
+        rows = self._run(sql, *values).fetchall()
+        return [Approval(*row[:2], ToolCall(row[2], row[3], json.loads(row[4])), *row[5:]) for row in rows]
+
+    def decide(self, number: int, state: str, by: str = "") -> bool:
+        """Note a decision; False if there is one, or the time for it is over."""
+        in_time = "expires_at > ?" if state in list(Decision) else "? != ''"
+        sql = f"UPDATE approvals SET state = ?, decided_by = ? WHERE id = ? AND state = 'waiting' AND {in_time}"
+        return self._run(sql, state, storable(by), number, self.stamp()).rowcount == 1
+
+    def use(self, number: int) -> None:
+        """Note that the turn has taken the decision: it counts once."""
+        self._run("UPDATE approvals SET used_at = ? WHERE id = ?", self.stamp(), number)
+
+    def show(self, number: int, name: str) -> None:
+        """Note which message of the channel asks."""
+        self._run("UPDATE approvals SET shown = ? WHERE id = ?", name, number)
+
+
+class Grants(Table):
+    """Calls that one session need not ask about any more, each as the Gate names it."""
+
+    def __init__(self, store: Store, session: str):
+        super().__init__(store)
+        self.session = session
+
+    def __contains__(self, call: str) -> bool:
+        return (
+            self._run("SELECT 1 FROM grants WHERE session = ? AND call = ?", self.session, call).fetchone() is not None
+        )
+
+    def add(self, call: str) -> None:
+        """Ask about this call no more."""
+        sql = "INSERT OR IGNORE INTO grants (session, call, granted_at) VALUES (?, ?, ?)"
+        self._run(sql, self.session, storable(call), self.stamp())
+
+    def list(self) -> list[str]:
+        """The calls."""
+        sql = "SELECT call FROM grants WHERE session = ? ORDER BY granted_at"
+        return [row[0] for row in self._run(sql, self.session)]
+
+    def clear(self) -> int:
+        """Ask about all of them again; how many they were."""
+        return self._run("DELETE FROM grants WHERE session = ?", self.session).rowcount
+
+
+class People(Table):
+    """Who asked a channel to be let in, and what became of it."""
+
+    MINUTES, MOST, KEPT_HOURS = 10, 20, 24  # a code is good for; codes at once; until somebody may ask again
+
+    def __init__(self, store: Store, channel: str):
+        super().__init__(store)
+        self.channel = channel
+
+    def list(self) -> list[Person]:
+        """All of them, the first who asked first."""
+        sql = "SELECT id, name, state, code, asked_at, expires_at FROM people WHERE channel = ? ORDER BY asked_at, id"
+        return list(itertools.starmap(Person, self._run(sql, self.channel)))
+
+    def allowed(self) -> list[str]:
+        """The ids of those who were let in, the first one first."""
+        return [person.id for person in self.list() if person.state == "allowed"]
+
+    def ask(self, who: str, name: str, code: str) -> bool:
+        """Give somebody a code to show to the owner; False if they had one, or too many have."""
+        with self.atomic():
+            old = "channel = ? AND state = 'asked' AND asked_at < ?"
+            self._run(f"DELETE FROM people WHERE {old}", self.channel, self.stamp(hours=self.KEPT_HOURS))
+            known = self.list()
+            asked = [person for person in known if person.state == "asked" and person.expires_at > self.stamp()]
+            if who in (person.id for person in known) or len(asked) >= self.MOST or len(known) >= 50 * self.MOST:
+                return False
+            self._write(Person(who, name, "asked", code, self.stamp(), self.stamp(minutes=-self.MINUTES)))
+            return True
+
+    def decide(self, who: str, state: str, name: str = "") -> None:
+        """Let somebody in, or keep them out."""
+        known = {person.id: person for person in self.list()}
+        found = known.get(who, Person(who, name, state, "", self.stamp(), None))
+        self._write(found._replace(state=state, code="", expires_at=None))
+
+    def remove(self, who: str) -> bool:
+        """Forget somebody; False if nothing was known of them."""
+        return self._run("DELETE FROM people WHERE channel = ? AND id = ?", self.channel, who).rowcount == 1
+
+    def find_code(self, code: str) -> Person | None:
+        """Who was given this code, while it is good."""
+        code = re.sub(r"[\s-]", "", code).upper()
+        now = self.stamp()
+        found = (person for person in self.list() if person.state == "asked" and person.expires_at > now)
+        return next((person for person in found if person.code == code), None)
+
+    def _write(self, person: Person) -> None:
+        sql = """INSERT OR REPLACE INTO people (channel, id, name, state, code, asked_at, expires_at)
+                 VALUES (?, ?, ?, ?, ?, ?, ?)"""
+        self._run(sql, self.channel, person.id, storable(person.name), *person[2:])
+
+
+class Chats(Table):
+    """Which session each chat is in, what groups have become, and how far a channel has read."""
+
+    def session(self, place: str) -> str:
+        """The session of a place; its name is the place's own as long as no other was chosen."""
+        row = self._run("SELECT session FROM chats WHERE place = ?", place).fetchone()
+        return (row and row[0]) or place
+
+    def turn_to(self, place: str, session: str) -> None:
+        """Be in this session from now on."""
+        sql = """INSERT INTO chats (place, session) VALUES (?, ?)
+                 ON CONFLICT (place) DO UPDATE SET session = excluded.session"""
+        self._run(sql, place, session)
+
+    def move(self, old: str, new: str) -> None:
+        """A group has become another: its session, and what waits for it, move along."""
+        with self.atomic():
+            self.turn_to(new, self.session(old))
+            self._run("INSERT OR IGNORE INTO chats (place) VALUES (?)", old)
+            self._run("UPDATE chats SET moved_to = ? WHERE place = ?", new, old)
+            Inbox(self.store).move(old, new)
+
+    def former(self, place: str) -> list[str]:
+        """What a place was before."""
+        return [row[0] for row in self._run("SELECT place FROM chats WHERE moved_to = ?", place)]
+
+    def position(self, name: str) -> tuple[int, str]:
+        """How far a channel has read, and since when; (0, '') at first."""
+        return self._run("SELECT position, moved_at FROM cursors WHERE name = ?", name).fetchone() or (0, "")
+
+    def advance(self, name: str, position: int) -> None:
+        """Note that a channel has read so far."""
+        sql = "INSERT OR REPLACE INTO cursors (name, position, moved_at) VALUES (?, ?, ?)"
+        self._run(sql, name, position, self.stamp())
 
 
 class Jobs(Table):
@@ -5105,7 +5347,7 @@ def misfit_of_object(value: dict[str, Any], wanted: Mapping[str, Any], where: st
 class Gate:
     """Asks the person before a risky call. A no is final for the turn, and so a Gate is made for each."""
 
-    def __init__(self, mode: str, approve: Approve | None, always: set[str] | None = None, hint: str = ""):
+    def __init__(self, mode: str, approve: Approve | None, always: set[str] | Grants | None = None, hint: str = ""):
         self.mode, self.approve = mode, approve
         self.hint = hint  # how it could be allowed where nobody can be asked
         self.always = set() if always is None else always  # calls that need no more asking
@@ -5302,6 +5544,7 @@ class Record(NamedTuple):
 
     began: Callable[[int], None] = lambda message_id: None  # beside the person's words
     ended: Callable[[Reply], None] = lambda reply: None  # beside the answer
+    goes_on: Callable[[], bool] = lambda: False  # whether a turn that is cut off now will be resumed
 
 
 class Agent:
@@ -5402,11 +5645,15 @@ class Turn:
 
     async def resume(self, asked: Entry) -> Reply:
         """Answer words that are written down, going on from what was done for them."""
-        self._settle()
         self._asked = asked
-        later = [entry.message for entry in self.store.transcript(self.session, after=asked.id)]
+        entries = list(self.store.transcript(self.session, after=asked.id))
+        later = [entry.message for entry in entries]
         if any(message.role is Role.USER for message in later):  # another process had a turn meanwhile
             return await self.run(f"{AGAIN}\n{asked.message.text}")
+        asked_for = {key[:2] for key in self._settle({"started"})}  # what had not begun is done now
+        for entry in entries:
+            if calls := [call for call in entry.message.tool_calls if (entry.id, call.id) in asked_for]:
+                await self._run_calls(entry.id, calls)
         if later and later[-1].role is Role.ASSISTANT and not later[-1].tool_calls:
             reply = Reply(later[-1].text, self.session.name, self.model, self.usage)
             self.record.ended(reply)
@@ -5426,11 +5673,14 @@ class Turn:
                 return await self._conclude("the same call gave the same result five times")
         return await self._conclude(f"{plural(rounds, 'round')} of tools, the most that [agent] max_tool_rounds allows")
 
-    def _settle(self) -> None:
-        """Close what an earlier turn left open: it is not run again."""
-        for message_id, call_id, state in self.store.open_calls(self.session):
-            text = UNKNOWN if state == "started" else NOT_BEGUN
-            self.store.finish_call(self.session, message_id, ToolResult(call_id, text, True), "interrupted")
+    def _settle(self, states: Container[str] = ("asked", "started")) -> list[tuple[int, str, str]]:
+        """Close what an earlier turn left open in these states: it is not run again. What stays open is returned."""
+        left = self.store.open_calls(self.session)
+        for message_id, call_id, state in left:
+            if state in states:
+                text = UNKNOWN if state == "started" else NOT_BEGUN
+                self.store.finish_call(self.session, message_id, ToolResult(call_id, text, True), "interrupted")
+        return [call for call in left if call[2] not in states]
 
     async def _conclude(self, reason: str) -> Reply:
         """One last answer without tools, which says why it is the last."""
@@ -5504,13 +5754,15 @@ class Turn:
     async def _act(self, message: Message) -> None:
         """Write the message down, then run its calls side by side."""
         message = message._replace(text=self.agent.toolbox.redact(message.text))
-        message_id = self.store.append(self.session, message)
+        await self._run_calls(self.store.append(self.session, message), message.tool_calls)
+
+    async def _run_calls(self, message_id: int, calls: Sequence[ToolCall]) -> None:
         try:
-            async with asyncio.TaskGroup() as tasks:
-                calls = [tasks.create_task(self._call(message_id, call)) for call in message.tool_calls]
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
-        self.done += zip(message.tool_calls, (call.result() for call in calls), strict=True)
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._call(message_id, call)) for call in calls]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        self.done += zip(calls, (task.result() for task in tasks), strict=True)
 
     async def _call(self, message_id: int, call: ToolCall) -> ToolResult:
         """One call from its check to its result, journalled before and after."""
@@ -5525,8 +5777,9 @@ class Turn:
                 self.tell(Progress("tool_started", call=call))
                 result = await self.agent.toolbox.run(call)
         except asyncio.CancelledError:
-            result = ToolResult(call.id, STOPPED if started else NOT_BEGUN, is_error=True)
-            self.store.finish_call(self.session, message_id, result, "interrupted")
+            if started or not self.record.goes_on():  # else the question that it may wait for still stands
+                result = ToolResult(call.id, STOPPED if started else NOT_BEGUN, is_error=True)
+                self.store.finish_call(self.session, message_id, result, "interrupted")
             raise
         log.debug("%s: %s, %d characters", call.name, "error" if result.is_error else "done", len(result.output))
         self.tell(Progress("tool_finished", call=call, result=result))
@@ -5676,6 +5929,7 @@ class Outlet(NamedTuple):
 
     send: Callable[[Delivery], Awaitable[None]] | None = None  # None: it fetches answers itself, see Hub.watch
     approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
+    prepare: Callable[[Item], Awaitable[None]] | None = None  # before a turn: what an event needs
     split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
     repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
 
@@ -5808,7 +6062,7 @@ class Courier:
             self._drop(number, channel, fault)
         else:
             seconds = self._pause(delivery.attempts + 1, getattr(fault, "retry_after", None))
-            self.outbox.later(number, seconds, str(fault) or repr(fault))
+            self.outbox.later(number, seconds, str(fault) or repr(fault), in_doubt)
 
     def _is_hopeless(self, delivery: Delivery) -> bool:
         old = self._until(delivery.created_at) < -self.patience.give_up
@@ -5828,7 +6082,7 @@ class Courier:
     def _doubt(self, number: int, channel: str, outlet: Outlet, why: str) -> None:
         """It may have arrived or not."""
         if outlet.repeats:
-            self.outbox.later(number, 0.0, why)
+            self.outbox.later(number, 0.0, why, in_doubt=True)
             return
         log.warning("outbox %d may have reached %s or not (%s): it is not sent again", number, channel, why)
         self.outbox.drop(number, "unknown", why)
@@ -5904,7 +6158,6 @@ class Hub:
         self._workers: dict[str, asyncio.Task[None]] = {}  # session -> who answers its events
         self._running: dict[str, Run] = {}  # session -> what it answers now
         self._watchers: dict[int, list[tuple[Tell, asyncio.Future[Answer]]]] = {}  # inbox row -> who waits for it
-        self._always: dict[str, set[str]] = {}  # session -> calls that need no more asking
         self._hurry = asyncio.Event()
         self._tidying: asyncio.Task[None] | None = None
 
@@ -5978,15 +6231,22 @@ class Hub:
 
     async def stop(self, session: str) -> str:
         """End the turn that a session is in; what waits behind it goes on. In words what was done, within a second."""
+        run = self.halt(session)
+        if run is None:
+            return "Nothing is running."
+        await asyncio.wait([run.task], timeout=self.STOPPING)
+        return run.stopped
+
+    def halt(self, session: str) -> Run | None:
+        """Begin to end the turn that a session is in; None if it is in none. What is said of it lies in the outbox."""
         run = self._running.get(session)
         if run is None or run.task.done():
-            return "Nothing is running."
+            return None
         run.stopped = f"Stopped ({plural(run.calls, 'command')} had been started)."
         with contextlib.suppress(StoreError):  # the worker will try again. First: a kill now must not resume it
             self._end(run.item, "stopped", run.stopped, {"is_error": True})
         run.task.cancel()
-        await asyncio.wait([run.task], timeout=self.STOPPING)
-        return run.stopped
+        return run
 
     async def cancel(self, number: int) -> str:
         """End the turn of one event, or have it not begin. In words what was done."""
@@ -6064,8 +6324,6 @@ class Hub:
             (result,) = await asyncio.gather(run.task, return_exceptions=True)
         finally:
             del self._running[item.event.session]
-            if not self._always.get(item.event.session, True):
-                del self._always[item.event.session]
         ending = self._ending(run, result)
         if ending is None:
             return
@@ -6079,7 +6337,10 @@ class Hub:
         self.courier.wake(item.event.channel)
 
     async def _turn(self, run: Run) -> Reply:
-        item = run.item
+        item, outlet = run.item, self.courier.outlet(run.item.event.channel)
+        if outlet and outlet.prepare and item.message_id is None:
+            await outlet.prepare(item)
+            item = self.inbox.get(item.id)  # its words may be others now
         async with Place(self._places) as place:
             if item.attempts >= self.ATTEMPTS:
                 raise PistaError(f"given up: openpista ended {item.attempts} times in the middle of it", "see the log")
@@ -6088,9 +6349,10 @@ class Hub:
             self.inbox.attempt(item.id)
             ASKED_IN.set(item.event)  # this turn is a task of its own, and so are its tools
             session = self.store.session(item.event.session)
-            gate = Gate(self.approval, self._approve(item, place), self._always.setdefault(session.name, set()))
+            gate = Gate(self.approval, self._approve(item, place), Grants(self.store, session.name))
             tell = functools.partial(self._tell, run)
-            record = Record(functools.partial(self._begin, run), functools.partial(self._answer, item))
+            goes_on = lambda: self.closing.is_set() and not run.stopped  # noqa: E731
+            record = Record(functools.partial(self._begin, run), functools.partial(self._answer, item), goes_on)
             if item.message_id is None:
                 return await self.agent.turn(session, item.event.text, gate, tell, record)
             return await self.agent.resume(session, item.message_id, gate, tell, record)

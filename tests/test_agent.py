@@ -779,7 +779,7 @@ def test_a_turn_goes_on_from_its_transcript(desk, cut_off):
     assert resumed(desk, [asks("echo more", prefix="n"), said("all done")], cut_off, record).text == "all done"
     assert written == [("all done", True)]
     texts = [message.text for message in desk.stored if message.role is Role.TOOL]
-    assert texts == ["done", openpista.UNKNOWN, openpista.NOT_BEGUN, "more"]
+    assert texts == ["done", openpista.UNKNOWN, "(no output)", "more"]
     assert [message.text for message in desk.stored if message.role is Role.USER] == ["hi", "do it"]
 
 
