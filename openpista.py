@@ -43,8 +43,9 @@ Map. Each section uses only those above it, so read on from any point.
     24. Chat          the conversation at a terminal
     25. Scheduler     jobs: when they fire, and the tools that plan them
     26. Gateway       the protocol of remote clients, both ends
-    27. Daemon        what `start` runs: opening, signals, closing; who runs
-    28. Commands      the command line
+    27. Markup        Markdown to Telegram's HTML, in pieces
+    28. Daemon        what `start` runs: opening, signals, closing; who runs
+    29. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -8132,7 +8133,7 @@ class QuicClient:
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 SGR_OR_CHAR = re.compile(r"(\x1b\[[0-9;]*m)|.", re.DOTALL)
 PLAIN = "\x1b[0m"
-STYLES = {"bold": "1", "dim": "2", "italic": "3", "link": "4", "mark": "7", "code": "36", "head": "1;36"}
+STYLES = {"bold": "1", "dim": "2", "italic": "3", "link": "4", "mark": "7", "strike": "9", "code": "36", "head": "1;36"}
 STYLES |= {"good": "32", "bad": "31", "ask": "1;33"}
 
 
@@ -9271,20 +9272,145 @@ def more(count: int, width: int, style: Style) -> str:
 # ---- the look of an answer: styles for the lines of Markdown, which may come from any model in any state ----
 
 FENCE = re.compile(r"\s*(`{3,}|~{3,})([^`]*)\Z")
-QUOTE = re.compile(r"\s{0,3}(?:> ?)+")
+QUOTE = re.compile(r"(?:\s{0,3}>)+ ?")
+RULE = re.compile(r"\s{0,3}([-*_])\s*(?:\1\s*){2,}\Z")
 HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
-BULLET = re.compile(r"(\s*)[-*] ")
-INLINE_LIMIT = 2_000  # characters; a longer line stays as it is: looking for pairs of marks takes the square of them
-MARKED = re.compile(
-    r"\\[*_\[\]\\`]|https?://[^\s*<>]+"  # not ours: an escaped mark, an address with marks in it
-    r"|(?<!`)(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
-    r"|\[(?P<text>[^\[\]]+)\](?P<url>\((?:[^()\s]|\([^()\s]*\))+\))"
-    # A letter outside makes a mark a part of a name, product or path; a Korean particle does not, behind a star.
-    r"|(?:(?<![A-Za-z0-9_/\\*])(?P<stars>\*{1,3})(?![\s*])|(?<![\w/\\])(?P<bar>_)(?![\s_]))"
-    r"(?P<inside>(?:[^`]|`[^`]*`)+?)"
-    r"(?(stars)(?<![\s*])(?P=stars)(?![A-Za-z0-9_/\\*])|(?<![\s_])_(?![\w/\\]))"
+BULLET = re.compile(r"(\s*)[-*+] ")
+
+
+def fenced(text: str, fence: str) -> tuple[re.Match | None, str]:
+    """The line as the mark of a fence, if it is one, and the fence that is open behind it."""
+    mark = FENCE.match(text)
+    if not fence:
+        return mark, mark[1] if mark else ""
+    closes = mark and mark[1].startswith(fence) and not mark[2].strip()
+    return (mark, "") if closes else (None, fence)
+
+
+def shape(text: str) -> tuple[str, str, str]:
+    """What a line outside of fences and quotes is, what to show in front of its text, and its text."""
+    if text.lstrip()[:1] not in ("-", "*", "+", "_", "#"):
+        return "text", "", text
+    if RULE.match(text):
+        return "rule", "─" * 20, ""
+    if heading := HEADING.match(text):
+        text = text[heading.end() :].rstrip()
+        bare = text.rstrip("#")
+        return "head", "", bare.rstrip() if bare.endswith(" ") else text
+    bullet = BULLET.match(text)
+    return ("item", bullet[1] + "• ", text[bullet.end() :]) if bullet else ("text", "", text)
+
+
+Span = tuple[str, tuple[str, ...]]  # a text and its looks, the outermost first; "(url)" is the look of a link's text
+EMPHASIS = {"*": "italic", "_": "italic", "**": "bold", "__": "bold", "***": "bold italic", "~~": "strike"}
+TOKEN = re.compile(
+    r"(?P<escape>\\[!-/:-@\[-`{-~])"
+    r"|https?://(?:[^\s*<>\[\]`~]|~(?!~))+"  # an address may have marks in it
+    r"|(?P<code>`+)|(?P<emphasis>\*+|_+|~+)|(?P<begin>!?\[)"
+    r"|(?P<end>\](?:\((?P<url>(?>(?:[^()\s]|\([^()\s]*\))+))(?:\s\"[^\"]{0,200}\")?\))?)"
 )
-EMPHASIS = {"*": ("italic",), "_": ("italic",), "**": ("bold",), "***": ("bold", "italic")}  # __init__ is no mark
+# A letter outside makes a mark a part of a name, product or path; a Korean particle does not, beside a star.
+OPENING = re.compile(
+    r"(?<![A-Za-z0-9_/])(?:\*(?![\s*.,;:/)\]}|])|\*{2,3}(?![\s,;)\]}|]|/\*))"  # not *.py, COUNT(*), **/*.py
+    r"|(?<![\w/])(?:_(?![\s_])|__(?!\s|[a-z0-9_]{1,40}__(?!\w)))|~~(?!\s)"  # __init__ is a name
+)
+CLOSING = re.compile(
+    r"(?<!\s)(?<!(?<!\\)[(\[{])\*{1,3}(?![A-Za-z0-9_/])|(?<!\s)_{1,2}(?![\w/])|(?<!\s)~~"
+)  # a mark that is a run of its own: TOKEN takes all of it
+
+
+class Inline:
+    """Reads the marks inside a line, in one pass. A mark without its partner stays; what only the
+    notation needs (a backslash, the ! of an image) is a run that is "hidden", the url of a link an "address"."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.runs: list[Span] = []
+        self._opened: dict[str, int] = {}  # marks, each with the number of its run; the newest of a kind counts
+        self._brackets: list[int] = []
+        self._ticks: dict[int, list[int]] = {}  # where the runs of so many backquotes begin
+        for match in re.finditer("`+", text):
+            self._ticks.setdefault(len(match[0]), []).append(match.start())
+        at = 0
+        while match := TOKEN.search(text, at):
+            self._say(text[at : match.start()])
+            at = match.end()
+            if match.lastgroup:
+                at = getattr(self, f"_{match.lastgroup}")(match) or at
+            else:
+                self._say(match[0])
+        self._say(text[at:])
+
+    def _say(self, text: str, *looks: str) -> None:
+        if text:
+            self.runs.append((text, looks))
+
+    def _escape(self, match: re.Match) -> None:
+        self._say("\\", "hidden")
+        self._say(match[0][1])
+
+    def _code(self, match: re.Match) -> int:
+        starts = self._ticks.get(len(match[0]), ())
+        number = bisect.bisect_left(starts, match.end())
+        if number == len(starts):
+            self._say(match[0])
+            return match.end()
+        code = self.text[match.end() : starts[number]]
+        padded = code[0] == code[-1] == " " and code.strip()
+        self._say(code[1:-1] if padded else code, "code")
+        return starts[number] + len(match[0])
+
+    def _begin(self, match: re.Match) -> None:
+        self._say(match[0][:-1])
+        self._brackets.append(len(self.runs))
+        self._say("[")
+
+    def _end(self, match: re.Match) -> None:
+        start = self._brackets.pop() if self._brackets else len(self.runs)
+        if not match["url"] or start >= len(self.runs) - 1:
+            return self._say(match[0])
+        if start and self.runs[start - 1] == ("!", ()):
+            self.runs[start - 1] = ("!", ("hidden",))
+        self._close(start, f"({match['url']})")
+        self._say(f" ({match['url']})", "address")
+        self._brackets.clear()  # a link holds no other
+
+    def _emphasis(self, match: re.Match) -> None:
+        mark, opened = match[0], self._opened
+        if mark not in EMPHASIS:
+            return self._say(mark)
+        if (closing := CLOSING.match(self.text, match.start())) and closing.end() == match.end():
+            if mark in opened:
+                return self._close(opened[mark], EMPHASIS[mark])
+            if mark == "***" and "*" in opened and "**" in opened:
+                for part in sorted(("*", "**"), key=opened.__getitem__, reverse=True):
+                    self._close(opened[part], EMPHASIS[part])
+                return None
+            if mark in ("*", "**") and "***" in opened:
+                start, rest = opened["***"], "***"[len(mark) :]
+                self._close(start, EMPHASIS[mark])
+                self.runs[start], self._opened[rest] = (rest, ()), start
+                return None
+        if (opening := OPENING.match(self.text, match.start())) and opening.end() == match.end():
+            opened[mark] = len(self.runs)
+        return self._say(mark)
+
+    def _close(self, start: int, look: str) -> None:
+        """Give all from the opening mark on the look. A kind is never inside itself, so a run is here but few times."""
+        self.runs[start] = ("", ())
+        self.runs[start:] = [(text, (look, *inner)) for text, inner in self.runs[start:]]
+        self._opened = {mark: number for mark, number in self._opened.items() if number < start}
+        while self._brackets and self._brackets[-1] > start:
+            self._brackets.pop()
+
+
+def nested(runs: Iterable[Span], wrap: Callable[[str, str], str], depth: int = 0) -> str:
+    """The texts in one, each look put around what has it by wrap(text, look)."""
+    parts = []
+    for look, group in itertools.groupby(runs, lambda run: run[1][depth : depth + 1]):
+        inner = list(group)
+        parts += [wrap(nested(inner, wrap, depth + 1), look[0])] if look else [text for text, _ in inner]
+    return "".join(parts)
 
 
 class Markdown:
@@ -9304,12 +9430,10 @@ class Markdown:
 
     def _styled(self, text: str) -> tuple[str, str]:
         """The line as it should look, and the fence that is open behind it."""
-        fence = FENCE.match(text)
-        if not self.fence:
-            return (self.style(text, "dim"), fence[1]) if fence else (block(text, self.style), "")
-        if fence and fence[1].startswith(self.fence) and not fence[2].strip():
-            return self.style(text, "dim"), ""
-        return self.style(text, "code"), self.fence
+        mark, fence = fenced(text, self.fence)
+        if mark:
+            return self.style(text, "dim"), fence
+        return self.style(text, "code") if fence else block(text, self.style), fence
 
 
 def block(text: str, style: Style) -> str:
@@ -9317,30 +9441,23 @@ def block(text: str, style: Style) -> str:
     if not style.colours:
         return text
     quote = match[0] if (match := QUOTE.match(text)) else ""
-    text, head = text[len(quote) :], style(quote.replace(">", "│"), "dim")
-    bare = "".join(text.split())
-    if len(bare) >= 3 and bare[0] in "-*_" and len(set(bare)) == 1:
-        return head + style("─" * 20, "dim")
-    if heading := HEADING.match(text):
-        return head + style(inline(text[heading.end() :], style), "head")
-    if bullet := BULLET.match(text):
-        return head + bullet[1] + "• " + inline(text[bullet.end() :], style)
-    return head + inline(text, style)
+    kind, head, text = shape(text[len(quote) :])
+    shown = {"rule": style(head, "dim"), "head": style(inline(text, style), "head")}.get(kind)
+    return style(quote.replace(">", "│"), "dim") + (shown or head + inline(text, style))
+
+
+INLINE_LIMIT = 2_000  # characters; a longer line stays as it is: while it comes, it is read anew with each word
 
 
 def inline(text: str, style: Style) -> str:
     """The line with its marks as looks; a mark without its partner stays."""
 
-    def look(match: re.Match) -> str:
-        if match["code"]:
-            return style(match["code"], "code")
-        if match["url"]:
-            return f"{match['text']} {style(match['url'], 'dim')}"
-        if match["inside"]:
-            return style(inline(match["inside"], style), *EMPHASIS[match["stars"] or "_"])
-        return match[0]
+    def look(inner: str, name: str) -> str:
+        if name == "address":
+            return f" {style(inner[1:], 'dim')}"
+        return inner if name == "hidden" or name[0] == "(" else style(inner, *name.split())
 
-    return MARKED.sub(look, text) if len(text) <= INLINE_LIMIT else text
+    return nested(Inline(text).runs, look) if len(text) <= INLINE_LIMIT else text
 
 
 # ===== 21. Console ============================================================
@@ -12607,7 +12724,303 @@ async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any],
         raise GatewayError(f"the daemon did not answer within {timeout:g} s") from None
 
 
-# ===== 27. Daemon =============================================================
+# ===== 27. Markup =============================================================
+#
+# Markdown, as models write it, for Telegram: HTML, in pieces that fit a message.
+# `rows` reads the blocks, with tables drawn as code; a row is rendered by itself,
+# so that what a piece takes is the sum of its rows.
+#
+#   https://core.telegram.org/bots/api#html-style
+
+TELEGRAM_TEXT = 4_096  # UTF-16 code units of a message, counted without its tags
+TELEGRAM_BYTES = 15_000  # of a piece's HTML; plain Korean takes 12,000
+FRAME_BYTES = 120  # of the tags around a quote or a block of code
+TAGS = {"bold": "b", "italic": "i", "strike": "s", "code": "code"}
+MARKS = {"bold": "**", "italic": "*", "strike": "~~"}
+LINKED = re.compile(r"\((?:https?://|tg://|mailto:)[^)]", re.IGNORECASE)
+BOXES = {"[ ] ": "☐ ", "[x] ": "☑ ", "[X] ": "☑ "}
+QUOTE_ONCE = re.compile(r"\s{0,3}> ?")
+LANGUAGE = re.compile(r"\s*([\w+#.-]{0,32})", re.ASCII)
+DELIMITER = re.compile(r"(?=[^|]*\|)(?=[^-]*-)[-|:\s]+\Z")
+TABLE_COLUMNS, COLUMN_CELLS = 40, 30  # more columns are no table; a wider cell moves its row, not the others
+CHUNK = 1_024
+
+
+def units(text: str) -> int:
+    """UTF-16 code units, in which Telegram counts."""
+    return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
+
+
+def clipped(text: str, limit: int = TELEGRAM_TEXT) -> str:
+    """The text, cut to at most limit units and not inside a pair; so a piece is sent when its HTML is refused."""
+    return text[:limit].encode("utf-16-le", "replace")[: 2 * limit].decode("utf-16-le", "ignore")
+
+
+# ---- blocks ----
+
+
+class Row(NamedTuple):
+    """A line: of prose, or of the block of code with that number; without the marks of its quote and fence."""
+
+    text: str
+    quoted: bool = False
+    block: int = 0
+    language: str = ""
+
+
+def rows(markdown: str) -> list[Row]:
+    """The Markdown line by line. A fence that is not closed, since the rest is yet to come, ends with the text."""
+    found, fence, block, indent, quoted, language = [], "", 0, 0, False, ""
+    for line in printable(storable(re.sub("\r\n?", "\n", markdown))).split("\n"):
+        quote = QUOTE.match(line) if quoted or not fence else None
+        if quoted and not quote:
+            fence = ""  # a quote ends, and the block in it
+        quoted = bool(quote)
+        text = line[quote.end() :] if quote else line
+        mark, fence = fenced(text, fence)
+        if mark and fence:
+            block, indent, language = block + 1, len(text) - len(text.lstrip()), LANGUAGE.match(mark[2])[1]
+        elif fence:
+            code = QUOTE_ONCE.sub("", line, count=1) if quote else line
+            found.append(Row(code[:indent].lstrip() + code[indent:], quoted, block, language))
+        elif not mark:
+            found.append(Row(text, quoted))
+    return list(tabled(found))
+
+
+def tabled(found: Sequence[Row]) -> Iterator[Row]:
+    """The rows, with each table as a block of code in columns."""
+    at = 0
+    while at < len(found):
+        end = table_end(found, at)
+        row = found[at]
+        if end > at:
+            yield from aligned(found[at:end], -end)
+        elif not row.block and DELIMITER.match(row.text):  # of no table, and of none with a row that is cut either
+            yield row._replace(text=re.sub(r"\S", r"\\\g<0>", row.text, count=1))
+        else:
+            yield row
+        at = max(end, at + 1)
+
+
+def table_end(found: Sequence[Row], at: int) -> int:
+    """Where the table that begins here ends; here, if none does."""
+    frame, end = found[at][1:], at + 1
+    if end == len(found) or found[end][1:] != frame or found[at].block or not DELIMITER.match(found[end].text):
+        return at
+    width = len(columns(found[at].text))
+    if "|" not in found[at].text or width != len(columns(found[end].text)) or width > TABLE_COLUMNS:
+        return at
+    while end < len(found) and found[end][1:] == frame and "|" in found[end].text:
+        end += 1
+    return end
+
+
+def columns(text: str) -> list[str]:
+    """The cells of a table's row."""
+    found = re.split(r"(?<!\\)\|", text.strip())
+    found = found[found[0] == "" :]
+    return [cell.strip().replace("\\|", "|") for cell in found[: len(found) - (found[-1:] == [""])]]
+
+
+def aligned(table: Sequence[Row], block: int) -> Iterator[Row]:
+    """The rows of a table in columns as wide as a terminal, and Telegram's fixed font, shows them."""
+    head, _, *body = [["".join(text for text, _ in styled(cell)) for cell in columns(row.text)] for row in table]
+    columned = itertools.zip_longest(head, *body, fillvalue="")
+    widths = [min(max(map(cells, column)), COLUMN_CELLS) for column in columned]
+    for texts in (head, ["─" * width for width in widths], *body):
+        padded_texts = (text + " " * (width - cells(text)) for text, width in zip(texts, widths, strict=False))
+        yield Row("  ".join(padded_texts).rstrip(), table[0].quoted, block)
+
+
+# ---- a row as HTML ----
+
+
+def runs_of(row: Row) -> list[Span]:
+    """What a row shows, with looks that Telegram has."""
+    if row.block:
+        return [(row.text, ())]
+    kind, head, text = shape(row.text)
+    if kind == "item" and (box := BOXES.get(text[:4])):
+        head, text = head.replace("• ", box), text[4:]
+    found = itertools.chain([(head, ())], styled(text, *["bold"] * (kind == "head")))
+    alike = itertools.groupby(found, lambda run: run[1])
+    return [(text, looks) for looks, group in alike if (text := "".join(text for text, _ in group))]
+
+
+def styled(text: str, *outer: str) -> Iterator[Span]:
+    """The runs of a line as Telegram takes them: a link only of some schemes, code inside of nothing."""
+    for part, inner in Inline(text).runs:
+        looks = dict.fromkeys(" ".join((*outer, *inner)).split())
+        link = next((look for look in looks if look[0] == "("), "")
+        if not part or "hidden" in looks or ("address" in looks and LINKED.match(part, 1)):
+            continue
+        kept = [look for look in looks if look in MARKS or (look == link and LINKED.match(link))]
+        yield part, ("code",) if "code" in looks and link not in kept else tuple(kept)
+
+
+def html(runs: Iterable[Span]) -> str:
+    """Runs with tags."""
+    return nested([(escaped(text), looks) for text, looks in runs], tagged)
+
+
+def tagged(inner: str, look: str) -> str:
+    """The text with the tags of a look around it."""
+    tag = TAGS.get(look)
+    return f"<{tag}>{inner}</{tag}>" if tag else f'<a href="{escaped(look[1:-1])}">{inner}</a>'
+
+
+def telegram_html(markdown: str) -> str:
+    """The Markdown in Telegram's HTML; what is not well-formed, or not yet, is literal text."""
+    parts = []
+    for quoted, group in itertools.groupby(rows(markdown), lambda row: row.quoted):
+        inner = []
+        for (block, language), lines in itertools.groupby(group, lambda row: row[2:]):
+            text = "\n".join(html(runs_of(row)) for row in lines)
+            code = f'<code class="language-{language}">{text}</code>' if language else text
+            inner.append(f"<pre>{code}</pre>" if block else text)
+        joined = "\n".join(inner)
+        parts.append(f"<blockquote>{joined}</blockquote>" if quoted else joined)
+    return "\n".join(parts)
+
+
+# ---- pieces ----
+
+
+def pieces(markdown: str, limit: int = TELEGRAM_TEXT) -> list[str]:
+    """The Markdown in pieces for a message each, cut at a blank line, a line or a space, as far as there is one."""
+    weighed, before = collections.deque(), Row("")
+    for row in rows(markdown):
+        weighed.append((row, weight_of(runs_of(row), row[1:] != before[1:], limit)))
+        before = row
+    found, kept, room = [], [], limit + 1.0  # one more, since the first row has no line break in front
+    while weighed:
+        if weighed[0][1] <= room:
+            kept.append(weighed.popleft())
+            room -= kept[-1][1]
+            continue
+        cut = best_cut(kept, limit)
+        if not cut:
+            head, *rest = split(weighed.popleft()[0], room, limit)
+            weighed.extendleft(reversed(rest))
+            kept, cut = [*kept, head], len(kept) + 1
+        found.append(source([row for row, _ in kept[:cut]]))
+        weighed.extendleft(reversed(kept[cut:]))
+        kept, room = [], limit + 1.0
+    return [piece for piece in (*found, source([row for row, _ in kept])) if piece]
+
+
+def weight_of(runs: Sequence[Span], framed: bool, limit: int) -> float:
+    """Units that a row takes of a piece; more, if its HTML is a greater part of what that may have."""
+    size = len(html(runs).encode()) + 1 + FRAME_BYTES * framed
+    return max(sum(units(text) for text, _ in runs) + 1, size * limit / TELEGRAM_BYTES)
+
+
+def best_cut(kept: Sequence[tuple[Row, float]], limit: int) -> int:
+    """Behind how many rows to cut: at the last blank one, else the last; 0 if that is in the first third."""
+    used, line, blank = 0.0, 0, 0
+    for number, (row, size) in enumerate(kept, 1):
+        used += size
+        if used > limit / 3:
+            line, blank = number, blank if row.text.strip() else number
+    return blank or line
+
+
+def split(row: Row, room: float, limit: int) -> list[tuple[Row, float]]:
+    """A row in parts: the first fits into the room, the others into a piece each."""
+    runs = collections.deque(
+        (text[at : at + CHUNK], looks) for text, looks in runs_of(row) for at in range(0, len(text), CHUNK)
+    )
+    parts: list[tuple[Row, float]] = []
+    while runs:
+        size = int(room) - 1
+        while True:
+            head = taken(runs, max(size, 2), bool(parts))
+            heavy = weight_of(head, True, limit)
+            if heavy <= room or size <= 2:
+                break
+            runs.extendleft(reversed(head))
+            size //= 2
+        text = "".join(text for text, _ in head) if row.block else written(head)
+        parts.append((row._replace(text=text), heavy))
+        room = limit + 1.0
+    return parts
+
+
+def taken(runs: collections.deque[Span], room: int, strip: bool) -> list[Span]:
+    """Take runs of at most room units from the front, up to a space if there is one in the last two thirds."""
+    window, size = [], 0
+    while runs and size <= room + strip:
+        window.append(runs.popleft())
+        size += units(window[-1][0])
+    text = "".join(text for text, _ in window)
+    start = len(text) - len(text.lstrip()) if strip else 0
+    cut = start + len(clipped(text[start:], room))
+    if cut < len(text):
+        space = text.rfind(" ", start + (cut - start) // 3, cut + 1)
+        cut = space if space > start else max(snapped(text, cut), start + 1)
+        cut = len(text[:cut].rstrip()) or cut
+    head, rest = parted(window, cut)
+    runs.extendleft(reversed(rest))
+    return parted(head, start)[1]
+
+
+def parted(runs: Sequence[Span], at: int) -> tuple[list[Span], list[Span]]:
+    """The runs before and behind a place in their text."""
+    head: list[Span] = []
+    for number, (text, looks) in enumerate(runs):
+        if at < len(text):
+            return [*head, *([(text[:at], looks)] if at else ())], [(text[at:], looks), *runs[number + 1 :]]
+        head.append((text, looks))
+        at -= len(text)
+    return head, []
+
+
+def written(runs: Iterable[Span]) -> str:
+    """Runs as Markdown again: formatting that is cut ends here, and begins again there."""
+    punctuation = r"[!-/:-@\[-`{-~]"
+    plain = [(text if "code" in looks else re.sub(punctuation, r"\\\g<0>", text), looks) for text, looks in runs]
+    return nested(plain, remarked)
+
+
+def remarked(inner: str, look: str) -> str:
+    """The text with the marks of a look around it."""
+    if look == "code":
+        ticks = ticks_around(inner)
+        pad = " " * (inner.strip(" ") != "" and (inner[0] in " `" or inner[-1] in " `"))
+        return ticks + pad + inner + pad + ticks
+    mark = MARKS.get(look)
+    return f"{mark}{inner}{mark}" if mark else f"[{inner}]{look}"
+
+
+def ticks_around(*texts: str) -> str:
+    """More backquotes than there are side by side in the texts."""
+    return max(re.findall("`+", "\n".join(texts)), default="") + "`"
+
+
+def is_blank(row: Row) -> bool:
+    """Whether a row shows nothing."""
+    return not any(text.strip() for text, _ in runs_of(row))
+
+
+def source(piece: Sequence[Row]) -> str:
+    """Rows as Markdown, without the blank ones at the ends; blocks of code are opened and closed."""
+    start, end = 0, len(piece)
+    while start < end and is_blank(piece[start]):
+        start += 1
+    while start + 1 < end and is_blank(piece[end - 1]):
+        end -= 1
+    lines: list[str] = []
+    for (quoted, block, language), group in itertools.groupby(piece[start:end], lambda row: row[1:]):
+        texts = [row.text for row in group]
+        if block:
+            ticks = ticks_around("``", *texts)
+            texts = [ticks + language, *texts, ticks]
+        lines += [f"> {text}" for text in texts] if quoted else texts
+    return "\n".join(lines)
+
+
+# ===== 28. Daemon =============================================================
 #
 # What `start` runs for months: the hub and what stands around it, opened in order
 # and closed in reverse when a signal says so. Who runs lies in the PID file, held
@@ -13061,7 +13474,7 @@ def running_daemon(ctx: Context) -> Holder:
     raise PistaError("openpista is not running", "`openpista start --detach` starts it")
 
 
-# ===== 28. Commands ===========================================================
+# ===== 29. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
