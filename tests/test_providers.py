@@ -12,6 +12,7 @@ import sys
 from email.utils import format_datetime
 
 import pytest
+from fakes import IMAGE_STARTS
 
 import openpista
 from openpista import (
@@ -24,6 +25,7 @@ from openpista import (
     CredentialError,
     Endpoint,
     HttpProvider,
+    Image,
     Key,
     Login,
     Message,
@@ -620,6 +622,83 @@ def test_a_mend_that_does_not_help_ends_with_the_error(model):
     model.script({"status": 400, "body": body, "times": -1})
     assert "neither is supported" in Trial(model.url).fails(ProviderError, ASK._replace(max_tokens=50))
     assert len(model.requests()) <= 1 + len(MENDS)
+
+
+# Pictures
+
+PICTURES = tuple(Image(f"/tmp/{name}.png", "image/png", IMAGE_STARTS["png"] + name.encode()) for name in ("a", "b"))
+LOOK = ASK._replace(messages=(Message(Role.USER, "Look.", images=PICTURES[:1]),))
+LOOK_AGAIN = ASK._replace(messages=(Message(Role.USER, "Look again.", images=PICTURES[1:]),))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_picture_is_sent_as_the_vendor_takes_it(model, format):
+    Trial(model.url, format).ask(LOOK)
+    assert [row["status"] for row in model.requests()] == [200]
+    assert "iVBORw0KGgph" in json.dumps(model.bodies())
+
+
+def last_words(body):
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+REFUSED_ONCE = [  # what vendors say -> whether the model is blind, or only these pictures are at fault
+    (400, "Invalid content type. image_url is only supported by certain models.", True),
+    (404, "No endpoints found that support image input", True),
+    (400, "Failed to deserialize the JSON body: messages[1]: unknown variant `image_url`, expected `text` at 1", True),
+    (400, "'messages.1' : for 'role:user' the following must be satisfied[content must be a string]", True),
+    (400, "llama3.2 is not a multimodal model", True),
+    (400, "Model does not support images. Please use a model that does.", True),
+    (415, "This model has no vision", True),
+    (422, "Input should be a valid string", True),
+    (500, "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj", True),
+    (400, "messages.0.content.0.image.source.base64.data: Could not process image", False),
+    (400, "image exceeds 10 MB maximum: 13474984 bytes > 10485760 bytes", False),
+    (400, "At least one of the image dimensions exceed max allowed size: 8000 pixels", False),
+    (400, "You uploaded an unsupported image. Please make sure your image has one of the following formats", False),
+    (400, "Too many images provided. This model supports up to 5 images", False),
+    (413, "Request Entity Too Large", False),
+]
+
+
+@pytest.mark.parametrize("status, words, blind", REFUSED_ONCE, ids=range(len(REFUSED_ONCE)))
+def test_a_refused_picture_is_left_out_at_once_and_from_then_on(model, status, words, blind):
+    refused = {"status": status, "body": json.dumps({"error": {"message": words}})}
+    model.script(refused, {"text": "Hello.", "times": 3})
+    trial = Trial(model.url)
+    assert [answer.message.text for answer in trial.ask(LOOK, LOOK, LOOK_AGAIN)] == ["Hello."] * 3
+    assert trial.waits == [] and [row["status"] for row in model.requests()] == [status, 200, 200, 200]
+    shown = ["image_url" in json.dumps(body) for body in model.bodies()]
+    assert shown == [True, False, False, not blind]
+    said = "this model cannot see pictures" if blind else "the provider does not take this picture"
+    assert last_words(model.bodies()[2]) == f"Look.\n({said}; /tmp/a.png)"
+    assert [told.text.startswith("openai/m1 refused a picture (") for told in trial.told[:1]] == [True]
+
+
+def test_a_blind_model_is_shown_one_picture(model):
+    trial = Trial(model.url, name="blind")
+    trial.ask(LOOK, LOOK_AGAIN, ASK)
+    assert [row["status"] for row in model.requests()] == [400, 200, 200, 200]
+
+
+@pytest.mark.parametrize("status, words", [(400, "image_url: no"), (500, "image worker crashed"), (401, "no image")])
+def test_what_is_not_about_pictures_is_the_error_it_was(model, status, words):
+    model.script({"status": status, "body": json.dumps({"error": {"message": words}}), "times": -1})
+    with pytest.raises((ProviderError, CredentialError), match=words):
+        Trial(model.url).ask(ASK if status == 400 else LOOK)
+    assert all(("image_url" in json.dumps(body)) is (status != 400) for body in model.bodies())
+
+
+def test_pictures_in_a_transcript_that_is_too_long_are_no_matter_of_pictures(model):
+    model.script({"overflow": True})
+    Trial(model.url).fails(ContextTooLong, LOOK)
+    assert len(model.requests()) == 1
+
+
+def test_offline_ignores_pictures():
+    answer = asyncio.run(OfflineProvider().complete(LOOK, lambda progress: None))
+    assert "offline provider" in answer.message.text
 
 
 def test_groqs_failed_generation_is_tried_again_each_time(model):
