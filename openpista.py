@@ -2569,10 +2569,13 @@ class ProviderSpec(NamedTuple):
     url_env: str = ""  # where another address is usually given
     context: int = 0  # tokens of its models' windows, where the model's name says nothing
     id_pattern: str = Request._field_defaults["id_pattern"]
+    hears: str = ""  # its model for speech; '' where there is none
 
 
 PROVIDERS = {  # word in config.toml -> how to reach it
-    "openai": ProviderSpec("chat", "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL"),
+    "openai": ProviderSpec(
+        "chat", "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL", hears="gpt-transcribe"
+    ),
     "anthropic": ProviderSpec(
         "messages", "https://api.anthropic.com/v1", "claude-sonnet-4-5", ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
     ),
@@ -2587,6 +2590,7 @@ PROVIDERS = {  # word in config.toml -> how to reach it
         "https://api.groq.com/openai/v1",
         "llama-3.3-70b-versatile",
         ("GROQ_API_KEY",),
+        hears="whisper-large-v3-turbo",
     ),
     "gemini": ProviderSpec(
         "chat",
@@ -2601,6 +2605,7 @@ PROVIDERS = {  # word in config.toml -> how to reach it
         "mistral-large-latest",
         ("MISTRAL_API_KEY",),
         id_pattern="[a-zA-Z0-9]{9}",
+        hears="voxtral-mini-transcribe-latest",
     ),
     "xai": ProviderSpec("chat", "https://api.x.ai/v1", "grok-4", ("XAI_API_KEY",)),
     "lmstudio": ProviderSpec("chat", "http://localhost:1234/v1", "", (), "LMSTUDIO_BASE_URL", context=8_192),
@@ -3194,6 +3199,31 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return max(0.0, (parsedate_to_datetime(headers["retry-after"]) - utc_now()).total_seconds())
     return None
+
+
+LARGEST_SOUND = 25_000_000  # bytes
+
+
+async def transcribe(endpoint: Endpoint, path: str | Path, *, timeout: float = 120.0) -> str:
+    """What is said in a sound file. PistaError: the file is no good; CredentialError, Unavailable, ProviderError."""
+    model, url = endpoint.spec.hears, f"{endpoint.base_url}/audio/transcriptions"
+    if not model:
+        can = ", ".join(name for name, spec in PROVIDERS.items() if spec.hears)
+        raise ProviderError(f"{endpoint.provider} does not turn speech into text", f"these do: {can}")
+    data = await asyncio.to_thread(read_file, path, LARGEST_SOUND)
+    # Telegram's .oga is ogg; vendors go by the name's ending.
+    suffix = re.sub(r"^\.(oga|opus)$", ".ogg", Path(path).suffix.lower())
+    parts = {"data": {"model": model}, "files": {"file": (f"speech{suffix}", data)}}
+    headers = key_headers(endpoint._replace(format="chat"))
+    response, raw = await fetch_url("POST", url, timeout, 1 << 20, headers=headers, **parts)
+    if response.status_code != 200:
+        raise refusal(endpoint, f"{endpoint.provider}/{model}", response, raw)
+    try:
+        return storable(json.loads(raw)["text"]).strip()
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ProviderError(
+            f"{endpoint.provider}/{model} sent no text: {words_of(raw, endpoint.key.value)[0]!r}"
+        ) from None
 
 
 class OfflineProvider:

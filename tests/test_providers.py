@@ -31,6 +31,7 @@ from openpista import (
     Message,
     Models,
     OfflineProvider,
+    PistaError,
     ProviderError,
     Request,
     Role,
@@ -40,6 +41,7 @@ from openpista import (
     Unavailable,
     Usage,
     resolve,
+    transcribe,
 )
 
 KEY = "sk-1234567890abcdef"
@@ -699,6 +701,73 @@ def test_pictures_in_a_transcript_that_is_too_long_are_no_matter_of_pictures(mod
 def test_offline_ignores_pictures():
     answer = asyncio.run(OfflineProvider().complete(LOOK, lambda progress: None))
     assert "offline provider" in answer.message.text
+
+
+# Speech
+
+
+def speech(url, path, provider="openai", **more):
+    endpoint = Endpoint(provider, PROVIDERS[provider], url, "m1", Key(KEY, "$OPENAI_API_KEY"), "responses")
+    return asyncio.run(transcribe(endpoint, path, **more))
+
+
+@pytest.fixture
+def sound(tmp_path):
+    path = tmp_path / "my voice.oga"
+    path.write_bytes(b"OggS" + bytes(2_000))
+    return path
+
+
+@pytest.mark.parametrize("provider", ["openai", "groq", "mistral"])
+def test_speech_becomes_text(model, sound, provider):
+    model.script({"path": "/audio/transcriptions", "text": " 안녕하세요. \n"})
+    assert speech(model.url, sound, provider) == "안녕하세요."
+    [row] = model.requests()
+    assert row["body"]["model"] == PROVIDERS[provider].hears
+    assert row["body"]["file"] == {"name": "speech.ogg", "size": 2_004, "start": "OggS" + "\0" * 16}
+    assert row["headers"]["authorization"] == f"Bearer {KEY}"
+
+
+def test_speech_is_not_sent_where_nobody_listens(model, sound, tmp_path):
+    with pytest.raises(
+        ProviderError, match="anthropic does not turn speech into text; these do: openai, groq, mistral"
+    ):
+        speech(model.url, sound, "anthropic")
+    with pytest.raises(PistaError, match="No such file"):
+        speech(model.url, tmp_path / "none.ogg")
+    with pytest.raises(PistaError, match="is a directory"):
+        speech(model.url, tmp_path)
+    with sound.open("r+b") as file:
+        file.truncate(25_000_001)
+    with pytest.raises(PistaError, match="larger than 25 MB"):
+        speech(model.url, sound)
+    assert model.requests() == []
+
+
+UNHEARD = [
+    ({"status": 401}, CredentialError, "refused the key …cdef"),
+    ({"status": 503}, Unavailable, "answered 503"),
+    ({"status": 404, "body": "not found"}, ProviderError, "is base_url right?"),
+    ({"body": "<html>hello</html>"}, ProviderError, "sent no text: 'hello'"),
+    ({"body": "[]"}, ProviderError, "sent no text"),
+    ({"body": '{"text": 7}'}, ProviderError, "sent no text"),
+    ({"refuse": True}, Unavailable, "broke"),
+    ({"delay": 5}, Unavailable, "0.3 s"),
+]
+
+
+@pytest.mark.parametrize("step, kind, words", UNHEARD, ids=range(len(UNHEARD)))
+def test_speech_that_the_server_does_not_understand(model, sound, caplog, step, kind, words):
+    model.script({"path": "/audio/transcriptions", **step})
+    with caplog.at_level("DEBUG"), pytest.raises(kind) as caught:
+        speech(model.url, sound, timeout=0.3 if "delay" in step else 10)
+    assert words in str(caught.value) and KEY not in str(caught.value) + caplog.text
+
+
+def test_speech_of_a_kind_that_the_server_does_not_take(model, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text")
+    with pytest.raises(ProviderError, match="Unrecognized file format"):
+        speech(model.url, tmp_path / "a.txt")
 
 
 def test_groqs_failed_generation_is_tried_again_each_time(model):
