@@ -296,6 +296,17 @@ class ToolResult(NamedTuple):
     is_error: bool = False
 
 
+class Image(NamedTuple):
+    """A picture that a person shows, in a file."""
+
+    path: str
+    media_type: str
+    data: bytes = b""  # loaded just before it is sent
+
+    def __repr__(self) -> str:
+        return f"Image({self.path!r}, {self.media_type!r}, {len(self.data)} bytes)"
+
+
 class Message(NamedTuple):
     """One entry of a transcript, in no vendor's format."""
 
@@ -305,6 +316,7 @@ class Message(NamedTuple):
     call_id: str = ""  # role TOOL: which call this answers
     is_error: bool = False
     echo: dict[str, Any] | None = None  # what the model that said it wants to see again
+    images: tuple[Image, ...] = ()  # role USER: what the model sees beside the text
 
 
 class ToolSpec(NamedTuple):
@@ -564,6 +576,35 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+LARGEST_IMAGE = 5_000_000  # bytes; in base64 a third more, and Anthropic takes 10 MiB of that
+IMAGE_STARTS = re.compile(
+    rb"(?P<jpeg>\xff\xd8\xff)|(?P<png>\x89PNG\r\n\x1a\n)|(?P<gif>GIF8[79]a)|(?P<webp>RIFF.{4}WEBP)", re.DOTALL
+)
+
+
+def load_image(path: str | Path) -> Image:
+    """The picture in a file, if it is one that models take; its kind is what it begins with, whatever its name says."""
+    data = read_file(path, LARGEST_IMAGE)
+    kind = IMAGE_STARTS.match(data)
+    if kind is None:
+        raise PistaError(f"{path} is no picture that models take", "make it a JPEG, PNG, GIF or WebP")
+    return Image(str(path), f"image/{kind.lastgroup}", data)
+
+
+def read_file(path: str | Path, most: int) -> bytes:
+    """The bytes of a file, at most so many; PistaError says what is wrong with it."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise PistaError(f"{path} is {'a directory' if os.path.isdir(path) else 'no file'}")
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise PistaError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > most:
+        raise PistaError(f"{path} is larger than {most // 1_000_000} MB")
+    return data
 
 
 class Redactor:
@@ -1214,9 +1255,11 @@ class Store:
         with self.atomic():
             now = iso(self.now())
             calls = [call._asdict() for call in message.tool_calls]
+            images = [{"path": image.path, "media_type": image.media_type} for image in message.images]
             row = self._run(
-                """INSERT INTO messages (session_id, role, text, tool_calls, call_id, is_error, echo, created_at)
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+                """INSERT INTO messages
+                          (session_id, role, text, tool_calls, call_id, is_error, echo, images, created_at)
+                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                 session.id,
                 message.role.value,
                 storable(message.text),
@@ -1224,6 +1267,7 @@ class Store:
                 message.call_id or None,
                 int(message.is_error),
                 storable(to_json(message.echo)) if message.echo else None,
+                storable(to_json(images)) if images else None,
                 now,
             )
             for call in message.tool_calls:
@@ -1265,15 +1309,17 @@ class Store:
         raise StoreError(f"message {number} of session {session.name!r} is gone", "say it again")
 
     def _messages(self, where: str, *values: Any) -> Iterator[Entry]:
-        columns = "id, role, text, tool_calls, call_id, is_error, echo, created_at"
+        columns = "id, role, text, tool_calls, call_id, is_error, echo, images, created_at"
         with self.border():
             for row in self.db.execute(f"SELECT {columns} FROM messages WHERE {where}", values):
                 try:
                     calls = tuple(ToolCall(**call) for call in json.loads(row[3] or "[]"))
                     echo = json.loads(row[6]) if row[6] else None
+                    images = tuple(Image(**image) for image in json.loads(row[7] or "[]"))
                 except (ValueError, TypeError) as error:
                     raise StoreError(f"message {row[0]} in {self.path} is damaged: {error}") from None
-                yield Entry(row[0], Message(Role(row[1]), row[2], calls, row[4] or "", bool(row[5]), echo), row[7])
+                message = Message(Role(row[1]), row[2], calls, row[4] or "", bool(row[5]), echo, images)
+                yield Entry(row[0], message, row[8])
 
     def elide(self, session: Session, upto: int) -> Session:
         """From now on tool results up to this message go out as a stub; the session as it is then."""
@@ -2211,6 +2257,27 @@ def content_of(request: Request, message: Message) -> str:
     return f"{text}\n\n[openpista: {request.note}]" if request.note and message is request.messages[-1] else text
 
 
+def parts_of(request: Request, message: Message, kind: str, show: Callable[[Image], Any]) -> str | list[Any]:
+    """A person's words; with pictures they are one part of several."""
+    text = content_of(request, message)
+    if not message.images:
+        return text
+    return [*([{"type": kind, "text": text}] if text.strip() else []), *map(show, message.images)]
+
+
+def data_url(image: Image) -> str:
+    """A picture as the address of itself."""
+    return f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
+
+
+def described(message: Message, words: str, *images: Image) -> Message:
+    """The message with words in the place of these pictures; {} in them is the path."""
+    if not images:
+        return message
+    text = "\n".join(filter(None, (message.text, *(f"({words.format(image.path)})" for image in images))))
+    return message._replace(text=text, images=tuple(image for image in message.images if image not in images))
+
+
 def echo_for(request: Request, message: Message) -> dict[str, Any]:
     """What goes back with the message, if this model said it; another one would refuse it."""
     return message.echo if message.echo and message.echo.get("model") == request.model else {}
@@ -2264,8 +2331,16 @@ def chat_assistant(request: Request, message: Message, names: WireNames) -> dict
     return entry
 
 
+def chat_image(image: Image) -> dict[str, Any]:
+    """A picture as a part of a person's words."""
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
 CHAT_MESSAGES = {
-    Role.USER: lambda request, message, names: {"role": "user", "content": content_of(request, message)},
+    Role.USER: lambda request, message, names: {
+        "role": "user",
+        "content": parts_of(request, message, "text", chat_image),
+    },
     Role.ASSISTANT: chat_assistant,
     Role.TOOL: lambda request, message, names: {
         "role": "tool",
@@ -2305,7 +2380,7 @@ def response_items(request: Request, message: Message, names: WireNames) -> Iter
         yield {"type": "function_call_output", "call_id": wire_id(request, message.call_id), "output": output}
         return
     if message.role is Role.USER:
-        yield {"role": "user", "content": content_of(request, message)}
+        yield {"role": "user", "content": parts_of(request, message, "input_text", response_image)}
         return
     calls = [
         {
@@ -2329,6 +2404,11 @@ def response_items(request: Request, message: Message, names: WireNames) -> Iter
     if message.text:
         yield {"role": "assistant", "content": message.text}
     yield from calls
+
+
+def response_image(image: Image) -> dict[str, Any]:
+    """A picture as a part of an input item."""
+    return {"type": "input_image", "image_url": data_url(image), "detail": "auto"}
 
 
 def reasons(model: str) -> bool:
@@ -2371,6 +2451,9 @@ def message_blocks(request: Request, message: Message, names: WireNames) -> Iter
         yield block | {"content": content_of(request, message)}
         return
     yield from echo_for(request, message).get("blocks", ())
+    for image in message.images:  # before the words: the vendor says that the answers are better then
+        source = {"type": "base64", "media_type": image.media_type, "data": base64.b64encode(image.data).decode()}
+        yield {"type": "image", "source": source}
     if (text := message.text if message.role is Role.ASSISTANT else content_of(request, message)).strip():
         yield {"type": "text", "text": text}
     for call in message.tool_calls:
@@ -2729,10 +2812,13 @@ class ProviderSpec(NamedTuple):
     url_env: str = ""  # where another address is usually given
     context: int = 0  # tokens of its models' windows, where the model's name says nothing
     id_pattern: str = Request._field_defaults["id_pattern"]
+    hears: str = ""  # its model for speech; '' where there is none
 
 
 PROVIDERS = {  # word in config.toml -> how to reach it
-    "openai": ProviderSpec("chat", "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL"),
+    "openai": ProviderSpec(
+        "chat", "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL", hears="gpt-transcribe"
+    ),
     "anthropic": ProviderSpec(
         "messages", "https://api.anthropic.com/v1", "claude-sonnet-4-5", ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
     ),
@@ -2742,7 +2828,13 @@ PROVIDERS = {  # word in config.toml -> how to reach it
         "chat", "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo", ("TOGETHER_API_KEY",)
     ),
     "ollama": ProviderSpec("chat", "http://localhost:11434/v1", "llama3.2", (), "OLLAMA_HOST", context=8_192),
-    "groq": ProviderSpec("chat", "https://api.groq.com/openai/v1", "llama-3.3-70b-versatile", ("GROQ_API_KEY",)),
+    "groq": ProviderSpec(
+        "chat",
+        "https://api.groq.com/openai/v1",
+        "llama-3.3-70b-versatile",
+        ("GROQ_API_KEY",),
+        hears="whisper-large-v3-turbo",
+    ),
     "gemini": ProviderSpec(
         "chat",
         "https://generativelanguage.googleapis.com/v1beta/openai",
@@ -2751,7 +2843,12 @@ PROVIDERS = {  # word in config.toml -> how to reach it
     ),
     "deepseek": ProviderSpec("chat", "https://api.deepseek.com/v1", "deepseek-chat", ("DEEPSEEK_API_KEY",)),
     "mistral": ProviderSpec(
-        "chat", "https://api.mistral.ai/v1", "mistral-large-latest", ("MISTRAL_API_KEY",), id_pattern="[a-zA-Z0-9]{9}"
+        "chat",
+        "https://api.mistral.ai/v1",
+        "mistral-large-latest",
+        ("MISTRAL_API_KEY",),
+        id_pattern="[a-zA-Z0-9]{9}",
+        hears="voxtral-mini-transcribe-latest",
     ),
     "xai": ProviderSpec("chat", "https://api.x.ai/v1", "grok-4", ("XAI_API_KEY",)),
     "lmstudio": ProviderSpec("chat", "http://localhost:1234/v1", "", (), "LMSTUDIO_BASE_URL", context=8_192),
@@ -3041,6 +3138,38 @@ class Refused(ProviderError):
         self.words = words  # with the code
 
 
+ABOUT_PICTURES = re.compile(
+    r"image|picture|vision|multi.?modal|modalit|mmproj|(media|content).?(type|part)|must be a string|valid string|"
+    r"expected.{0,9}(text|string)",
+    re.IGNORECASE,
+)
+BLIND = re.compile(
+    r"support|vision|multi.?modal|mmproj|enabled|required for|variant|string|expected.{0,9}text", re.IGNORECASE
+)
+FLAWED = re.compile(
+    r"format|size|exceed|too (many|large|big|small)|up to|dimension|pixel|corrupt|decode|process|match", re.IGNORECASE
+)
+
+
+class Unseen(ProviderError):
+    """The pictures of a request are refused: these, or, where the model is blind, any."""
+
+    def __init__(self, message: str, blind: bool):
+        super().__init__(message)
+        self.blind = blind
+
+
+def unseen(endpoint: Endpoint, response: httpx.Response, raw: bytes) -> Unseen | None:
+    """The error, if the refusal of a request with pictures is about these."""
+    status, said = response.status_code, " ".join(words_of(raw, endpoint.key.value))
+    if status not in (400, 404, 413, 415, 422, 500, 501) or TOO_LONG.search(said):  # 500: llama.cpp, Ollama
+        return None
+    if status != 413 and not ABOUT_PICTURES.search(said):
+        return None
+    blind = BLIND.search(said) is not None and not FLAWED.search(said)
+    return Unseen(said, blind) if blind or status < 500 else None
+
+
 def refusal(endpoint: Endpoint, name: str, response: httpx.Response, raw: bytes) -> PistaError:
     """The error that a status other than 200 and its body stand for, in the name of who was asked."""
     status, headers = response.status_code, response.headers
@@ -3112,6 +3241,7 @@ class HttpProvider:
         self.timeout, self.idle_timeout, self.sleep, self.chance = timeout, idle_timeout, sleep, chance
         self.format = endpoint.format
         self._mends: list[Mend] = []  # what the vendor turned out to refuse
+        self._blind, self._unseen = False, collections.deque[str](maxlen=200)  # ... of pictures: any, these
         self._client: httpx.AsyncClient | None = None
 
     async def aclose(self) -> None:
@@ -3174,16 +3304,30 @@ class HttpProvider:
     async def _mending(self, request: Request, tell: Tell) -> Completion:
         """Ask; each thing that the vendor refuses is left out or renamed once, from then on."""
         while True:
+            request = self._seen(request)
             body = FORMATS[self.format].encode(request)
             for mend in self._mends:
                 mend.change(body)
             try:
                 return await self._ask(request, body, tell)
+            except Unseen as error:
+                self._blind |= error.blind
+                self._unseen += [image.path for message in request.messages for image in message.images]
+                tell(Progress("notice", f"{self.name} refused a picture ({clip(str(error), 120)}); asking without"))
             except Refused as refused:
                 mend = next((m for m in MENDS if m.fits(refused.words, body) and m not in self._mends), None)
                 if mend is None:
                     raise
                 self._mends.append(mend)
+
+    def _seen(self, request: Request) -> Request:
+        """The request with words for the pictures that the vendor turned out to refuse."""
+        words = "this model cannot see pictures; {}" if self._blind else "the provider does not take this picture; {}"
+        messages = (
+            described(m, words, *(image for image in m.images if self._blind or image.path in self._unseen))
+            for m in request.messages
+        )
+        return request._replace(messages=tuple(messages))
 
     async def _ask(self, request: Request, body: dict[str, Any], tell: Tell) -> Completion:
         """One request, one answer."""
@@ -3200,7 +3344,10 @@ class HttpProvider:
         async with self._client.stream("POST", url, content=content, headers=headers) as response:
             log.debug("%s: status %d after %.2f s", self.name, response.status_code, time.monotonic() - started)
             if response.status_code != 200:
-                raise refusal(self.endpoint, self.name, response, await read_some(response, 64 << 10))
+                raw, shown = await read_some(response, 64 << 10), any(m.images for m in request.messages)
+                raise (shown and unseen(self.endpoint, response, raw)) or refusal(
+                    self.endpoint, self.name, response, raw
+                )
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             decoder = form.decoder()
             if kind == "application/json" and self.format == "chat":  # a server that does not stream
@@ -3295,6 +3442,31 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return max(0.0, (parsedate_to_datetime(headers["retry-after"]) - utc_now()).total_seconds())
     return None
+
+
+LARGEST_SOUND = 25_000_000  # bytes
+
+
+async def transcribe(endpoint: Endpoint, path: str | Path, *, timeout: float = 120.0) -> str:
+    """What is said in a sound file. PistaError: the file is no good; CredentialError, Unavailable, ProviderError."""
+    model, url = endpoint.spec.hears, f"{endpoint.base_url}/audio/transcriptions"
+    if not model:
+        can = ", ".join(name for name, spec in PROVIDERS.items() if spec.hears)
+        raise ProviderError(f"{endpoint.provider} does not turn speech into text", f"these do: {can}")
+    data = await asyncio.to_thread(read_file, path, LARGEST_SOUND)
+    # Telegram's .oga is ogg; vendors go by the name's ending.
+    suffix = re.sub(r"^\.(oga|opus)$", ".ogg", Path(path).suffix.lower())
+    parts = {"data": {"model": model}, "files": {"file": (f"speech{suffix}", data)}}
+    headers = key_headers(endpoint._replace(format="chat"))
+    response, raw = await fetch_url("POST", url, timeout, 1 << 20, headers=headers, **parts)
+    if response.status_code != 200:
+        raise refusal(endpoint, f"{endpoint.provider}/{model}", response, raw)
+    try:
+        return storable(json.loads(raw)["text"]).strip()
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ProviderError(
+            f"{endpoint.provider}/{model} sent no text: {words_of(raw, endpoint.key.value)[0]!r}"
+        ) from None
 
 
 class OfflineProvider:
@@ -3405,6 +3577,7 @@ class ModelInfo(NamedTuple):
     recommended: bool = False
     source: str = "built in"  # or "remote"
     chats: bool = True  # False: embeddings, speech, images ..., or a format that openpista does not speak
+    sees: bool | None = None  # pictures; None where the provider does not say
 
 
 class Catalogue(NamedTuple):
@@ -3523,7 +3696,7 @@ def model_of(provider: str, row: Any) -> ModelInfo | None:
     if provider == "together" and prices == (0, 0) and not name.lower().endswith("-free"):
         prices = None, None  # it lists 0 for what it does not sell by the token
     status, chats = status_of(row, name, prices), can_chat(provider, row, name)
-    return ModelInfo(name, context, *prices, status, source="remote", chats=chats)
+    return ModelInfo(name, context, *prices, status, source="remote", chats=chats, sees=can_see(row))
 
 
 def value_at(row: Any, path: str) -> Any:
@@ -3572,6 +3745,17 @@ def can_chat(provider: str, row: dict[str, Any], name: str) -> bool:
     if provider == "opencode" and name.startswith("gemini-"):  # Zen serves these in Google's format only
         return False
     return not OTHER_KINDS.search(f"{row.get('type')} {name}")  # the type: Together
+
+
+SEES_PATHS = ("sees", "capabilities.vision", "capabilities.image_input.supported")  # our cache, Mistral, Anthropic
+
+
+def can_see(row: dict[str, Any]) -> bool | None:
+    """Whether an entry tells that the model takes pictures."""
+    kinds = value_at(row, "architecture.input_modalities")  # OpenRouter
+    if isinstance(kinds, list):
+        return "image" in kinds
+    return next((said for path in SEES_PATHS if isinstance(said := value_at(row, path), bool)), None)
 
 
 def arranged(provider: str, models: Iterable[ModelInfo]) -> tuple[ModelInfo, ...]:
@@ -3727,7 +3911,7 @@ def read_cache(endpoint: Endpoint, path: Path) -> tuple[Cached | None, str]:
 def write_cache(path: Path, cached: Cached) -> str:
     """Keep a list for a day, in a shape that parse_models reads and checks; what to say if that is not possible."""
     rows = [
-        {"id": info.id, "context_length": info.context, "status": info.status, "chats": info.chats}
+        {"id": info.id, "context_length": info.context, "status": info.status, "chats": info.chats, "sees": info.sees}
         | {"pricing": {"input": info.input_price, "output": info.output_price}}
         for info in cached.models
     ]
@@ -3774,6 +3958,7 @@ def detail(info: ModelInfo, provider: str = "") -> tuple[str, ...]:
         f"context: {info.context:,} tokens" if info.context else "context: unknown",
         f"price for 1M tokens, in / out: {shown_price(info) or 'unknown'}",
         f"format: {form}" if form else "",
+        "" if info.sees is None else f"pictures: {'yes' if info.sees else 'no'}",
         f"{info.status}: {status}" if status else "",
         "recommended" if info.recommended else "",
         f"source: {info.source}",
@@ -5494,13 +5679,18 @@ def repair(messages: Iterable[Message]) -> list[Message]:
 
 
 STUB_FROM = 200  # characters; what is shorter costs less than its stub
+OLD_PICTURE = "the picture {} was here; it is no longer shown"
+IMAGE_WEIGHT = 5_000  # bytes of text that cost as much as a picture, about 1,600 tokens
+IMAGES_ROOM = 10_000_000  # bytes in one request; with the one that passes the mark, in base64, Gemini's limit of 20 MB
 
 
 def elided(entry: Entry, upto: int) -> Message:
-    """The message; an old one with its tool's output, or the long arguments of its calls, as stubs."""
+    """The message; an old one with its pictures, its tool's output, or the long arguments of its calls, as stubs."""
     message = entry.message
-    if entry.id > upto or message.role is Role.USER:
+    if entry.id > upto:
         return message
+    if message.role is Role.USER:
+        return described(message, OLD_PICTURE, *message.images)
     if message.role is Role.TOOL:
         return message._replace(text=stub(message.text))
     calls = tuple(
@@ -5536,8 +5726,27 @@ def weight(messages: Iterable[Message]) -> int:
         + len(m.text.encode())
         + sum(80 + len(to_json(call.arguments)) for call in m.tool_calls)
         + len(to_json(m.echo or ""))
+        + IMAGE_WEIGHT * len(m.images)
         for m in messages
     )
+
+
+def with_images(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with their pictures loaded, from the newest on as many as a request may have; else words say so."""
+    found, room = [], IMAGES_ROOM
+    for message in reversed(messages):
+        images = []
+        for image in message.images:
+            if room <= 0:
+                message = described(message, OLD_PICTURE, image)
+                continue
+            try:
+                images.append(load_image(image.path))
+                room -= max(len(images[-1].data), IMAGES_ROOM // 20)  # beside more than 20 Anthropic takes no large one
+            except PistaError:
+                message = described(message, "the picture {} is gone", image)
+        found.append(message._replace(images=tuple(images)))
+    return tuple(found[::-1])
 
 
 class Record(NamedTuple):
@@ -5561,10 +5770,19 @@ class Agent:
         self.settings, self.system = settings, system
         self.bytes_per_token = 3.2  # a careful guess until a provider reports its count
 
-    async def turn(self, session: Session, text: str, gate: Gate, tell: Tell, record: Record | None = None) -> Reply:
+    async def turn(
+        self,
+        session: Session,
+        text: str,
+        gate: Gate,
+        tell: Tell,
+        record: Record | None = None,
+        *,
+        images: Sequence[Image] = (),
+    ) -> Reply:
         """Take the person's words and answer them. One process at a time works on a session; others wait."""
         async with self._turn(session, gate, tell, record) as turn:
-            return await turn.run(text)
+            return await turn.run(text, images)
 
     async def resume(self, session: Session, asked: int, gate: Gate, tell: Tell, record: Record | None = None) -> Reply:
         """Go on with the turn whose words are message `asked`, cut off by a restart: nothing is run again."""
@@ -5635,10 +5853,10 @@ class Turn:
         self._sent = 0  # bytes of the messages that went out for the answer now asked for
         self._ceiling = sys.maxsize  # bytes that messages may have; less after an overflow
 
-    async def run(self, text: str) -> Reply:
+    async def run(self, text: str, images: Sequence[Image] = ()) -> Reply:
         """Write the person's words down, and answer them."""
         self._settle()
-        message = Message(Role.USER, storable(text))
+        message = Message(Role.USER, storable(text), images=tuple(images))
         with self.store.atomic():
             self._asked = Entry(self.store.append(self.session, message), message)
             self.record.began(self._asked.id)
@@ -5650,7 +5868,7 @@ class Turn:
         entries = list(self.store.transcript(self.session, after=asked.id))
         later = [entry.message for entry in entries]
         if any(message.role is Role.USER for message in later):  # another process had a turn meanwhile
-            return await self.run(f"{AGAIN}\n{asked.message.text}")
+            return await self.run(f"{AGAIN}\n{asked.message.text}", asked.message.images)
         asked_for = {key[:2] for key in self._settle({"started"})}  # what had not begun is done now
         for entry in entries:
             if calls := [call for call in entry.message.tool_calls if (entry.id, call.id) in asked_for]:
@@ -5731,7 +5949,8 @@ class Turn:
         agent = self.agent
         messages = tuple(await self._fitting())
         limit = agent.settings.max_tokens
-        request = Request(agent.system, messages, agent.toolbox.specs, may_call=may_call, note=note, max_tokens=limit)
+        shown = await asyncio.to_thread(with_images, messages) if any(m.images for m in messages) else messages
+        request = Request(agent.system, shown, agent.toolbox.specs, may_call=may_call, note=note, max_tokens=limit)
         self._sent = weight(messages)
         self.tell(Progress("thinking", usage=self.usage))
         answer = await self._spend(request, self.tell)
@@ -5856,12 +6075,16 @@ class Turn:
             entries = [self._asked, *tail]
         return summary, entries
 
+    def _elided(self, entry: Entry, upto: int) -> Message:
+        asked = self._asked is not None and entry.id == self._asked.id  # what is being worked on stays in sight
+        return entry.message if asked else elided(entry, upto)
+
     def _weight(self, entry: Entry) -> int:
-        return weight([elided(entry, self.session.elided_upto)])
+        return weight([self._elided(entry, self.session.elided_upto)])
 
     def _shown(self, summary: str, entries: Sequence[Entry]) -> list[Message]:
         head = [Message(Role.USER, f"(What was said before, in short)\n{summary}")] if summary else []
-        return head + [elided(entry, self.session.elided_upto) for entry in entries]
+        return head + [self._elided(entry, self.session.elided_upto) for entry in entries]
 
     def _size(self, summary: str, entries: Sequence[Entry]) -> int:
         return weight(self._shown(summary, entries))
@@ -5878,7 +6101,7 @@ class Turn:
             if size <= (budget * 2 // 3 if entry.id < last_answer else budget):
                 break
             if entry.id > upto:
-                size -= weight([entry.message]) - weight([elided(entry, entry.id)])
+                size -= weight([entry.message]) - weight([self._elided(entry, entry.id)])
                 upto = entry.id
         self.session = self.store.elide(self.session, upto)
 
@@ -5913,7 +6136,7 @@ def is_empty(answer: Completion) -> bool:
 def spoken(message: Message) -> str:
     """A message as a line of a conversation, with its calls."""
     calls = [f"calls {call.name} {to_json(call.arguments)}" for call in message.tool_calls]
-    return "\n".join(filter(None, [message.text, *calls]))
+    return "\n".join(filter(None, [described(message, "picture {}", *message.images).text, *calls]))
 
 
 # ===== 15. Hub ================================================================
@@ -13781,6 +14004,7 @@ STDIN_NOTICE, STDIN_LONGEST = 3.0, 3_600.0  # seconds until it is said what is w
 @command(
     "run",
     arg("-e", "--execute", metavar="TEXT", default="", help="the request; piped standard input is added to it"),
+    arg("--image", metavar="FILE", action="append", default=[], help="show a picture too; may be given again"),
     arg("--session", metavar="NAME", help="go on with this session; without it each run is its own"),
     *WHICH_MODEL,
     arg("--timeout", type=float, metavar="S", help="give up after so many seconds"),
@@ -13792,7 +14016,17 @@ def cmd_run(ctx: Context) -> int:
     check_timeout(args.timeout)
     ctx = with_choice(ctx)
     endpoints = chosen_endpoints(ctx)  # a missing key is said before anything is read or written
-    return asyncio.run(answer_once(ctx, endpoints, request_text(args)))
+    images = given_images(args.image)
+    text = "\n\n".join((request_text(args), *(f"(picture {image.path})" for image in images)))
+    return asyncio.run(answer_once(ctx, endpoints, text, images))
+
+
+def given_images(names: Sequence[str]) -> list[Image]:
+    """The pictures of --image."""
+    try:
+        return [load_image(user_path(name).absolute()) for name in names]
+    except PistaError as error:
+        raise UsageError(f"--image: {error.args[0]}", error.hint) from None
 
 
 def check_timeout(seconds: float | None) -> None:
@@ -13847,13 +14081,13 @@ def portions_of(handle: int, timeout: float) -> Iterator[bytes]:
         yield data
 
 
-async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str) -> int:
+async def answer_once(ctx: Context, endpoints: Sequence[Endpoint], text: str, images: Sequence[Image]) -> int:
     """One turn of the agent in this process; the exit code."""
     mode = "never" if ctx.args.yes else ctx.config.tools.approval
     with interruptible():
         async with open_app(ctx, endpoints) as app:
             session = app.store.session(ctx.args.session or new_session_name(utc_now(), "run"))
-            turn = functools.partial(app.agent.turn, session, text)
+            turn = functools.partial(app.agent.turn, session, text, images=images)
             return await one_turn(
                 ctx, session.name, lambda approve, tell: turn(Gate(mode, approve, hint=YES_ALLOWS), tell)
             )

@@ -6,10 +6,11 @@ Map. Each section uses only those above it.
     2. Chat        OpenAI Chat Completions: what it accepts, what it answers
     3. Responses   OpenAI Responses
     4. Messages    Anthropic Messages
-    5. Script      which step answers which request, and the record
-    6. Server      sockets: a process that speaks all three
-    7. Client      ModelServer starts that process and steers it
-    8. Command     python tests/fakes.py model [--port N] [--script FILE] [--stay]
+    5. Speech      the form with a sound, and its text
+    6. Script      which step answers which request, and the record
+    7. Server      sockets: a process that speaks all three
+    8. Client      ModelServer starts that process and steers it
+    9. Command     python tests/fakes.py model [--port N] [--script FILE] [--stay]
 
 The model server accepts what the vendors document and refuses the rest with their errors. It answers by a
 script, a list of steps; the step's keys are listed above STEP_KEYS and QUIRKS.
@@ -98,6 +99,8 @@ QUIRKS = frozenset(
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 REASONING_MODEL = re.compile(r"gpt-[5-9]|o\d")
+IMAGE_STARTS = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "gif": b"GIF8", "webp": b"RIFF"}
+IMAGE_LIMIT = 10 << 20  # characters of base64, Anthropic
 STRING_LIMIT = 10_485_760  # characters, OpenAI
 ANTHROPIC_LIMIT = 32 << 20  # bytes
 EPOCH = 1_700_000_000
@@ -470,6 +473,8 @@ class Chat(OpenAI):
         need(messages, message, "messages", "empty_array")
         for i, message in enumerate(messages):
             self.check_message(message, f"messages[{i}]", step)
+        text = "Invalid content type. image_url is only supported by certain models."
+        need(not (body["model"].startswith("blind") and '"image_url"' in json.dumps(messages)), text, "messages")
         self.check_pairs(messages)
         self.check_echoes(messages)
         self.check_mistral(messages, step.get("quirks", ()))
@@ -536,9 +541,9 @@ class Chat(OpenAI):
             if kind == "text":
                 check_text(part.get("text"), f"{path}[{i}].text")
             if kind == "image_url":
-                check_image(
-                    part["image_url"].get("url") if isinstance(part.get("image_url"), dict) else None, f"{path}[{i}]"
-                )
+                check_keys(part, {"type", "image_url"}, f"{path}[{i}]")
+                check_keys(part.get("image_url"), {"url", "detail"}, f"{path}[{i}].image_url")
+                check_image(part["image_url"], "url", f"{path}[{i}].image_url")
 
     def check_calls(self, calls, path: str):
         wrong = f"Invalid '{path}': empty array. Expected an array with minimum length 1.", path, "empty_array"
@@ -744,11 +749,27 @@ class Chat(OpenAI):
         return None, self.frame(reply, "chat.completion.chunk") | {"choices": [choice]}
 
 
-def check_image(url, path: str):
-    need(isinstance(url, str), f"Missing required parameter: '{path}.image_url'.", path, "missing_required_parameter")
-    good = re.match(r"https?://|data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+$", url)
-    message = f"Invalid '{path}.image_url': expected a URL or a base64 data URL of a png, jpeg, gif or webp image."
-    need(good, message, f"{path}.image_url", "invalid_value")
+def check_image(part: dict, key: str, path: str):
+    """What OpenAI says of a picture: an address, or a data URL whose bytes are what they begin as."""
+    url, detail = part.get(key), part.get("detail", "auto")
+    need(isinstance(url, str), f"Missing required parameter: '{path}.{key}'.", path, "missing_required_parameter")
+    need(detail in ("auto", "low", "high", "original"), f"Invalid value: '{detail}'.", f"{path}.detail")
+    if re.match("https?://", url):
+        return
+    message = f"Invalid '{path}.{key}'. Expected a base64-encoded data URL with an image MIME type."
+    data = re.fullmatch(r"data:image/(png|jpeg|gif|webp);base64,([A-Za-z0-9+/]+=*)", url)
+    need(data, message, path, "invalid_value")
+    message = "The image data you provided does not represent a valid image. Please check your input and try again."
+    need(kind_of(data[2]), message, path, "invalid_image")
+
+
+def kind_of(data: str) -> str:
+    """What the bytes are that stand there in base64; '' for none that a vendor takes."""
+    try:
+        raw = binascii.a2b_base64(data, strict_mode=True)
+    except binascii.Error:
+        return ""
+    return next((kind for kind, start in IMAGE_STARTS.items() if raw.startswith(start)), "")
 
 
 # ===== 3. Responses ===========================================================
@@ -922,8 +943,10 @@ class Responses(OpenAI):
             need(kind in ITEM_PARTS[role], message, f"{path}[{i}]", "invalid_value")
             if kind.endswith("_text"):
                 check_text(part.get("text"), f"{path}[{i}].text")
-            if kind == "input_image" and "file_id" not in part:
-                check_image(part.get("image_url"), f"{path}[{i}]")
+            if kind == "input_image":
+                check_keys(part, {"type", "image_url", "file_id", "detail"}, f"{path}[{i}]")
+                if "file_id" not in part:
+                    check_image(part, "image_url", f"{path}[{i}]")
 
     def check_pairs(self, items: list):
         calls, answered = [], []
@@ -1337,8 +1360,16 @@ class Messages:
         need(source.get("type") == "base64", f"{path}.source: Input should be of type 'base64' or 'url'")
         kinds = ("image/png", "image/jpeg", "image/gif", "image/webp")
         need(source.get("media_type") in kinds, f"{path}.source.base64.media_type: Input should be one of {kinds}")
+        for key in source:
+            need(key in ("type", "media_type", "data"), f"{path}.source.base64.{key}: Extra inputs are not permitted")
         good = isinstance(source.get("data"), str) and re.fullmatch(r"[A-Za-z0-9+/]+=*", source["data"])
         need(good, f"{path}.source.base64: invalid base64 data")
+        message = f"image exceeds 10 MB maximum: {len(source['data'])} bytes > {IMAGE_LIMIT} bytes"
+        need(len(source["data"]) <= IMAGE_LIMIT, f"{path}.source.base64: {message}")
+        kind = kind_of(source["data"])
+        need(kind, f"{path}.source.base64.data: Could not process image")
+        same = source["media_type"] == f"image/{kind}"
+        need(same, f"{path}.source.base64.data: Image does not match the provided media type {source['media_type']}")
 
     def check_tool_use(self, block: dict, path: str):
         for key in ("id", "name", "input"):
@@ -1497,7 +1528,43 @@ class Messages:
         return "content_block_delta", {"type": "content_block_delta", "index": 0, "delta": delta}
 
 
-# ===== 5. Script ==============================================================
+# ===== 5. Speech ==============================================================
+#
+# POST /audio/transcriptions, as OpenAI has it: a form with a model and a file; the answer is the step's text.
+
+HEARS = re.compile(r"whisper|transcribe")
+SOUNDS = ("flac", "mp3", "mp4", "mpeg", "mpga", "m4a", "ogg", "wav", "webm")
+SPEECH = "/audio/transcriptions"
+SOUND_LIMIT = 25 << 20  # bytes of the whole form
+SPEECH_KEYS = {"file", "model", "language", "prompt", "response_format", "temperature", "stream"}
+
+
+def form_fields(kind: str, raw: bytes) -> dict:
+    """The fields of a form; a file is {"name", "size", "start"}."""
+    boundary = re.fullmatch(r'multipart/form-data; *boundary="?([^";]+)"?', kind)
+    need(boundary, f"Unsupported content type: {kind!r}.", status=415)
+    need(len(raw) <= SOUND_LIMIT, f"Maximum content size limit ({SOUND_LIMIT}) exceeded.", status=413)
+    mark, fields = b"--" + boundary[1].encode(), {}
+    for part in raw.split(mark)[1:-1]:
+        head, _, data = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        named = dict(re.findall(r'(\w+)="([^"]*)"', head.decode()))
+        data = data.removesuffix(b"\r\n")
+        file = {"name": named.get("filename"), "size": len(data), "start": data[:20].decode("latin-1")}
+        fields[named["name"]] = file if "filename" in named else data.decode()
+    return fields
+
+
+def check_speech(fields: dict, step: dict):
+    for key in fields:
+        need(key in SPEECH_KEYS, f"Unknown parameter: '{key}'.", key, "unknown_parameter")
+    file, model = fields.get("file"), fields.get("model", "")
+    need(HEARS.search(model), f"invalid model ID: {model}", "model")
+    need(isinstance(file, dict), "file is a required property", "file")
+    need(file["name"].rpartition(".")[2] in SOUNDS, f"Unrecognized file format. Supported formats: {[*SOUNDS]}", "file")
+    need(file["size"], "Audio file is too short. Minimum audio length is 0.1 seconds.", "file", "audio_too_short")
+
+
+# ===== 6. Script ==============================================================
 #
 # The first queued step that fits answers. It is taken only when the request is
 # sound: a request answered with 4xx by a check leaves the script as it was.
@@ -1573,7 +1640,7 @@ class Script:
             return step
 
 
-# ===== 6. Server ==============================================================
+# ===== 7. Server ==============================================================
 #
 # One thread a connection, blocking sockets, HTTP/1.1 with keep-alive. An answer
 # without pauses leaves in one write.
@@ -1725,14 +1792,14 @@ class Exchange:
         fallback = self.server.formats["/messages" if style else "/chat/completions"]
         self.format = self.server.formats.get(ending, fallback)
         method = "GET" if ending in GETS else "POST"
-        if ending not in GETS and ending not in self.server.formats:
+        if ending not in (*GETS, SPEECH) and ending not in self.server.formats:
             return self.refuse(Wrong(f"Invalid URL ({request.method} {request.path})", status=404))
         if request.method != method:
             return self.refuse(Wrong(f"Not allowed to {request.method} on {request.path}.", status=405))
         try:
             if request.path not in PUBLIC_LISTS:
                 self.format.authorise(request.headers, request.path)
-            self.list_models() if ending in GETS else self.complete()
+            {SPEECH: self.hear, **dict.fromkeys(GETS, self.list_models)}.get(ending, self.complete)()
         except Wrong as wrong:
             self.refuse(wrong)
 
@@ -1743,6 +1810,12 @@ class Exchange:
         ids = step.get("models", MODELS[Messages if isinstance(self.format, Messages) else OpenAI])
         body = self.format.models(ids, bool(step.get("bare")), self.request.query)
         self.send(200, JSON, dump(body), step.get("headers", {}), step)
+
+    def hear(self):
+        fields = self.row["body"] = form_fields(self.request.headers.get("content-type", ""), self.request.raw)
+        step = self.server.script.take(self.request.path, fields.get("model"), lambda step: check_speech(fields, step))
+        if not self.plain(step):
+            self.send(200, JSON, dump({"text": step["text"]}), step.get("headers", {}), step)
 
     def complete(self):
         request, format = self.request, self.format
@@ -1915,7 +1988,7 @@ class Server:
         conn.sendall(head.encode() + body)
 
 
-# ===== 7. Client ==============================================================
+# ===== 8. Client ==============================================================
 #
 # What tests and benchmarks hold in their hands.
 
@@ -1989,7 +2062,7 @@ class ModelServer:
         return value
 
 
-# ===== 8. Command =============================================================
+# ===== 9. Command =============================================================
 
 
 def serve_model(arguments: list[str]):
@@ -2012,7 +2085,7 @@ def serve_model(arguments: list[str]):
     os._exit(0)
 
 
-# ===== 9. Models ==============================================================
+# ===== 10. Models =============================================================
 #
 # A model inside the test's own process, for what needs no HTTP; and a clock.
 
