@@ -81,6 +81,21 @@ def parse_head(head: bytes) -> tuple[str, str, str, dict]:
     return method, urllib.parse.unquote(path), query, headers
 
 
+def parse_body(headers: dict, buffer: bytearray) -> tuple[bytes | None, int]:
+    """The body of a request and the bytes it takes; None: it is not all there."""
+    if headers.get("transfer-encoding", "").lower() != "chunked":
+        size = int(headers.get("content-length", 0))
+        return bytes(buffer[:size]) if len(buffer) >= size else None, size
+    parts, at = [], 0
+    while (end := buffer.find(b"\r\n", at)) >= 0:
+        size, at = int(buffer[at:end].partition(b";")[0], 16), end + 2
+        parts.append(buffer[at : at + size])
+        at += size + 2
+        if not size and len(buffer) >= at:
+            return b"".join(parts), at
+    return None, at
+
+
 def parse_form(text: str) -> dict[str, str]:
     return dict(reversed(urllib.parse.parse_qsl(text, keep_blank_values=True, errors="surrogateescape")))
 
@@ -655,7 +670,7 @@ class World:
     def confirm(self, offset: int):
         if offset < 0:
             self.updates = self.updates[offset:]
-        elif offset <= self.next_update + 10:  # further ahead confirms nothing
+        elif 0 < offset <= self.next_update + 10:  # further ahead confirms nothing
             self.updates = [update for update in self.updates if update[0] >= offset]
 
     def take(self, limit: int) -> list[bytes]:
@@ -1379,26 +1394,31 @@ class Connection(asyncio.Protocol):
 
     def advance(self):
         """Begin with the next request, if it is all there."""
-        if self.head is None:
-            end = self.buffer.find(b"\r\n\r\n")
-            if end < 0 or end > HEAD_LIMIT:
-                return None if end < 0 and len(self.buffer) <= HEAD_LIMIT else self.transport.close()
-            try:
-                self.head = parse_head(bytes(self.buffer[:end]))
-                self.size = int(self.head[3].get("content-length", 0))
-            except ValueError:
-                return self.transport.close()
-            del self.buffer[: end + 4]
-            if self.head[3].get("expect", "").lower() == "100-continue":
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.size > BODY_LIMIT:
+        try:
+            if not self.head and not self.take_head():
+                return
+            body, size = parse_body(self.head[3], self.buffer)
+        except ValueError:
+            self.transport.close()
+            return
+        if max(size, len(self.buffer)) > BODY_LIMIT:
             self.send(failure(Refused(code=413)), keep=False)
-        elif len(self.buffer) >= self.size:
-            request = Request(*self.head, bytes(memoryview(self.buffer)[: self.size]))
-            del self.buffer[: self.size]
-            self.head = None
+        elif body is not None:
+            request, self.head = Request(*self.head, body), None
+            del self.buffer[:size]
             self.task = asyncio.get_running_loop().create_task(self.serve(request))
-        return None
+
+    def take_head(self) -> bool:
+        end = self.buffer.find(b"\r\n\r\n", 0, HEAD_LIMIT)
+        if end < 0:
+            if len(self.buffer) >= HEAD_LIMIT:
+                raise ValueError("no end of the head")
+            return False
+        self.head = parse_head(bytes(self.buffer[:end]))
+        del self.buffer[: end + 4]
+        if self.head[3].get("expect", "").lower() == "100-continue":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
 
     async def serve(self, request: Request):
         try:

@@ -1,4 +1,4 @@
-"""Every fake the tests and the benchmarks use.
+"""Every fake the tests and the benchmarks use; the Bot API's own process is botapi.py.
 
 Map. Each section uses only those above it.
 
@@ -1941,9 +1941,8 @@ class Served:
         self.close()
 
     def close(self):
-        self._process.stdin.close()
-        self._process.wait(10)
-        self._process.stdout.close()
+        with self._process:
+            self._process.kill()
 
     def _ask(self, method: str, path: str, value=None):
         import http.client

