@@ -1,4 +1,4 @@
-"""Every fake the tests and the benchmarks use.
+"""Every fake the tests and the benchmarks use; the Bot API's own process is botapi.py.
 
 Map. Each section uses only those above it.
 
@@ -9,7 +9,7 @@ Map. Each section uses only those above it.
     5. Speech      the form with a sound, and its text
     6. Script      which step answers which request, and the record
     7. Server      sockets: a process that speaks all three
-    8. Client      ModelServer starts that process and steers it
+    8. Client      ModelServer starts that process and steers it; BotServer the one in botapi.py
     9. Command     python tests/fakes.py model [--port N] [--script FILE] [--stay]
 
 The model server accepts what the vendors document and refuses the rest with their errors. It answers by a
@@ -1993,28 +1993,53 @@ class Server:
 # What tests and benchmarks hold in their hands.
 
 
-class ModelServer:
-    """The fake model server as a process of its own: with ModelServer() as model: model.script({"text": "hi"})"""
+class Served:
+    """A fake server as a process of its own, which dies with this one."""
 
-    def __init__(self, *steps):
+    def __init__(self, file: str, *words: str):
         import subprocess
 
         # -I -S: no site-packages, so that it starts quickly
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), "model"]
+        command = [sys.executable, "-I", "-S", os.path.join(os.path.dirname(os.path.abspath(__file__)), file), *words]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.origin = self._process.stdout.readline().strip()
         if not self.origin:
-            raise RuntimeError("the fake model server did not start")
-        self.url = self.origin + "/v1"
+            raise RuntimeError("the fake server did not start")
         self.pid = self._process.pid
-        if steps:
-            self.script(*steps)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+    def close(self):
+        with self._process:
+            self._process.kill()
+
+    def _ask(self, method: str, path: str, value=None):
+        import http.client
+
+        connection = http.client.HTTPConnection(self.origin.removeprefix("http://"), timeout=10)
+        try:
+            connection.request(method, path, None if value is None else json.dumps(value))
+            answer = connection.getresponse()
+            value = json.loads(answer.read())
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise ValueError(value["error"])
+        return value
+
+
+class ModelServer(Served):
+    """The fake model server as a process of its own: with ModelServer() as model: model.script({"text": "hi"})"""
+
+    def __init__(self, *steps):
+        super().__init__("fakes.py", "model")
+        self.url = self.origin + "/v1"
+        if steps:
+            self.script(*steps)
 
     def script(self, *steps):
         """Replace the script and clear the record."""
@@ -2042,24 +2067,154 @@ class ModelServer:
             time.sleep(0.01)
         return rows
 
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait(10)
-        self._process.stdout.close()
 
-    def _ask(self, method: str, path: str, value=None):
-        import http.client
+class BotServer(Served):
+    """Telegram's Bot API as a process of its own: with BotServer() as bot: bot.say(42, "hi"); bot.wait(42)
 
-        connection = http.client.HTTPConnection(self.origin.removeprefix("http://"), timeout=10)
-        try:
-            connection.request(method, path, None if value is None else json.dumps(value))
-            answer = connection.getresponse()
-            value = json.loads(answer.read())
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise ValueError(value["error"])
-        return value
+    url and token are what [channels.telegram] wants. Chats and users are made when they are first spoken of: a
+    positive number is a private chat, one below -10**12 a supergroup, any other a group. What says something returns
+    {"update_id", "message_id", "time"}; update_id is None where the bot did not ask for such updates. Times are
+    time.monotonic(), which is the same in all processes.
+    """
+
+    def __init__(self):
+        from botapi import TOKEN
+
+        super().__init__("botapi.py")
+        self.url, self.token = self.origin, TOKEN
+
+    # ---- what users do ----
+
+    def say(self, chat: int, text: str = "", sender=None, **fields) -> dict:
+        """sender: a user's number or object; reply_to: a message_id; any other field becomes the message's."""
+        return self._do("say", chat=chat, text=text, sender=sender, **fields)
+
+    def edit(self, chat: int, message_id: int, text: str, **fields) -> dict:
+        return self._do("edit_by_user", chat=chat, message_id=message_id, text=text, **fields)
+
+    def press(self, chat: int, message_id: int, data: str, sender=None) -> str:
+        """A button of a message; the id of the callback query, see callbacks()."""
+        return self._do("press", chat=chat, message_id=message_id, data=data, sender=sender)
+
+    def document(self, chat: int, data: bytes, name: str = "file.bin", mime: str = "", size=None, **fields) -> dict:
+        """caption, sender and so on as with say(); size: only said, to have a big file cheaply."""
+        return self.album(chat, [self.add_file(data, name, mime, size)], "document", **fields)[0]
+
+    def photo(self, chat: int, data: bytes, **fields) -> dict:
+        return self.album(chat, [self.add_file(data, "photo.jpg")], "photo", **fields)[0]
+
+    def album(self, chat: int, files, kind: str = "photo", caption: str = "", **fields) -> list[dict]:
+        """Files by file_id or as bytes, each in a message of its own; the first has the caption."""
+        name = "photo.jpg" if kind == "photo" else "file.bin"
+        files = [self.add_file(file, name) if isinstance(file, bytes) else file for file in files]
+        return self._do("send_media", chat=chat, files=files, kind=kind, caption=caption, **fields)
+
+    def add_file(self, data: bytes, name: str = "file.bin", mime: str = "", size=None) -> str:
+        """A file_id, for say(document={"file_id": ...})."""
+        data = binascii.b2a_base64(data, newline=False).decode()
+        return self._do("add_file", data=data, name=name, mime=mime, size=size)
+
+    def block(self, chat: int, blocked: bool = True):
+        self._do("block", chat=chat, blocked=blocked)
+
+    def migrate(self, old: int, new: int):
+        """A group becomes a supergroup."""
+        self._do("migrate", old=old, new=new)
+
+    def chat(self, chat: int, **fields) -> dict:
+        """Makes or changes a chat: title, username, type."""
+        return self._do("chat", id=chat, **fields)
+
+    def topic(self, chat: int, thread: int):
+        """Makes a topic in a forum; saying something with message_thread_id does so, too."""
+        self._do("topic", chat=chat, thread=thread)
+
+    # ---- what goes wrong ----
+
+    def update(self, value, once: bool = False) -> int:
+        """Any update, an object (it gets an update_id unless it has one) or raw bytes; once: not delivered again."""
+        if isinstance(value, bytes):
+            return self._do("update", raw=binascii.b2a_base64(value, newline=False).decode(), once=once)
+        return self._do("update", value=value, once=once)
+
+    def next_update(self, number: int):
+        """Updates are numbered from here on."""
+        self._do("next_update", id=number)
+
+    def webhook(self, url: str):
+        """Somebody sets a webhook; "": removes it."""
+        self._do("webhook", url=url)
+
+    def fault(self, method: str, kind: str, times: int = 1, after: int = 0):
+        """See FAULTS in botapi.py. method: "*" for all, "file" for downloads; times: -1 for ever; after: calls."""
+        self._do("fault", method=method, kind=kind, times=times, after=after)
+
+    def limit(self, on: bool = True, chat: float = 1, burst: int = 3, group: int = 20, total: int = 30):
+        """429 for more than so many messages and edits a second in a chat, a minute in a group, a second in all."""
+        self._do("limit", on=on, chat=chat, burst=burst, group=group, total=total)
+
+    def reset(self):
+        """A new world; only the numbers of messages and updates go on."""
+        self._do("reset")
+
+    # ---- what became of it ----
+
+    def sent(self, chat: int | None = None) -> list[dict]:
+        """The bot's messages in order, with what Post.row in botapi.py lists; deleted ones too."""
+        return self._do("sent", chat=chat)["rows"]
+
+    def calls(self, method: str | None = None) -> list[dict]:
+        """method, parameters, time, answered, status (None: no answer), fault."""
+        return self._do("calls", method=method)["rows"]
+
+    def actions(self, chat: int | None = None) -> list[dict]:
+        return [row for row in self.state()["actions"] if chat in (None, row["chat"])]
+
+    def commands(self, scope: str = "default", language: str = "") -> list[dict]:
+        return next(
+            (rows for on, tongue, rows in self.state()["commands"] if (on["type"], tongue) == (scope, language)), []
+        )
+
+    def callbacks(self) -> dict[str, dict]:
+        """{id of a callback query: {} or what answered it: text, alert, time}"""
+        return self.state()["callbacks"]
+
+    def state(self) -> dict:
+        """actions, callbacks, commands, polling, pending (updates), faults, allowed (updates)."""
+        return self._do("state")
+
+    def content(self, file_id: str) -> bytes:
+        return binascii.a2b_base64(self._do("content", file_id=file_id))
+
+    def wait(self, chat: int | None, want=1, timeout: float = 10) -> list[dict]:
+        """sent(chat), once there are so many, or one with this text, or want(rows) is true; without deleted ones."""
+        tests = {int: lambda rows: len(rows) >= want, str: lambda rows: any(want in row["text"] for row in rows)}
+        test = tests.get(type(want), want)
+        return self._wait("sent", test, timeout, chat=chat)
+
+    def wait_calls(self, method: str, count: int = 1, timeout: float = 10) -> list[dict]:
+        """calls(method), once so many were answered."""
+        done = lambda rows: sum(row["status"] is not None for row in rows) >= count  # noqa: E731
+        return self._wait("calls", done, timeout, method=method)
+
+    def wait_state(self, test, timeout: float = 10) -> dict:
+        """state(), once the test is true of it."""
+        return self._wait("state", test, timeout)
+
+    def _wait(self, name: str, test, timeout: float, /, **words):
+        end = time.monotonic() + timeout
+        while True:
+            version = self._do("changed")
+            rows = self._do(name, **words)
+            rows = [row for row in rows["rows"] if not row.get("deleted")] if "rows" in rows else rows
+            if test(rows):
+                return rows
+            if time.monotonic() > end:
+                raise TimeoutError(f"after {timeout} s there is only {rows}")
+            self._do("changed", since=version, timeout=min(1, max(0, end - time.monotonic())))
+
+    def _do(self, name: str, /, **words):
+        return self._ask("POST", "/control/" + name, words)
 
 
 # ===== 9. Command =============================================================
