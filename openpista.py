@@ -9629,17 +9629,16 @@ class Inline:
         return starts[number] + len(match[0])
 
     def _begin(self, match: re.Match) -> None:
-        self._say(match[0][:-1])
         self._brackets.append(len(self.runs))
-        self._say("[")
+        self._say(match[0])
 
     def _end(self, match: re.Match) -> None:
         start = self._brackets.pop() if self._brackets else len(self.runs)
         if not match["url"] or start >= len(self.runs) - 1:
             return self._say(match[0])
-        if start and self.runs[start - 1] == ("!", ()):
-            self.runs[start - 1] = ("!", ("hidden",))
+        image = self.runs[start][0][:-1]
         self._close(start, f"({match['url']})")
+        self.runs[start] = (image, ("hidden",))
         self._say(f" ({match['url']})", "address")
         self._brackets.clear()  # a link holds no other
 
@@ -13097,7 +13096,7 @@ TELEGRAM_BYTES = 15_000  # of a piece's HTML; plain Korean takes 12,000
 FRAME_BYTES = 120  # of the tags around a quote or a block of code
 TAGS = {"bold": "b", "italic": "i", "strike": "s", "code": "code"}
 MARKS = {"bold": "**", "italic": "*", "strike": "~~"}
-LINKED = re.compile(r"\((?:https?://|tg://|mailto:)[^)]", re.IGNORECASE)
+LINKED = re.compile(r"\((?:https?://|tg://|mailto:)\S{1,2000}\)\Z", re.IGNORECASE)  # a longer one is text
 BOXES = {"[ ] ": "☐ ", "[x] ": "☑ ", "[X] ": "☑ "}
 QUOTE_ONCE = re.compile(r"\s{0,3}> ?")
 LANGUAGE = re.compile(r"\s*([\w+#.-]{0,32})", re.ASCII)
@@ -13185,12 +13184,17 @@ def columns(text: str) -> list[str]:
 
 def aligned(table: Sequence[Row], block: int) -> Iterator[Row]:
     """The rows of a table in columns as wide as a terminal, and Telegram's fixed font, shows them."""
-    head, _, *body = [["".join(text for text, _ in styled(cell)) for cell in columns(row.text)] for row in table]
+    head, _, *body = [[unmarked(cell) for cell in columns(row.text)] for row in table]
     columned = itertools.zip_longest(head, *body, fillvalue="")
     widths = [min(max(map(cells, column)), COLUMN_CELLS) for column in columned]
     for texts in (head, ["─" * width for width in widths], *body):
         padded_texts = (text + " " * (width - cells(text)) for text, width in zip(texts, widths, strict=False))
         yield Row("  ".join(padded_texts).rstrip(), table[0].quoted, block)
+
+
+def unmarked(text: str) -> str:
+    """The line without its marks; code has no links, so their addresses stay."""
+    return "".join(part for part, looks in Inline(text).runs if "hidden" not in looks)
 
 
 # ---- a row as HTML ----

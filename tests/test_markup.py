@@ -59,6 +59,8 @@ CASES = [
     ("a\n```", "a"),
     ("| A | Number |\n|---|:-:|\n| `x` | **y** |\n| 한국 | a \\| b |\nz", "<pre>A     Number\n────  ──────\nx     y\n한국  a | b</pre>\nz"),
     ("a | b\n--|--\n1 | 2 | 3", "<pre>a  b\n─  ─  ─\n1  2  3</pre>"),
+    ("|a|\n|-|\n|[b](https://x.org)|", f"<pre>a\n{'─' * 17}\nb (https://x.org)</pre>"),
+    (r"\![a](https://x.org)", '!<a href="https://x.org">a</a>'),
     ("| a |", "| a |"),
     ("a\n|---|---|", "a\n|---|---|"),
     ("**open\n`open\n[open\n~~open\n*open", "**open\n`open\n[open\n~~open\n*open"),
@@ -203,9 +205,14 @@ def test_a_cut_table_stays_in_its_columns():
     assert parts[0] == "```\nname    n\n──────  ──\nrow 0   0\nrow 1   1\nrow 2   2\nrow 3   3\n```"
 
 
-def test_much_markup_is_cut_earlier():
-    parts = pieces('[a](https://example.com/a/rather/long/path/to/something?with=query) "quoted" ' * 400)
-    assert len(parts) > 2
+LONG_LINK = "[a](https://x.org/{})"
+
+
+@pytest.mark.parametrize("text", ['[a](https://x.org/a/path?with=query) "quoted" ' * 400, (LONG_LINK.format("y" * 1_900) + " ") * 20, LONG_LINK.format("y" * 20_000)])  # fmt: skip
+def test_much_markup_is_cut_earlier(text):
+    parts = pieces(text)
+    assert len(parts) > 1
+    assert words("".join(shown(telegram_html(part)) for part in parts)) == words(shown(telegram_html(text)))
     assert all(len(telegram_html(part).encode()) < 16_384 for part in parts)
 
 
