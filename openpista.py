@@ -14194,11 +14194,10 @@ class Telegram:
         if "*" in settings.allowed_users:
             return "EVERYBODY may run commands here: allowed_users has '*'"
         count = len({*map(str, settings.allowed_users), *let_in})
-        return (
-            f"{count} may speak, in {plural(len(settings.allowed_groups), 'group')} too"
-            if count
-            else "nobody may speak yet: write to the bot, then `openpista pair approve CODE`"
-        )
+        if not count:
+            return "nobody may speak yet: write to the bot, then `openpista pair approve CODE`"
+        groups = f", in {plural(len(settings.allowed_groups), 'group')} too" if settings.allowed_groups else ""
+        return f"{'1 person' if count == 1 else f'{count} people'} may speak{groups}"
 
     # ---- receiving ----
 
