@@ -54,7 +54,7 @@ Add a command:    a function under @command; in the chat a row in CHAT_COMMANDS.
 Heavy packages have a door each: httpx `open_http`, aioquic `open_quic`, cryptography
 `open_crypto`, so that a command that needs none stays quick; parts of the standard
 library that few commands use are imported where they are used. The nouns are NamedTuples:
-frozen, and at import three times cheaper than frozen dataclasses.
+frozen, and at import several times cheaper than frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -96,9 +96,11 @@ from email.utils import parsedate_to_datetime
 from enum import IntEnum, StrEnum
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType, ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
+    from typing import NamedTuple
+
     import httpx
     from aioquic.quic.configuration import QuicConfiguration
     from aioquic.quic.connection import QuicConnection
@@ -247,6 +249,26 @@ class MissingPackage(PistaError):
 #
 # What crosses from one section to another is one of these; dicts live only at
 # the wire. To change one, make a new one with `_replace`.
+
+
+class NounType(type):
+    """Makes a NamedTuple as typing does, for half the time: typing compiles each annotation, and few are ever read."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> type:
+        if not bases:
+            return super().__new__(cls, name, bases, body)
+        fields = body["__annotations__"]
+        defaults = [body.pop(field) for field in fields if field in body]
+        noun = collections.namedtuple(name, fields, defaults=defaults, module=body["__module__"])
+        for key, value in body.items():
+            setattr(noun, key, value)
+        return noun
+
+
+if not TYPE_CHECKING:
+
+    class NamedTuple(metaclass=NounType):
+        """What the nouns are."""
 
 
 class Role(StrEnum):
@@ -450,7 +472,18 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-ESCAPES_AND_CONTROLS = re.compile(
+class Pattern:
+    """A regular expression that is compiled at its first use: no command needs more than a few of them."""
+
+    def __init__(self, text: str, flags: int = 0):
+        self._compiled = functools.partial(re.compile, text, flags)
+
+    def __getattr__(self, name: str) -> Any:
+        setattr(self, name, found := getattr(self._compiled(), name))
+        return found
+
+
+ESCAPES_AND_CONTROLS = Pattern(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
     r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC and other strings: titles, links, clipboard
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # controls; turns of reading direction
@@ -551,7 +584,7 @@ class Redactor:
     COVER = "\ufdd0"  # no character of any language: Unicode keeps it for uses like this
     LIKELY = r"(?<!\d)\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
 
-    BEGUN = re.compile(
+    BEGUN = Pattern(
         r"(?:(?<!\d)\d+(?::[A-Za-z0-9_-]*)?|\bs(?:k(?:-[A-Za-z0-9_-]*)?)?)\Z"
     )  # perhaps half of a LIKELY one
 
@@ -2408,13 +2441,11 @@ class MessagesDecoder(Decoder):
 
 # ---- errors, as vendors write them ----
 
-TOO_LONG = re.compile(
+TOO_LONG = Pattern(
     r"context.?(length|window|size)|maximum context|prompt is too long|too many tokens|input.{0,9}too long",
     re.IGNORECASE,
 )
-PASSING = re.compile(
-    r"overloaded|rate.?limit|server_error|internal|unavailable|timeout|try again|capacity", re.IGNORECASE
-)
+PASSING = Pattern(r"overloaded|rate.?limit|server_error|internal|unavailable|timeout|try again|capacity", re.IGNORECASE)
 
 
 def vendor_message(payload: Any) -> tuple[str, str]:
@@ -2536,7 +2567,7 @@ WINDOWS = (  # tokens that a model's name promises; the first that is found in i
     ("o4", 200_000),
 )
 DEFAULT_WINDOW = 128_000
-WRONG_ENDPOINT = re.compile(
+WRONG_ENDPOINT = Pattern(
     r"v1/(responses|chat/completions|messages)|unsupported endpoint|not a chat model", re.IGNORECASE
 )
 
@@ -2787,7 +2818,7 @@ async def fetch_url(method: str, url: str, timeout: float, most: int, **parts: A
 
 
 PASSING_STATUSES = {408, 409, 425, 429, *range(500, 600)}
-BAD_KEY = re.compile(r"api.key (not valid|expired)|(incorrect|invalid).api.key", re.IGNORECASE)
+BAD_KEY = Pattern(r"api.key (not valid|expired)|(incorrect|invalid).api.key", re.IGNORECASE)
 
 
 class Refused(ProviderError):
@@ -3241,12 +3272,12 @@ CONTEXT_PATHS = (
     "max_model_len",  # vLLM
     "meta.n_ctx_train",  # llama.cpp
 )
-OTHER_KINDS = re.compile(
+OTHER_KINDS = Pattern(
     r"(?<![a-z])(embed|rerank|bge-|gte-|e5-|whisper|tts|transcri|speech|voice|audio|realtime|imag[ei]|dall-e|sora|veo"
     r"|video|lyria|orpheus|moderation|guard|ocr|aqa|davinci|babbage|turbo-instruct)",
     re.IGNORECASE,
 )
-UNFINISHED = re.compile(r"(?<![a-z])(preview|alpha|beta|exp|experimental)(?![a-z])", re.IGNORECASE)
+UNFINISHED = Pattern(r"(?<![a-z])(preview|alpha|beta|exp|experimental)(?![a-z])", re.IGNORECASE)
 
 
 def parse_models(provider: str, raw: bytes) -> list[ModelInfo]:
@@ -4392,12 +4423,12 @@ def start_in_background(shell: str, command: str, *, cwd: Path, env: Mapping[str
         raise ToolError(f"cannot start it in the background: {error}") from None
 
 
-SECRET_NAMES = re.compile(
+SECRET_NAMES = Pattern(
     r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS|SECRET_KEY(_BASE)?|JWT"
     r"|_PWD|_PASS|_PAT|_AUTH|_DSN)$",
     re.IGNORECASE,
 )
-WITH_PASSWORD = re.compile(r"\w://[^/\s:@]*:[^/\s@]+@")  # an address with a user's password in it
+WITH_PASSWORD = Pattern(r"\w://[^/\s:@]*:[^/\s@]+@")  # an address with a user's password in it
 QUIET = {  # nobody sits at the child's terminal: nothing may ask, page or colour
     "DEBIAN_FRONTEND": "noninteractive",
     "GIT_PAGER": "cat",
@@ -5162,7 +5193,7 @@ class Toolbox:
             return f"{wrong}; there are: {', '.join(self.tools)}"
         if wrong := call.problem or misfit(call.arguments, tool.spec.parameters):
             return f"{wrong}. The parameters of {call.name} are {to_json(tool.spec.parameters)}"
-        return await gate.refusal(call, tool.danger(call.arguments))
+        return await gate.refusal(call, "" if gate.mode == "never" else tool.danger(call.arguments))
 
     async def run(self, call: ToolCall) -> ToolResult:
         """What the call gave, without secrets. A failure is a result too: the model must hear of it."""
@@ -6206,10 +6237,10 @@ CRON_FIELDS = (
     CronField("day of week", 0, 7, 7, WEEKDAY_NAMES, ("span", "nth"), ", sun-sat, ?, fri#2, 5L"),
 )
 CRON_FORMS = {
-    "span": re.compile(r"(?:\*|([0-9]+|[a-z]{3})(?:-([0-9]+|[a-z]{3}))?)(?:/([0-9]+))?"),
-    "last": re.compile(r"l(?:-([0-9]+))?"),
-    "workday": re.compile(r"([0-9]+|l)w"),
-    "nth": re.compile(r"([0-9]+|[a-z]{3})(?:l|#([0-9]+))"),
+    "span": Pattern(r"(?:\*|([0-9]+|[a-z]{3})(?:-([0-9]+|[a-z]{3}))?)(?:/([0-9]+))?"),
+    "last": Pattern(r"l(?:-([0-9]+))?"),
+    "workday": Pattern(r"([0-9]+|l)w"),
+    "nth": Pattern(r"([0-9]+|[a-z]{3})(?:l|#([0-9]+))"),
 }
 CRON_MACROS = {
     "@hourly": "0 * * * *",
@@ -6533,10 +6564,10 @@ def local_zone(environ: Mapping[str, str], link: Path = LOCALTIME) -> tzinfo:
         raise CronError(f"cannot read the time zone {file}: {error}", "set TZ, such as TZ=Europe/Berlin") from None
 
 
-MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)[T ]+(\d\d:\d\d(?::\d\d)?)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", re.A)
-CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?", re.A)
+MOMENT = Pattern(r"(\d{4}-\d\d-\d\d)[T ]+(\d\d:\d\d(?::\d\d)?)(?:\.\d+)? ?(Z|[+-]\d\d:?\d\d)?", re.A)
+CLOCK = Pattern(r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?", re.A)
 MOMENT_HINT = "write 2026-03-01T09:00, 2026-03-01 09:00+09:00, 09:00 for the next one, or +10m, +2h, +3d"
-DELAY = re.compile(r"\+(?=\d)(?:(\d{1,5})D)?(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,6})S)?", re.A)
+DELAY = Pattern(r"\+(?=\d)(?:(\d{1,5})D)?(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,6})S)?", re.A)
 
 
 def parse_moment(text: str, zone: tzinfo, now: datetime) -> datetime:
@@ -7867,8 +7898,8 @@ class QuicClient:
 
 # ---- text in cells ----
 
-SGR = re.compile(r"\x1b\[[0-9;]*m")
-SGR_OR_CHAR = re.compile(r"(\x1b\[[0-9;]*m)|.", re.DOTALL)
+SGR = Pattern(r"\x1b\[[0-9;]*m")
+SGR_OR_CHAR = Pattern(r"(\x1b\[[0-9;]*m)|.", re.DOTALL)
 PLAIN = "\x1b[0m"
 STYLES = {"bold": "1", "dim": "2", "italic": "3", "link": "4", "mark": "7", "code": "36", "head": "1;36"}
 STYLES |= {"good": "32", "bad": "31", "ask": "1;33"}
@@ -7887,7 +7918,7 @@ class Style:
         return begin + text.replace(PLAIN, PLAIN + begin) + PLAIN  # a style inside ends, and this one goes on
 
 
-NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+NOT_ASCII = Pattern(r"[^\x00-\x7f]")
 
 
 def cells(text: str) -> int:
@@ -7982,13 +8013,13 @@ CODES = {code: CONTROLS.get(chr(code), chr(code)) for code in range(128)} | {32:
 MODIFIERS = ((2 | 8 | 32, "alt-"), (4, "ctrl-"), (1, "shift-"))  # 8 and 32: Meta, in xterm and in kitty
 
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
-WHOLE = re.compile(
+WHOLE = Pattern(
     r"(?P<meta>\x1b?)\x1b(?:\[(?!200~)(?P<fields>\[?[0-?]*)[ -/]*|O)(?P<letter>(?!\[)[@-~])"
     r"|\x1b[\]P_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC: an answer of the terminal
 )
-HALF = re.compile(r"\x1b\x1b?(?:\[\[?[0-?]*[ -/]*|O)?\Z|\x1b[\]P_][^\x07\x1b]*\x1b?\Z")
-REST = re.compile(r"\x1b\[\[?[ -?]+|(?P<alt>\x1b(?=[^\x1b]))?(?P<char>.)", re.DOTALL)  # a broken sequence; a character
-FIELDS = re.compile(r"(\d{0,9})(?:;(\d{0,3})(?:;(\d{0,9}))?)?")  # number; modifiers; a number behind 27;modifiers
+HALF = Pattern(r"\x1b\x1b?(?:\[\[?[0-?]*[ -/]*|O)?\Z|\x1b[\]P_][^\x07\x1b]*\x1b?\Z")
+REST = Pattern(r"\x1b\[\[?[ -?]+|(?P<alt>\x1b(?=[^\x1b]))?(?P<char>.)", re.DOTALL)  # a broken sequence; a character
+FIELDS = Pattern(r"(\d{0,9})(?:;(\d{0,3})(?:;(\d{0,9}))?)?")  # number; modifiers; a number behind 27;modifiers
 
 
 def sequence_key(match: re.Match) -> KeyPress:
@@ -8059,9 +8090,9 @@ class KeyDecoder:
                 at = end + len(PASTED)
                 continue
             match = WHOLE.match(text, at) or (not ended and HALF.match(text, at)) or REST.match(text, at)
-            if match.re is HALF:
+            if match.re.pattern == HALF.pattern:
                 break
-            yield sequence_key(match) if match.re is WHOLE else character_key(match)
+            yield sequence_key(match) if match.re.pattern == WHOLE.pattern else character_key(match)
             at = match.end()
         self._text = text[at:]
 
@@ -9008,12 +9039,12 @@ def more(count: int, width: int, style: Style) -> str:
 
 # ---- the look of an answer: styles for the lines of Markdown, which may come from any model in any state ----
 
-FENCE = re.compile(r"\s*(`{3,}|~{3,})([^`]*)\Z")
-QUOTE = re.compile(r"\s{0,3}(?:> ?)+")
-HEADING = re.compile(r"\s{0,3}#{1,6}\s+")
-BULLET = re.compile(r"(\s*)[-*] ")
+FENCE = Pattern(r"\s*(`{3,}|~{3,})([^`]*)\Z")
+QUOTE = Pattern(r"\s{0,3}(?:> ?)+")
+HEADING = Pattern(r"\s{0,3}#{1,6}\s+")
+BULLET = Pattern(r"(\s*)[-*] ")
 INLINE_LIMIT = 2_000  # characters; a longer line stays as it is: looking for pairs of marks takes the square of them
-MARKED = re.compile(
+MARKED = Pattern(
     r"\\[*_\[\]\\`]|https?://[^\s*<>]+"  # not ours: an escaped mark, an address with marks in it
     r"|(?<!`)(?P<ticks>`+)(?!`)(?P<code>.+?)(?<!`)(?P=ticks)(?!`)"
     r"|\[(?P<text>[^\[\]]+)\](?P<url>\((?:[^()\s]|\([^()\s]*\))+\))"
@@ -9087,7 +9118,7 @@ def inline(text: str, style: Style) -> str:
 # comes, a question before a risky call. Nothing a model or a tool says reaches
 # the terminal with its control characters.
 
-HALF_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
+HALF_ESCAPE = Pattern(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
 
 
 class Console:
@@ -11060,7 +11091,7 @@ LATE = timedelta(seconds=60)  # more than that, and a time was missed
 MOST_MISSED = 100  # times that catch_up "all" makes up for
 JOB_QUEUE = 20  # that may wait in a session: a job that takes longer than until its next time must not pile up
 CATCH_UPS = ("skip", "once", "all")
-CHANNEL = re.compile(rf"cli|job|(?:{'|'.join(ChannelsConfig._fields)}):\S+")  # not quic: a device fetches its answers
+CHANNEL = Pattern(rf"cli|job|(?:{'|'.join(ChannelsConfig._fields)}):\S+")  # not quic: a device fetches its answers
 
 
 def next_time(job: Job, after: datetime, zone: tzinfo) -> datetime | None:
@@ -13837,7 +13868,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     parser = global_options(Parser(prog=f"openpista {name}", description=summary(entry)))
     for names, settings in entry.options:
         parser.add_argument(*names, **settings)
-    return entry, parser.parse_intermixed_args(words[len(name.split()) :], args)
+    mixed = not all(names[0].startswith("-") for names, _ in entry.options)  # it formats the usage first: 1 ms
+    read = parser.parse_intermixed_args if mixed else parser.parse_args
+    return entry, read(words[len(name.split()) :], args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
