@@ -63,7 +63,6 @@ import argparse
 import asyncio
 import base64
 import bisect
-import calendar
 import codecs
 import collections
 import contextlib
@@ -92,7 +91,6 @@ import time
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta, tzinfo
-from email.utils import parsedate_to_datetime
 from enum import IntEnum, StrEnum
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType, ModuleType, SimpleNamespace
@@ -3080,6 +3078,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, float(headers["retry-after-ms"]) / 1000)
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return max(0.0, float(headers["retry-after"]))
+    from email.utils import parsedate_to_datetime
+
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return max(0.0, (parsedate_to_datetime(headers["retry-after"]) - utc_now()).total_seconds())
     return None
@@ -6359,6 +6359,8 @@ class Cron(NamedTuple):
 
     def days_in(self, year: int, month: int) -> list[int]:
         """The days of a month that match."""
+        import calendar
+
         before, length = calendar.monthrange(year, month)  # (before + day) % 7 is a weekday, 0 is Sunday
         dated = {day if day > 0 else length + day for day in self.days}
         dated |= {nearest_workday(day or length, before, length) for day in self.workdays if day <= length}
