@@ -8019,7 +8019,7 @@ WHOLE = Pattern(
     r"(?P<meta>\x1b?)\x1b(?:\[(?!200~)(?P<fields>\[?[0-?]*)[ -/]*|O)(?P<letter>(?!\[)[@-~])"
     r"|\x1b[\]P_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS, APC: an answer of the terminal
 )
-HALF = Pattern(r"\x1b\x1b?(?:\[\[?[0-?]*[ -/]*|O)?\Z|\x1b[\]P_][^\x07\x1b]*\x1b?\Z")
+HALF = Pattern(r"\x1b\x1b?(?:\[\[?[ -?]*|O)?\Z|\x1b[\]P_][^\x07\x1b]*\x1b?\Z")
 REST = Pattern(r"\x1b\[\[?[ -?]+|(?P<alt>\x1b(?=[^\x1b]))?(?P<char>.)", re.DOTALL)  # a broken sequence; a character
 FIELDS = Pattern(r"(\d{0,9})(?:;(\d{0,3})(?:;(\d{0,9}))?)?")  # number; modifiers; a number behind 27;modifiers
 
