@@ -13503,7 +13503,7 @@ class Bot:
         found = await self.call("getFile", file_id=file_id)
         source = str(found.get("file_path") or "")
         make_private(path.parent)
-        part = path.with_name(f".{path.name[:200]}.part")
+        part = path.with_name(f".{path.name}.part")
         try:
             if source.startswith("/"):  # a Bot API server of one's own names its own files
                 await asyncio.to_thread(shutil.copyfile, source, part)
@@ -13544,8 +13544,9 @@ def bot_refusal(method: str, status: int, answer: Mapping[str, Any]) -> ChannelE
     more = more if isinstance(more, dict) else {}
     if status == 429 or status >= 500:
         seconds = more.get("retry_after")
-        return ChannelBusy(f"Telegram: {said}", float(seconds) if isinstance(seconds, int | float) else None)
-    hint = REFUSED.get(status if "webhook" not in said else 0, "")
+        is_sane = isinstance(seconds, int | float) and 0 <= seconds < 1e6
+        return ChannelBusy(f"Telegram: {said}", float(seconds) if is_sane else None)
+    hint = REFUSED.get(0 if "webhook" in said.lower() else status, "")
     moved = more.get("migrate_to_chat_id")
     return BotError(f"Telegram refuses {method}: {said}", hint, status, moved if isinstance(moved, int) else 0)
 
@@ -13776,7 +13777,8 @@ def files_in(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def safe_name(name: str) -> str:
     """A file name that stays in its folder and needs no quotes."""
-    return re.sub(r"[^\w.+-]+", "_", storable(printable(name))).lstrip(".")[-100:] or "file"
+    safe = re.sub(r"[^\w.+-]+", "_", storable(printable(name))).lstrip(".")
+    return safe.encode()[-150:].decode("utf-8", "ignore") or "file"  # of 255 bytes; behind a date and a number
 
 
 def short(name: str) -> str:
@@ -13800,7 +13802,7 @@ class View:
     SILENT = 10.0  # seconds until it is said that there is nothing to show
     FAULTS = 5  # edits that failed, until nothing more is shown
 
-    def __init__(self, post: Post, item: Item, first: float = 2.5):
+    def __init__(self, post: Post, item: Item, first: float):
         self.post, self.item, self.first = post, item, first
         self.chat, self.message = chat_of(item.event.channel), item.shown
         self._begun = time.monotonic()
@@ -14081,7 +14083,7 @@ class Questions:
     EXPIRES = Hub.ASKING - 10.0  # seconds; before the hub itself gives up
 
     def __init__(self, post: Post, door: Door):
-        self.post, self.door, self.table = post, door, post.approvals
+        self.post, self.door, self.table, self.expires = post, door, post.approvals, self.EXPIRES
         self._answered: dict[int, asyncio.Event] = {}
 
     def approver(self, item: Item) -> Approve:
@@ -14092,7 +14094,7 @@ class Questions:
         if self.table.denied(item.id):
             return Decision.DENY
         with self.table.atomic():
-            question, is_new = self.table.ask(item.id, call, danger, self.EXPIRES)
+            question, is_new = self.table.ask(item.id, call, danger, self.expires)
             if is_new:
                 self.post.say(item.event.channel, item.event.reply_to, question_note(question), asks=question.id)
         if view := self.post.views.get(item.id):
@@ -14158,12 +14160,22 @@ class Telegram:
     TICK = 2.0  # seconds between two looks at the clock
     JUMP = 30.0  # seconds that the clock may run away from the monotonic one; more: the machine slept
     FORGOTTEN = timedelta(days=2)  # Telegram keeps updates for one
+    REST, AGAIN = 60.0, 1.0  # seconds at most between two attempts to receive; until what was not taken is asked for
+    FIRST = 2.5  # seconds until a turn's progress is shown
 
     def __init__(
-        self, hub: Hub, bot: Bot, poller: Bot, *, desk: Local, status: Callable[[], dict[str, Any]], poll: int = POLL
+        self,
+        hub: Hub,
+        bot: Bot,
+        poller: Bot,
+        *,
+        desk: Local,
+        status: Callable[[], dict[str, Any]],
+        poll: int = POLL,
+        clock: Callable[[], float] = time.time,
     ):
         self.hub, self.store, self.bot, self.poller, self.desk, self.status = hub, hub.store, bot, poller, desk, status
-        self.poll = poll
+        self.poll, self.clock = poll, clock
         self.me: dict[str, Any] = {}
         self.problem, self.polled_at = "", ""
         self.post = Post(hub, bot, desk.ctx.redact)
@@ -14206,11 +14218,11 @@ class Telegram:
 
     async def _tick(self) -> None:
         """Notice that the machine slept, and what other processes put into the outbox."""
-        drift = time.time() - time.monotonic()
+        drift = self.clock() - time.monotonic()
         while True:
             await asyncio.sleep(self.TICK)
-            if abs(time.time() - time.monotonic() - drift) > self.JUMP:
-                drift = time.time() - time.monotonic()
+            if abs(self.clock() - time.monotonic() - drift) > self.JUMP:
+                drift = self.clock() - time.monotonic()
                 with contextlib.suppress(RuntimeError):  # it has just ended
                     if self._limit:
                         self._limit.reschedule(0.0)
@@ -14239,15 +14251,16 @@ class Telegram:
         faults = 0
         while True:
             try:
-                async with asyncio.timeout(self.poll + self.SLACK) as self._limit:
+                async with asyncio.timeout(self.poll + self.SLACK + 1.0) as self._limit:  # else the call ends before
                     await (self._poll() if self.me else self._greet())
             except (BotError, CredentialError, ConfigError) as error:
                 faults += 1
-                await self._rest(str(error), 60.0 if getattr(error, "code", 0) in (401, 404) else 2.0**faults)
+                await self._rest(str(error), 60.0 if getattr(error, "code", 0) in (401, 404) else 2.0 ** min(faults, 6))
             except (ChannelError, StoreError, OSError) as error:
                 faults += 1
                 await self.poller.renew()
-                await self._rest(str(error) or repr(error), getattr(error, "retry_after", None) or 0.5 * 2.0**faults)
+                seconds = getattr(error, "retry_after", None) or 2.0 ** min(faults - 1, 6)
+                await self._rest(str(error) or "the poll was ended, since the clock jumped", seconds)
             else:
                 faults = 0
                 if self.problem:
@@ -14259,7 +14272,7 @@ class Telegram:
         if problem != self.problem:
             log.warning("telegram: %s", problem)
         self.problem = problem
-        await asyncio.sleep(min(seconds, 60.0) * random.uniform(0.8, 1.0))
+        await asyncio.sleep(min(seconds, self.REST) * random.uniform(0.8, 1.0))
 
     async def _greet(self) -> None:
         """Learn who we are; tell Telegram our commands."""
@@ -14288,6 +14301,7 @@ class Telegram:
             position = (
                 0  # after a week without updates Telegram may count anew; what comes twice is known by its identity
             )
+        start = position
         found = await self.poller.call(
             "getUpdates",
             seconds=self.poll + self.SLACK,
@@ -14297,11 +14311,14 @@ class Telegram:
         )
         for update in found if isinstance(found, list) else []:
             number = update.get("update_id") if isinstance(update, dict) else None
-            if isinstance(number, int) and number >= position:
+            if isinstance(number, int) and position <= number < 1 << 62:
                 if not self._take(number, update):
-                    await asyncio.sleep(1.0)
-                    return
+                    break
                 position = number + 1
+        else:
+            if not found or position != start:
+                return
+        await asyncio.sleep(self.AGAIN)  # it comes again at once
 
     def _take(self, number: int, update: dict[str, Any]) -> bool:
         """Do what an update says, and note that it was done, at once; False if it must come again."""
@@ -14312,8 +14329,10 @@ class Telegram:
                         return False
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ChannelError) as error:
                 log.warning("telegram: update %d is not understood: %r", number, error)
-            except StoreError:
-                raise
+            except StoreError as error:
+                if isinstance(error.__cause__, sqlite3.Error):
+                    raise
+                log.warning("telegram: update %d is not taken: %s", number, error)
             except Exception:  # an update that always fails must not stop all that come after it
                 log.exception("telegram: update %d failed", number)
             self.chats.advance(self.cursor, number + 1)
@@ -14370,7 +14389,7 @@ class Telegram:
         """Show how a turn goes."""
         item = self.hub.inbox.get(number)
         if item and item.state in ("waiting", "running") and not item.event.identity.startswith("job:"):
-            self.post.views[number] = view = View(self.post, item)
+            self.post.views[number] = view = View(self.post, item, self.FIRST)
             self.begin(self._watch(number, view))
 
     async def _watch(self, number: int, view: View) -> None:
@@ -14402,11 +14421,12 @@ class Telegram:
         )
         self.post.say(said.channel, {}, Note(text))
         who = f"{said.name} (id {said.sender})"
+        named = written([(who, ())])  # as a text: a stranger's name may be a link
         log.warning("telegram: %s asks to be let in: `openpista pair approve %s`", who, shown_code(code))
         if owner := self.door.owner:
             buttons = [[("Let in", f"p:{said.sender}:allowed"), ("No", f"p:{said.sender}:denied")]]
             asks = Note(
-                f"{who} asks to be let in, with the code `{shown_code(code)}`. They could run commands.", buttons
+                f"{named} asks to be let in, with the code `{shown_code(code)}`. They could run commands.", buttons
             )
             self.post.say(f"telegram:{owner}", {}, asks)
 
@@ -14418,8 +14438,8 @@ class Telegram:
         if state in ("member", "administrator") and chat["type"] in GROUPS and self.door.allows(by):
             settings = self.door.settings()
             if chat["id"] not in settings.allowed_groups:
-                text = f"I am in the group {where} now. To be served there, put {chat['id']} into [channels.telegram] "
-                self.post.say(f"telegram:{by}", {}, Note(text + "allowed_groups."))
+                text = f"I am in the group {written([(where, ())])} now. To be served there, put {chat['id']} into "
+                self.post.say(f"telegram:{by}", {}, Note(f"{text}[channels.telegram] allowed_groups."))
         return True
 
     # ---- buttons and commands ----
@@ -14491,8 +14511,8 @@ class Telegram:
             line, image = await self._take_file(item, file)
             lines.append(line)
             images += [image] if image else []
-        text = "\n".join(filter(None, [item.event.text, *lines]))
-        self.hub.inbox.rewrite(item.id, text, known | {"images": images})
+        said = self.hub.inbox.get(item.id).event.text  # it may have been corrected meanwhile
+        self.hub.inbox.rewrite(item.id, "\n".join(filter(None, [said, *lines])), known | {"images": images})
 
     async def _take_file(self, item: Item, file: Mapping[str, Any]) -> tuple[str, dict[str, str] | None]:
         """What the agent is told of a file; a picture also as a picture."""
@@ -14559,7 +14579,11 @@ def begin_session(telegram: Telegram, said: Said) -> Note:
 
 def stop_turn(telegram: Telegram, said: Said) -> Note | None:
     """/stop: the turn's own answer says what was stopped."""
-    return None if telegram.hub.halt(telegram.session(said)) else Note("Nothing is running.")
+    run = telegram.hub.halt(telegram.session(said))
+    if run is None:
+        return Note("Nothing is running.")
+    telegram.hub.courier.wake(said.channel)  # before the command has ended, which may take a while
+    return None if run.item.event.channel == said.channel else Note(run.stopped)  # else it is said elsewhere
 
 
 def say_status(telegram: Telegram, said: Said) -> Note:
@@ -14776,6 +14800,8 @@ class FileSend(Tool):
         if event is None or not event.channel.startswith("telegram:"):
             raise ToolError("this conversation takes no files", "say where the file is")
         try:
+            if path.is_fifo():  # to open it would be to wait
+                raise ToolError(f"{path} is no file")
             with path.open("rb") as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= MOST_UPLOADED:
