@@ -537,8 +537,9 @@ class Person:
 
     AT_ONCE = 2  # messages that wait for an answer
 
-    def __init__(self, house: House, bot: BotServer, chat: int, chatting: Chatting, dice: random.Random):
-        self.house, self.bot, self.chat, self.chatting, self.dice = house, bot, chat, chatting, dice
+    def __init__(self, killer: "ChatKiller", chat: int):
+        self.house, self.bot, self.dice = killer.house, killer.bot, killer.dice
+        self.chat, self.chatting, self.slow = chat, killer.mail, 2.8 if killer.short else 4.0
         self.closing, self.numbers, self.decided = asyncio.Event(), itertools.count(1), set()
         self.user = chat if chat > 0 else 1
         self.name = "@openpista_test_bot " if chat < 0 else ""
@@ -567,7 +568,11 @@ class Person:
         if self._open(store) >= self.AT_ONCE or self.dice.random() < (0.5 if self.chat > 0 else 0.9):
             return
         identity, chance = f"c{abs(self.chat)}-{next(self.numbers)}", self.dice.random()
-        line = f"echo {identity} >>effects; sleep 0.02" if chance < 0.4 else f"sleep {self.dice.choice((0, 0, 0.3, 4))}"
+        line = (
+            f"echo {identity} >>effects; sleep 0.02"
+            if chance < 0.4
+            else f"sleep {self.dice.choice((0, 0, 0.3, self.slow))}"
+        )
         line = f"seq 1 1500; {line}" if chance > 0.95 else line
         text = f"{self.name}{identity}, please:\n{line}; echo done {identity}"
         told = await self._do(self.bot.say, text)
@@ -580,9 +585,7 @@ class Person:
     async def _decide(self, store: o.Store) -> None:
         """Answer what the bot asks, as its messages show it."""
         for question in o.Approvals(store).waiting(f"telegram:{self.chat}"):
-            if question.id in self.decided or self.dice.random() < 0.6:
-                continue
-            if not question.shown:
+            if not question.shown or question.id in self.decided or self.dice.random() < 0.6:
                 continue
             self.decided.add(question.id)
             word = "deny" if self.dice.random() < 0.15 else "once"
@@ -604,28 +607,31 @@ class ChatAudit(Audit):
         self.bot, self.kills, self.posts = bot, kills, [post for post in bot.sent() if not post["deleted"]]
         with house.store() as store:
             self.outbox = store.db.execute(self.OUTBOX).fetchall()
-            sql = "SELECT inbox_id, state, shown, id FROM approvals"
+            sql = "SELECT inbox_id, state, shown FROM approvals"
             self.questions = store.db.execute(sql).fetchall()
             self.cursor = store.db.execute("SELECT max(position) FROM cursors").fetchone()[0]
+        # When messages arrived of which the bot did not hear.
+        calls = [call for call in bot.calls("sendMessage") if call["fault"] in ("lost", "junk")]
+        self.unheard = [(call["time"] - 0.05, call["answered"] + 0.05) for call in calls]
         super().__init__(house, chatting, set())
-        self.found |= {}
 
     def _check(self) -> None:
         self.found |= {"repeated": [], "left over": [], "typing": []}
-        self.refused = {number for number, state, *_ in self.questions if state not in ("once", "always")}
+        self.refused = {number for number, state, _ in self.questions if state not in ("once", "always")}
         kept = {row[2].rpartition(":")[2]: row for row in self.rows}
         for number, word in self.mail.sent.items():
             if number not in kept:
                 self._note("lost", f"{word.text!r}")
         for name, row in kept.items():
-            self._check_row(*row, word=self.mail.sent.get(name))
+            self._check_answer(row, self.mail.sent.get(name))
         self._check_commands()
         self._check_posts()
         self._check_typing(kept)
         self._check_offsets()
 
-    def _check_row(self, number, channel, name, state, count, text, calls, said, word=None) -> None:  # noqa: ANN001
+    def _check_answer(self, row: tuple, word: Word | None) -> None:
         """One answer; one effect, unless it was stopped, refused, or is not known."""
+        number, _, name, state, count, text, calls, said = row
         marks = set(re.findall(r"echo (\S+) >>effects", calls or ""))
         ran = sum(self.effects.pop(mark, 0) for mark in marks)
         unknown = o.UNKNOWN[:40] in (text or "")
@@ -636,7 +642,7 @@ class ChatAudit(Audit):
         excused = unknown or state == "stopped" or number in self.refused or not (word and word.asks)
         if state not in ("done", "stopped") or not count or (not ran and not excused):
             self._note("missing", f"{name}: {state}, {count} answers, its command ran {ran} times: {text!r:.200}")
-        if ran and number in self.refused and len([q for q in self.questions if q[0] == number]) == 1:
+        if ran and {question[1] for question in self.questions if question[0] == number} <= {"deny", "expired"}:
             self._note("doubled", f"{name} ran, and was refused")
 
     def _check_commands(self) -> None:
@@ -656,7 +662,8 @@ class ChatAudit(Audit):
     def _check_posts(self) -> None:
         """Each text of the outbox stands in its chat once, and nothing besides."""
         want, doubtful = Counter(), Counter()
-        shown = {(channel, q[2]): q for q in self.questions for channel in self._channel_of(q[0])}
+        channels = {row[0]: row[1] for row in self.rows}
+        shown = {(channels[inbox], message) for inbox, _, message in self.questions}
         for number, channel, text, metadata, in_doubt, state, _, _ in self.outbox:
             known = json.loads(metadata)
             if state != "sent":
@@ -666,22 +673,16 @@ class ChatAudit(Audit):
             key = channel, o.telegram_html(f"⚠️ {text}" if known.get("is_error") else text)
             want[key] += "asks" not in known
             doubtful[key] += in_doubt
-            doubtful[channel, o.telegram_html(text + self.DOUBT)] += in_doubt
-            if known.get("is_error"):
-                doubtful[channel, o.telegram_html(f"⚠️ {text}{self.DOUBT}")] += in_doubt
         self._compare(want, doubtful, shown)
 
-    def _channel_of(self, inbox: int) -> list[str]:
-        return [row[1] for row in self.rows if row[0] == inbox]
-
-    def _compare(self, want: Counter, doubtful: Counter, shown: dict[tuple[str, str], Any]) -> None:
+    def _compare(self, want: Counter, doubtful: Counter, shown: set[tuple[str, str]]) -> None:
         remark = o.telegram_html(self.DOUBT).strip()
         for post in self.posts:
             key = f"telegram:{post['chat']}", post["source"] or post["text"]
             plain = key[0], key[1].removesuffix(remark).rstrip()
-            if question := shown.get((key[0], str(post["message_id"]))):
+            if (key[0], str(post["message_id"])) in shown:
                 if post["markup"] or "May I run this" in post["text"]:
-                    self._note("left over" if question[1] == "?" else "missing", f"no verdict: {post['text']!r:.200}")
+                    self._note("missing", f"no verdict: {post['text']!r:.200}")
             elif want[key] > 0 or want[plain] > 0:
                 want[key if want[key] > 0 else plain] -= 1
                 if key[1].endswith(remark):
@@ -689,10 +690,7 @@ class ChatAudit(Audit):
             elif doubtful[key] > 0 or doubtful[plain] > 0:
                 self._note("repeated", key[1][:200])
             else:
-                excused = self._is_excused(post)
-                self._note(
-                    "left over" if excused else "doubled", f"stray: {post['text']!r:.200} {post['texts'][:1]!r:.100}"
-                )
+                self._note("left over" if self._is_excused(post) else "doubled", f"stray: {post['texts']!r:.200}")
         for (channel, html), count in want.items():
             if count > 0:
                 self._note("missing", f"{count} times not in {channel}: {html!r:.200}")
@@ -701,13 +699,7 @@ class ChatAudit(Audit):
         """Whether nobody could know of this message: a kill came too soon, or its answer got lost."""
         at = post["times"][0]
         killed = any(at - 0.05 <= kill <= at + self.SLACK for kill in self.kills)
-        return killed or any(low <= at <= high for low, high in self.lost)
-
-    @property
-    def lost(self) -> list[tuple[float, float]]:
-        """When messages arrived of which the bot did not hear."""
-        calls = self.bot.calls("sendMessage")
-        return [(c["time"] - 0.05, c["answered"] + 0.05) for c in calls if c["fault"] in ("lost", "junk")]
+        return killed or any(low <= at <= high for low, high in self.unheard)
 
     def _check_typing(self, kept: dict[str, tuple]) -> None:
         """The bot types only while a message waits for its answer."""
@@ -748,14 +740,13 @@ class ChatKiller(Killer):
     METHODS = "getUpdates sendMessage sendMessage editMessageText sendChatAction deleteMessage getMe *".split()
     KINDS = ["drop", "lost", "lost", "status:500", "429:1", "junk", "html", "slow:1"] * 2 + ["silent"]
 
-    def __init__(self, house: House, bot: BotServer, dice: random.Random, seconds: float):
+    def __init__(self, house: House, bot: BotServer, dice: random.Random, seconds: float, short: bool):
         super().__init__(house, dice, 1 << 30, seconds)
-        self.mail, self.bot, self.faults = Chatting(), bot, Counter()
+        self.mail, self.bot, self.faults, self.short = Chatting(), bot, Counter(), short
 
     def senders(self) -> list[Any]:
         """People, and one who breaks things."""
-        people = [Person(self.house, self.bot, chat, self.mail, self.dice) for chat in (*self.CHATS, self.GROUP)]
-        return [*people, Breaker(self.bot, self.dice, self)]
+        return [*(Person(self, chat) for chat in (*self.CHATS, self.GROUP)), Breaker(self)]
 
     def audit(self) -> Audit:
         """What was wrong."""
@@ -772,17 +763,19 @@ class ChatKiller(Killer):
 class Breaker:
     """Makes faults."""
 
-    def __init__(self, bot: BotServer, dice: random.Random, killer: ChatKiller):
-        self.bot, self.dice, self.killer, self.closing = bot, dice, killer, asyncio.Event()
+    def __init__(self, killer: ChatKiller):
+        self.killer, self.closing = killer, asyncio.Event()
 
     async def run(self) -> None:
         """Until it is closed."""
+        killer, dice = self.killer, self.killer.dice
         while not self.closing.is_set():
-            method, kind = self.dice.choice(self.killer.METHODS), self.dice.choice(self.killer.KINDS)
-            self.killer.faults[kind.partition(":")[0]] += 1
-            await asyncio.to_thread(self.bot.fault, method, kind)
-            await asyncio.sleep(self.dice.uniform(0.0, 1.5))
-        self.bot.calm()
+            method, kind = dice.choice(killer.METHODS), dice.choice(killer.KINDS)
+            if kind != "silent" or not killer.short:  # it takes half a minute, or until a kill
+                killer.faults[kind.partition(":")[0]] += 1
+                await asyncio.to_thread(killer.bot.fault, method, kind)
+            await asyncio.sleep(dice.uniform(0.0, 1.5))
+        killer.bot.calm()
 
 
 def torture_telegram(options: argparse.Namespace) -> int:
@@ -794,7 +787,7 @@ def torture_telegram(options: argparse.Namespace) -> int:
         group = ChatKiller.GROUP
         config = ChatKiller.CONFIG.format(url=bot.url, token=bot.token, users=users, group=group)
         house = stack.enter_context(House(options.archive, ChatKiller.DEVICES, config, "risky"))
-        killer = ChatKiller(house, bot, dice, 4.0 if options.short else options.seconds)
+        killer = ChatKiller(house, bot, dice, 3.5 if options.short else options.seconds, options.short)
         audit = asyncio.run(killer.run())
     faults = ", ".join(f"{count} {kind}" for kind, count in killer.faults.items())
     return report(killer, audit, options.seed, started, f"faults: {faults}")
