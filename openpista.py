@@ -6230,6 +6230,9 @@ class Outlet(NamedTuple):
     approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
     prepare: Callable[[Item], Awaitable[None]] | None = None  # before a turn: what an event needs
     split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
+    ready: Callable[[Delivery], Awaitable[None]] | None = (
+        None  # waits until it may go out: a kill meanwhile is no doubt
+    )
     repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
 
 
@@ -6333,11 +6336,21 @@ class Courier:
         seconds = min(self._until(delivery.next_at), self.patience.longest)
         if seconds > 0 and await paused(self.closing, seconds):
             return False
-        async with self._places:
-            if not self.outbox.start(delivery.id):
-                return False
-            (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
+        (fault,) = await asyncio.gather(self._get_ready(delivery, outlet), return_exceptions=True)
+        if fault is None:
+            async with self._places:
+                if not self.outbox.start(delivery.id):
+                    return False
+                (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
         return await surely(lambda: self._note(delivery, outlet, fault), self.closing)
+
+    async def _get_ready(self, delivery: Delivery, outlet: Outlet) -> None:
+        try:
+            async with asyncio.timeout(self.patience.sending):
+                if outlet.ready:
+                    await outlet.ready(delivery)
+        except OSError as error:  # TimeoutError too: nothing has gone out
+            raise ChannelBusy(f"not ready: {error!r}") from None
 
     async def _attempt(self, delivery: Delivery, outlet: Outlet) -> None:
         async with asyncio.timeout(self.patience.sending):
@@ -6357,7 +6370,7 @@ class Courier:
             self.outbox.sent(number)
         elif in_doubt and not outlet.repeats:
             self._doubt(number, channel, outlet, repr(fault))
-        elif not (in_doubt or isinstance(fault, (ChannelBusy, Unavailable))) or self._is_hopeless(delivery):
+        elif not (in_doubt or isinstance(fault, (ChannelBusy, StoreError, Unavailable))) or self._is_hopeless(delivery):
             self._drop(number, channel, fault)
         else:
             seconds = self._pause(delivery.attempts + 1, getattr(fault, "retry_after", None))
@@ -13477,7 +13490,8 @@ class Bot:
             if answer["ok"]:
                 return answer["result"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ChannelBusy(f"{self.place} answered {method} with {response.status_code} and no JSON") from None
+            text = f"{self.place} answered {method} with {response.status_code} and no JSON"
+            raise (ConnectionError if response.status_code == 200 else ChannelBusy)(text) from None
         raise bot_refusal(method, response.status_code, answer)
 
     @contextlib.asynccontextmanager
@@ -13801,6 +13815,7 @@ class View:
     LONGEST = 7_200.0  # seconds of typing
     SILENT = 10.0  # seconds until it is said that there is nothing to show
     FAULTS = 5  # edits that failed, until nothing more is shown
+    PAUSES = (0.0, 0.5, 2.0)  # seconds before each attempt to delete
 
     def __init__(self, post: Post, item: Item, first: float):
         self.post, self.item, self.first = post, item, first
@@ -13842,10 +13857,18 @@ class View:
     async def leave(self) -> None:
         """What is shown next is a new message, below others that came meanwhile."""
         former, self.message, self._shown = self.message, "", ""
-        if former:
-            self.post.hub.inbox.show(self.item.id, "")
-            with contextlib.suppress(ChannelError, OSError):
-                await self.post.bot.call("deleteMessage", chat_id=self.chat, message_id=int(former))
+        if not former:
+            return
+        for seconds in self.PAUSES:
+            await asyncio.sleep(seconds)
+            with contextlib.suppress(ChannelBusy, OSError):
+                with contextlib.suppress(BotError):  # it is not there any more, or stays for ever
+                    await self.post.bot.call("deleteMessage", chat_id=self.chat, message_id=int(former))
+                break
+        else:
+            self.message = self.message or former
+        with contextlib.suppress(StoreError):  # now: after a kill it would else be left standing
+            self.post.hub.inbox.show(self.item.id, self.message)
 
     async def _type(self) -> None:
         while time.monotonic() - self._begun < self.LONGEST:
@@ -13929,6 +13952,13 @@ class Post:
         )
         self.hub.courier.wake(channel)
 
+    async def ready(self, delivery: Delivery) -> None:
+        """Wait until nothing more is shown of a delivery's turn, and Telegram allows a message."""
+        if view := self.views.get(delivery.inbox_id):
+            await view.close()
+        if "decided" not in delivery.metadata:
+            await self.paces.wait(chat_of(delivery.channel))
+
     async def send(self, delivery: Delivery) -> None:
         """Bring one piece out of the outbox to its chat."""
         try:
@@ -13953,7 +13983,6 @@ class Post:
             view = self.views.pop(delivery.inbox_id, None)
             item = self.hub.inbox.get(delivery.inbox_id)
             shown = (await view.close() if view else "") or (item.shown if item else "")
-        await self.paces.wait(chat_of(delivery.channel))
         text = f"⚠️ {text}" if known.get("is_error") else text
         if delivery.in_doubt and not shown:
             text += "\n\n_(It is not certain that this was delivered before.)_"
@@ -14182,7 +14211,9 @@ class Telegram:
         self.chats, self.people = self.post.chats, People(hub.store, "telegram")
         self.door = Door(self.people, lambda: desk.ctx.config.channels.telegram, self.chats)
         self.questions = Questions(self.post, self.door)
-        hub.outlets["telegram"] = Outlet(self.post.send, self.questions.approver, self._prepare, answer_pieces)
+        hub.outlets["telegram"] = Outlet(
+            self.post.send, self.questions.approver, self._prepare, answer_pieces, self.post.ready
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._limit: asyncio.Timeout | None = None
 
