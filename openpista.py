@@ -13501,7 +13501,8 @@ def connect_fault(error: Exception) -> str:
     """Why there is no connection, in words without an address."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return "its certificate is not trusted (see SSL_CERT_FILE)"
-    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    why = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    return "connection refused" if "All connection attempts" in why else why
 
 
 def bot_refusal(method: str, status: int, answer: Mapping[str, Any]) -> ChannelError:
@@ -13519,8 +13520,8 @@ def bot_refusal(method: str, status: int, answer: Mapping[str, Any]) -> ChannelE
 
 REFUSED = {  # HTTP status of a refusal -> what to do; 0: a webhook is in the way
     0: "`openpista telegram setup` can remove the webhook",
-    401: "the token was revoked or is wrong: `openpista telegram setup` takes a new one",
-    404: "the token is wrong: `openpista telegram setup` takes a new one",
+    401: "the token was revoked or is wrong: `openpista telegram setup` takes a new one, unless a setting has it",
+    404: "the token is wrong: `openpista telegram setup` takes a new one, unless a setting has it",
     409: "another program polls this bot: stop it, or take a bot of its own from @BotFather",
 }
 
@@ -14114,7 +14115,7 @@ def question_note(question: Approval) -> Note:
         f"🔐 May I run this? ({printable(question.danger)})\n\n{fence}\n{whole_call(question.call)}\n{fence}\n\n"
         f"Or write /approve {question.id}, /approve {question.id} always, /approve {question.id} deny"
     )
-    labels = (("Once", Decision.ONCE), ("Always in this session", Decision.ALWAYS), ("No", Decision.DENY))
+    labels = (("Once", Decision.ONCE), ("This command always", Decision.ALWAYS), ("No", Decision.DENY))
     return Note(text, [[(label, f"a:{question.id}:{word}") for label, word in labels]])
 
 
@@ -14193,9 +14194,10 @@ class Telegram:
         settings, let_in = self.door.settings(), self.people.allowed()
         if "*" in settings.allowed_users:
             return "EVERYBODY may run commands here: allowed_users has '*'"
-        count = len({*map(str, settings.allowed_users), *let_in})
+        count, groups = len({*map(str, settings.allowed_users), *let_in}), len(settings.allowed_groups)
+        there = f", in {plural(groups, 'group')} too" if groups else ""
         return (
-            f"{count} may speak, in {plural(len(settings.allowed_groups), 'group')} too"
+            f"{count} may speak{there}"
             if count
             else "nobody may speak yet: write to the bot, then `openpista pair approve CODE`"
         )
@@ -14651,7 +14653,9 @@ def say_approve(telegram: Telegram, said: Said) -> Note:
             press_approval(telegram, said, f"{number.lstrip('#')}:{DECISION_WORDS.get(word.strip().lower(), '')}")
         )
     waiting = [f"{q.id}: `{title(q.call)}` ({q.danger})" for q in telegram.post.approvals.waiting(said.channel)]
-    granted = [f"`{clip(call, 200)}`" for call in Grants(telegram.store, telegram.session(said)).list()]
+    granted = [
+        f"`{title(ToolCall('', *json.loads(call)))}`" for call in Grants(telegram.store, telegram.session(said)).list()
+    ]
     text = "\n".join(waiting) or "Nothing waits for an answer."
     if granted:
         text += "\n\nNot asked about in this conversation (/approve reset ends that):\n" + "\n".join(granted)
@@ -16177,8 +16181,10 @@ def cmd_telegram_setup(ctx: Context) -> int:
         raise PistaError(
             f"openpista, pid {running.pid}, would read the message that pairs you", "`openpista stop` first"
         )
-    known = ctx.bot_token
-    token = check_token(known or secret_line("The bot's token, which @BotFather gives (not shown): "))
+    known, stored = ctx.config.channels.telegram.token, ctx.bot_token
+    keep = "; Enter keeps the stored one" if stored else ""
+    typed = known or secret_line(f"The bot's token, which @BotFather gives (not shown{keep}): ")
+    token = check_token(typed or stored)
     ctx.redact.add(token)
     path = find_config(ctx.args.config, ctx.environ) or ctx.home / "config.toml"
     make_home(ctx.home)
@@ -16207,7 +16213,8 @@ async def set_up_telegram(ctx: Context, store: Store, token: str) -> None:
     async with Bot(token, ctx.config.channels.telegram.base_url) as bot:
         me = await bot.call("getMe")
         if hook := (await bot.call("getWebhookInfo")).get("url"):
-            print(f"This bot has a webhook, {clip(printable(shown_url(hook)), 200)}: another program may use it.")
+            where = ctx.redact(clip(printable(shown_url(hook)), 200))
+            print(f"This bot has a webhook, {where}: another program may use it.", flush=True)
             if not said_yes("Remove it?"):
                 raise PistaError("the webhook stays, and openpista cannot receive", "take another bot from @BotFather")
             await bot.call("deleteWebhook")
@@ -16263,12 +16270,14 @@ def cmd_telegram_status(ctx: Context) -> int:
     with telegram_errors():
         me, hook = asyncio.run(look_at_bot(ctx))
     with Store(ctx.database) as store:
-        allowed = [*map(str, settings.allowed_users), *People(store, "telegram").allowed()]
-    running = {}
+        allowed = list(dict.fromkeys([*map(str, settings.allowed_users), *People(store, "telegram").allowed()]))
+    running, idle = {}, "does not run"
     with contextlib.suppress(PistaError):
         running_daemon(ctx)
+        idle = "runs without Telegram, or cannot be asked"
         running = asyncio.run(ask_daemon(ctx.home, ctx.config.gateway, {"type": "status"}, 5.0))["status"]
     polls = running.get("telegram") or {}
+    idle = "has not polled yet" if polls else idle
     if hook.get("url"):
         problem = "a webhook is set: openpista cannot receive; `openpista telegram setup` can remove it"
     elif not settings.enabled:
@@ -16277,7 +16286,7 @@ def cmd_telegram_status(ctx: Context) -> int:
     now = utc_now()
     rows = {
         "bot": f"@{me.get('username')}, id {me.get('id')}",
-        "daemon": f"polled {since(polls['polled_at'], now)} ago" if polls.get("polled_at") else "does not poll now",
+        "daemon": f"polled {since(polls['polled_at'], now)} ago" if polls.get("polled_at") else idle,
         "waiting": plural(hook.get("pending_update_count") or 0, "update"),
         "people": ", ".join(allowed) or "nobody may speak: write to the bot, then `openpista pair approve CODE`",
         "groups": ", ".join(map(str, settings.allowed_groups)) or "none",
