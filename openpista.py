@@ -14438,7 +14438,8 @@ def connect_fault(error: Exception) -> str:
     """Why there is no connection, in words without an address."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return "its certificate is not trusted (see SSL_CERT_FILE)"
-    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    why = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    return "connection refused" if "All connection attempts" in why else why
 
 
 def bot_refusal(method: str, status: int, answer: Mapping[str, Any]) -> ChannelError:
@@ -14457,8 +14458,8 @@ def bot_refusal(method: str, status: int, answer: Mapping[str, Any]) -> ChannelE
 
 REFUSED = {  # HTTP status of a refusal -> what to do; 0: a webhook is in the way
     0: "`openpista telegram setup` can remove the webhook",
-    401: "the token was revoked or is wrong: `openpista telegram setup` takes a new one",
-    404: "the token is wrong: `openpista telegram setup` takes a new one",
+    401: "the token was revoked or is wrong: `openpista telegram setup` takes a new one, unless a setting has it",
+    404: "the token is wrong: `openpista telegram setup` takes a new one, unless a setting has it",
     409: "another program polls this bot: stop it, or take a bot of its own from @BotFather",
 }
 
@@ -15102,7 +15103,7 @@ def question_note(question: Approval) -> Note:
         f"🔐 May I run this? ({printable(question.danger)})\n\n{fence}\n{what}\n{fence}\n\n"
         f"Or write /approve {question.id}, /approve {question.id} always, /approve {question.id} deny"
     )
-    labels = (("Once", Decision.ONCE), ("Always in this session", Decision.ALWAYS), ("No", Decision.DENY))
+    labels = (("Once", Decision.ONCE), ("This command always", Decision.ALWAYS), ("No", Decision.DENY))
     return Note(text, [[(label, f"a:{question.id}:{word}") for label, word in labels]])
 
 
@@ -15679,7 +15680,8 @@ def say_approve(telegram: Telegram, said: Said) -> Note:
         )
     post = telegram.post
     waiting = [f"{q.id}: {post.title(q.call)} ({q.danger})" for q in post.approvals.waiting(said.channel)]
-    granted = [code_span(clip(call, 200)) for call in Grants(telegram.store, telegram.session(said)).list()]
+    calls = Grants(telegram.store, telegram.session(said)).list()
+    granted = [post.title(ToolCall("", *json.loads(call))) for call in calls]
     text = "\n".join(waiting) or "Nothing waits for an answer."
     if granted:
         text += "\n\nNot asked about in this conversation (/approve reset ends that):\n" + "\n".join(granted)
@@ -17314,7 +17316,7 @@ def cmd_telegram_setup(ctx: Context) -> int:
             f"openpista, pid {running.pid}, would read the message that pairs you", "`openpista stop` first"
         )
     given, stored = ctx.config.channels.telegram.token, ctx.bot_token
-    keep = "; Enter: the stored one" if stored else ""
+    keep = "; Enter keeps the stored one" if stored else ""
     token = given or secret_line(f"The bot's token, which @BotFather gives (not shown{keep}): ") or stored
     ctx.redact.add(check_token(token))
     path = find_config(ctx.args.config, ctx.environ) or ctx.home / "config.toml"
@@ -17344,7 +17346,8 @@ async def set_up_telegram(ctx: Context, store: Store, token: str) -> None:
     async with Bot(token, ctx.config.channels.telegram.base_url) as bot:
         me = await bot.call("getMe")
         if hook := (await bot.call("getWebhookInfo")).get("url"):
-            print(f"This bot has a webhook, {clip(printable(shown_url(hook)), 200)}: another program may use it.")
+            where = ctx.redact(clip(printable(shown_url(hook)), 200))
+            print(f"This bot has a webhook, {where}: another program may use it.", flush=True)
             if not said_yes("Remove it?"):
                 raise PistaError("the webhook stays, and openpista cannot receive", "take another bot from @BotFather")
             await bot.call("deleteWebhook")
@@ -17403,12 +17406,14 @@ def cmd_telegram_status(ctx: Context) -> int:
     with telegram_errors():
         me, hook = asyncio.run(look_at_bot(ctx))
     with Store(ctx.database) as store:
-        allowed = [*map(str, settings.allowed_users), *People(store, "telegram").allowed()]
-    running = {}
+        allowed = list(dict.fromkeys([*map(str, settings.allowed_users), *People(store, "telegram").allowed()]))
+    running, idle = {}, "does not run"
     with contextlib.suppress(PistaError):
         running_daemon(ctx)
+        idle = "runs without Telegram, or cannot be asked"
         running = asyncio.run(ask_daemon(ctx.home, ctx.config.gateway, {"type": "status"}, 5.0))["status"]
     polls = running.get("telegram") or {}
+    idle = "has not polled yet" if polls else idle
     if hook.get("url"):
         problem = "a webhook is set: openpista cannot receive; `openpista telegram setup` can remove it"
     elif not settings.enabled:
@@ -17417,7 +17422,7 @@ def cmd_telegram_status(ctx: Context) -> int:
     now = utc_now()
     rows = {
         "bot": f"@{me.get('username')}, id {me.get('id')}",
-        "daemon": f"polled {since(polls['polled_at'], now)} ago" if polls.get("polled_at") else "does not poll now",
+        "daemon": f"polled {since(polls['polled_at'], now)} ago" if polls.get("polled_at") else idle,
         "waiting": plural(hook.get("pending_update_count") or 0, "update"),
         "people": ", ".join(allowed) or "nobody may speak: write to the bot, then `openpista pair approve CODE`",
         "groups": ", ".join(map(str, settings.allowed_groups)) or "none",
