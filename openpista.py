@@ -14741,6 +14741,11 @@ class View:
             self._notice = progress.text
         self._news.set()
 
+    @property
+    def age(self) -> float:
+        """Seconds since the turn was shown first."""
+        return time.monotonic() - self._begun
+
     async def close(self) -> str:
         """Show nothing more; the message that is there."""
         self._typing.cancel()
@@ -14847,6 +14852,8 @@ def chat_of(channel: str) -> int:
 class Post:
     """What goes out to chats."""
 
+    LOUD = 60.0  # seconds of a turn, from which on its answer is a new message
+
     def __init__(self, hub: Hub, bot: Bot, redact: Redactor):
         self.hub, self.bot, self.redact, self.paces = hub, bot, redact, Paces()
         self.views: dict[int, View] = {}  # inbox row -> what is shown of its turn
@@ -14889,7 +14896,7 @@ class Post:
             raise
 
     async def _send(self, delivery: Delivery) -> None:
-        known, text, shown = delivery.metadata, self.redact(delivery.text), ""
+        known, text, shown, view = delivery.metadata, self.redact(delivery.text), "", None
         if "decided" in known:
             return await self._close_question(delivery.channel, int(known["decided"]), text)
         if delivery.inbox_id and not delivery.piece and "asks" not in known:
@@ -14901,7 +14908,12 @@ class Post:
             text += "\n\n_(It is not certain that this was delivered before.)_"
         if units(text) > TELEGRAM_TEXT and len(pieces(text)) > 1:  # see answer_pieces
             return await self._put_document(delivery, text)
+        # An edit makes no sound: after a long turn the person no longer looks.
+        former, shown = (shown, "") if view and view.age > self.LOUD else ("", shown)
         message = await self.put(delivery.channel, text, shown, delivery.reply_to, buttons=known.get("buttons"))
+        if former:
+            with contextlib.suppress(ChannelError, OSError):
+                await self.bot.call("deleteMessage", chat_id=chat_of(delivery.channel), message_id=int(former))
         if "asks" in known:
             with contextlib.suppress(StoreError):  # it was sent
                 self.approvals.show(int(known["asks"]), message)
@@ -14967,7 +14979,6 @@ class Post:
         self, channel: str, reply_to: Mapping[str, Any], kind: str, file: tuple[str, Any, str], caption: str
     ) -> None:
         """Send a file: its name, its bytes or the open file, its media type."""
-        await self.paces.wait(chat_of(channel))
         await self.bot.call(
             {"photo": "sendPhoto", "document": "sendDocument"}[kind],
             seconds=240.0,
@@ -14976,6 +14987,11 @@ class Post:
             caption=clipped(caption, 1024) or None,
             message_thread_id=reply_to.get("thread"),
         )
+
+    async def drop_buttons(self, channel: str, message: int) -> None:
+        """Take the buttons of a message away, if it can be done."""
+        with contextlib.suppress(ChannelError, OSError):
+            await self.bot.call("editMessageReplyMarkup", chat_id=chat_of(channel), message_id=message)
 
     async def _close_question(self, channel: str, number: int, text: str) -> None:
         """Show what became of a question, and take its buttons away."""
@@ -15673,25 +15689,37 @@ def say_approve(telegram: Telegram, said: Said) -> Note:
     number, _, word = said.rest.partition(" ")
     if number == "reset":
         count = Grants(telegram.store, telegram.session(said)).clear()
-        return Note(f"{plural(count, 'command')} will be asked about again.")
+        return Note(
+            f"{plural(count, 'command')} will be asked about again." if count else "Nothing was allowed for good."
+        )
     if number:
         return Note(
-            press_approval(telegram, said, f"{number.lstrip('#')}:{DECISION_WORDS.get(word.strip().lower(), '')}")
+            decide_approval(telegram, said, f"{number.lstrip('#')}:{DECISION_WORDS.get(word.strip().lower(), '')}")
         )
     post = telegram.post
     waiting = [f"{q.id}: {post.title(q.call)} ({q.danger})" for q in post.approvals.waiting(said.channel)]
     calls = Grants(telegram.store, telegram.session(said)).list()
     granted = [post.title(ToolCall("", *json.loads(call))) for call in calls]
-    text = "\n".join(waiting) or "Nothing waits for an answer."
+    how = "\nAnswer with /approve NUMBER, and once, always or deny." if waiting else ""
+    text = ("\n".join(waiting) or "Nothing waits for an answer.") + how
     if granted:
         text += "\n\nNot asked about in this conversation (/approve reset ends that):\n" + "\n".join(granted)
     return Note(text)
 
 
 def press_approval(telegram: Telegram, said: Said, data: str) -> str:
+    """A button of a question; one under another message was made by somebody else who has the token."""
+    number = data.partition(":")[0]
+    question = telegram.post.approvals.get(int(number)) if re.fullmatch(r"[0-9]{1,15}", number) else None
+    if question and question.state == "waiting" and question.shown not in ("", str(said.message)):
+        return "This is not the question."
+    return decide_approval(telegram, said, data)
+
+
+def decide_approval(telegram: Telegram, said: Said, data: str) -> str:
     """An answer to a question."""
     number, _, word = data.partition(":")
-    question = telegram.post.approvals.get(int(number)) if re.fullmatch(r"\d{1,15}", number) else None
+    question = telegram.post.approvals.get(int(number)) if re.fullmatch(r"[0-9]{1,15}", number) else None
     if question is None or question.channel != said.channel:
         return "There is no such question in this chat."
     if not telegram.questions.may_decide(said.sender, question):
@@ -15708,6 +15736,9 @@ def press_pairing(telegram: Telegram, said: Said, data: str) -> str:
     who, _, state = data.partition(":")
     if said.sender != telegram.door.owner or state not in ("allowed", "denied"):
         return "Only the owner may do that."
+    if telegram.people.state(who) != "asked":  # decided already, or the button is another's work
+        return "This was decided, or is long ago: see `openpista pair list`."
+    telegram.begin(telegram.post.drop_buttons(said.channel, said.message))
     return settle_person(telegram.store, who, state)
 
 
@@ -15743,6 +15774,9 @@ PRESSES: dict[str, Callable[[Telegram, Said, str], str]] = {  # what stands befo
 }
 
 
+PHOTOS, LARGEST_PHOTO = (".jpg", ".jpeg", ".png", ".webp"), 10 << 20  # what Telegram shows as a picture
+
+
 class FileSend(Tool):
     """file.send: a file of this machine, to the chat that the turn answers."""
 
@@ -15773,6 +15807,7 @@ class FileSend(Tool):
         event, path = ASKED_IN.get(), self._path(arguments)
         if event is None or self.post is None or not event.channel.startswith("telegram:"):
             raise ToolError("this conversation takes no files", "say where the file is")
+        caption = self.bench.redact(arguments.get("caption") or "")
         try:
             with open(
                 path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
@@ -15780,16 +15815,27 @@ class FileSend(Tool):
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= MOST_UPLOADED:
                     raise ToolError(f"{path} is no file, is empty, or has more than {MOST_UPLOADED >> 20} MB")
-                small = found.st_size <= 10 << 20  # more, and it is no photo for Telegram
-                kind = "photo" if small and path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else "document"
-                media_type = "image/jpeg" if kind == "photo" else "application/octet-stream"
-                caption = self.bench.redact(arguments.get("caption") or "")
-                await self.post.upload(event.channel, event.reply_to, kind, (path.name, file, media_type), caption)
+                is_photo = path.suffix.lower() in PHOTOS and found.st_size <= LARGEST_PHOTO
+                await self._upload(
+                    event, path.name, file, ("photo", "document") if is_photo else ("document",), caption
+                )
         except ChannelError as error:
             raise ToolError(f"not sent: {error}") from None
         except OSError as error:
             raise ToolError(f"{path}: {error.strerror or error}") from None
         return ToolResult("", f"sent {path.name}, {found.st_size:,} bytes")
+
+    async def _upload(self, event: Event, name: str, file: Any, kinds: Sequence[str], caption: str) -> None:
+        """Send it as the first of the kinds that Telegram takes it as."""
+        await self.post.paces.wait(chat_of(event.channel))
+        for kind in kinds:
+            file.seek(0)
+            try:
+                parts = (name, file, "application/octet-stream")
+                return await self.post.upload(event.channel, event.reply_to, kind, parts, caption)
+            except BotError as error:  # such as a picture of a size that Telegram does not show
+                if kind == kinds[-1] or error.code != 400:
+                    raise
 
 
 EVERY_TOOL = (*TOOLS, *CRON_TOOLS, FileSend.spec.name)  # that there may be here, beside agent.ask
@@ -17476,6 +17522,16 @@ def cmd_pair_approve(ctx: Context) -> int:
 def cmd_pair_deny(ctx: Context) -> int:
     """Keep somebody out, who then hears nothing more."""
     return settle_pairing(ctx, "denied")
+
+
+@command("pair remove", arg("id", metavar="ID", help="as `openpista pair list` shows it"))
+def cmd_pair_remove(ctx: Context) -> int:
+    """Forget somebody: they are served no more, and may ask again."""
+    with Store(ctx.database) as store:
+        if not People(store, "telegram").remove(ctx.args.id):
+            raise UsageError(f"nobody here has the id {clip(ctx.args.id, 20)!r}", "see `openpista pair list`")
+    print(f"removed {printable(ctx.args.id)}")
+    return 0
 
 
 def settle_pairing(ctx: Context, state: str) -> int:
