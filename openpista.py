@@ -6005,10 +6005,13 @@ class Crew(NamedTuple):
         """Who answers an event: whom the person chose for the session, else what the first matching route says."""
         if chosen:
             return Routed(chosen, event.text, f"/agent {chosen} was said in session {event.session}")
+        name = f"{event.metadata.get('name', '')}: "  # in a group it stands before the words
+        name = name if event.text.startswith(name) else ""
+        said = event._replace(text=event.text[len(name) :])
         for number, route in enumerate(self.routes, 1):
-            if not mismatch(route, event, self.now()):
-                rest = event.text[len(route.prefix) :].lstrip()
-                return Routed(route.agent, rest or event.text, f"route {number} matches: {conditions(route)}")
+            if not mismatch(route, said, self.now()):
+                rest = said.text[len(route.prefix) :].lstrip() or said.text
+                return Routed(route.agent, name + rest, f"route {number} matches: {conditions(route)}")
         return Routed(DEFAULT, event.text, "no route matches" if self.routes else "there are no routes")
 
     def midnight(self) -> datetime:
@@ -11654,9 +11657,10 @@ class Local:
         """The names of the agents, as far as they are known without asking."""
         return list(self.app.agent.crew.personas)
 
-    def known_models(self) -> list[str]:
-        """The ids of the models of the provider that answers, as far as they are known without asking."""
-        return [model.id for model in known_models(listed_endpoint(self.ctx, self.provider)[0], self.ctx.model_lists)]
+    def known_models(self, provider: str = "") -> list[str]:
+        """The ids of a provider's models, '' is the one that answers, as far as they are known without asking."""
+        endpoint = listed_endpoint(self.ctx, provider or self.provider)[0]
+        return [model.id for model in known_models(endpoint, self.ctx.model_lists)]
 
     async def tools(self) -> list[tuple[str, str]]:
         """The name of each tool of the agent that answers, and what it does."""
@@ -14733,12 +14737,12 @@ class View:
         elif progress.kind == "again":
             self._said = ""
         elif progress.kind == "tool_started":
-            self._calls[progress.call.id] = (self.post.title(progress.call), time.monotonic())
+            self._calls[progress.call.id] = (whose(progress, self.post.title(progress.call)), time.monotonic())
         elif progress.kind == "tool_finished":
             self._calls.pop(progress.call.id, None)
             self._said = ""
         if progress.kind in ("notice", "again"):
-            self._notice = progress.text
+            self._notice = whose(progress, progress.text)
         self._news.set()
 
     @property
@@ -15582,41 +15586,78 @@ def say_status(telegram: Telegram, said: Said) -> Note:
 
 def say_usage(telegram: Telegram, said: Said) -> Note:
     """/usage"""
-    store, zone = telegram.store, local_zone(telegram.desk.ctx.environ)
-    midnight = datetime.now(zone).replace(hour=0, minute=0, second=0, microsecond=0)
-    with contextlib.suppress(StoreError):
-        session = tokens(store.usage(store.find_session(telegram.session(said))))
-        return Note(f"This conversation: {session}\nAll of today: {tokens(store.usage_since(midnight))}")
-    return Note(f"This conversation: nothing yet\nAll of today: {tokens(store.usage_since(midnight))}")
+    store, crew, used = telegram.store, telegram.hub.agent.crew, Usage()
+    with contextlib.suppress(StoreError):  # it is new
+        used = store.usage(store.find_session(telegram.session(said)))
+    today = f"all of today: {tokens(store.usage_since(crew.midnight()))}"
+    return Note("\n".join([*usage_lines(used, crew.spent(store)), today]))
 
 
-def turn_to_model(telegram: Telegram, name: str, chosen: str) -> str:
-    """Have a session answered by this model; '' is the configured one."""
-    model = telegram.desk.named(chosen)  # or says what is missing
-    telegram.store.set_model(telegram.store.session(name), chosen)
+def say_agent(telegram: Telegram, said: Said) -> Note:
+    """/agent [NAME|reset]"""
+    name, agent = telegram.session(said), telegram.hub.agent
+    text = agent.appoint(name, said.rest)
+    if said.rest:
+        return Note(text)
+    buttons = [[(clip(known, 60), f"g:{short(known)}")] for known in agent.crew.personas][:MODEL_BUTTONS]
+    return Note(text, [*buttons, [("As the rules say", "g:")]])
+
+
+def press_agent(telegram: Telegram, said: Said, data: str) -> str:
+    """An agent's button."""
+    agent = telegram.hub.agent
+    known = {short(name): name for name in agent.crew.personas} | {"": "reset"}
+    if data not in known:
+        return "This list is old; /agent shows another."
+    text = agent.appoint(telegram.session(said), known[data])
+    telegram.post.say(said.channel, said.reply_to, Note(text))
+    return text
+
+
+def who_answers(telegram: Telegram, said: Said) -> tuple[str, str]:
+    """The agent that answers in a place, words without a prefix; the model that was chosen in the place of its own."""
+    name, agent, chosen = telegram.session(said), "", ""
+    with contextlib.suppress(StoreError):  # it is new
+        session = telegram.store.find_session(name)
+        agent, chosen = session.agent, session.model
+    event = Event(said.channel, "", name, "", str(said.sender))
+    return telegram.hub.agent.crew.choose(event, agent).agent, chosen
+
+
+def provider_of(telegram: Telegram, said: Said) -> str:
+    """Whose models are offered in a place. CredentialError, ConfigError if nobody can answer there."""
+    agent, chosen = who_answers(telegram, said)
+    return telegram.desk.named(chosen, agent).partition("/")[0]
+
+
+def turn_to_model(telegram: Telegram, said: Said, chosen: str) -> str:
+    """Have a place answered by this model; '' is the configured one."""
+    model = telegram.desk.named(chosen, who_answers(telegram, said)[0])  # or says what is missing
+    telegram.store.set_model(telegram.store.session(telegram.session(said)), chosen)
     return f"This conversation is answered by {model}" + (" now." if chosen else ", as configured.")
 
 
 def say_model(telegram: Telegram, said: Said) -> Note | Awaitable[Note]:
     """/model [NAME|reset]"""
-    name = telegram.session(said)
+    if said.rest == "reset":
+        return Note(turn_to_model(telegram, said, ""))
     if said.rest:
-        wanted = said.rest if "/" in said.rest or said.rest == "reset" else f"{telegram.desk.provider}/{said.rest}"
-        return Note(turn_to_model(telegram, name, "" if wanted == "reset" else wanted))
-    return list_chat_models(telegram, said._replace(rest=""))
+        wanted = said.rest if "/" in said.rest else f"{provider_of(telegram, said)}/{said.rest}"
+        return Note(turn_to_model(telegram, said, wanted))
+    return list_chat_models(telegram, said)
 
 
 async def list_chat_models(telegram: Telegram, said: Said) -> Note:
     """/models [WORD]: a button for each, the recommended ones first."""
-    session = telegram.store.session(telegram.session(said))
-    current = telegram.desk.named(session.model)
+    agent, chosen = who_answers(telegram, said)
+    current = telegram.desk.named(chosen, agent)
     provider = current.partition("/")[0]
     found = await telegram.desk.catalogue(provider)
     fitting = [m for m in found.models if m.chats and said.rest.lower() in m.id.lower()]
-    whence = "chosen for this conversation" if session.model else "as configured"
+    whence = "chosen for this conversation" if chosen else "as configured"
     more = f"\n{len(fitting) - MODEL_BUTTONS} more: /models WORD finds one." if len(fitting) > MODEL_BUTTONS else ""
     buttons = [[(clip(m.id, 60), f"m:{short(f'{provider}/{m.id}')}")] for m in fitting[:MODEL_BUTTONS]]
-    if session.model:
+    if chosen:
         buttons.append([("As configured", "m:")])
     none = "" if fitting else f"\nNo model of {provider} has {clip(said.rest, 60)!r} in its name."
     return Note(
@@ -15629,12 +15670,12 @@ MODEL_BUTTONS = 12
 
 def press_model(telegram: Telegram, said: Said, data: str) -> str:
     """A model's button."""
-    provider = telegram.desk.provider
-    known = {short(f"{provider}/{name}"): f"{provider}/{name}" for name in telegram.desk.known_models()}
-    if data and data not in known:
-        return "This list is old; /models shows another."
     try:
-        text = turn_to_model(telegram, telegram.session(said), known.get(data, ""))
+        provider = provider_of(telegram, said) if data else ""
+        known = {short(f"{provider}/{name}"): f"{provider}/{name}" for name in telegram.desk.known_models(provider)}
+        if data and data not in known:
+            return "This list is old; /models shows another."
+        text = turn_to_model(telegram, said, known.get(data, ""))
     except (CredentialError, ConfigError) as error:
         text = f"⚠️ {error}"
     telegram.post.say(said.channel, said.reply_to, Note(text))
@@ -15760,6 +15801,7 @@ TELEGRAM_COMMANDS = {
     "status": TelegramCommand("how the daemon is doing", say_status),
     "model": TelegramCommand("who answers, or NAME to change that", say_model),
     "models": TelegramCommand("the models there are, or those with WORD", list_chat_models),
+    "agent": TelegramCommand("which agent answers, or NAME to change that", say_agent),
     "sessions": TelegramCommand("go on with an earlier conversation", say_sessions),
     "usage": TelegramCommand("what was used", say_usage),
     "cron": TelegramCommand("the jobs", say_cron),
@@ -15770,6 +15812,7 @@ PRESSES: dict[str, Callable[[Telegram, Said, str], str]] = {  # what stands befo
     "a": press_approval,
     "p": press_pairing,
     "m": press_model,
+    "g": press_agent,
     "s": press_session,
 }
 

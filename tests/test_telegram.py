@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
+import re
 import threading
 import time
 
@@ -584,7 +585,7 @@ def test_simple_commands(shared):
     assert shared.ask("/cron") == "There are no jobs. Say what you want done, and when."
     assert shared.ask("/cron run nothing").startswith("⚠️ no job named 'nothing'")
     assert shared.ask("/cron fly").startswith("⚠️ say /cron, or")
-    assert shared.ask("/usage").startswith("This conversation: nothing yet\nAll of today: ")
+    assert re.match(r"this session: 0 tokens in, 0 out.*\n(default: .*\n)?all of today: ", shared.ask("/usage"))
     assert shared.ask("/sessions") == "There is none yet."
     assert shared.ask("/approve") == "Nothing waits for an answer."
     assert shared.ask("/approve reset") == "0 commands will be asked about again."
