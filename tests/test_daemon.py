@@ -318,21 +318,36 @@ model = "m1"
 tools = []
 [agents.guest]
 model = "m2"
+[agents.phone]
+model = "m3"
+tools = ["file.*"]
 [[routes]]
 agent = "worker"
 job = "disks"
 [[routes]]
 agent = "guest"
 channel = "quic:laptop"
+[[routes]]
+agent = "phone"
+channel = "telegram"
+chat = "42"
+"""
+TELEGRAM = """
+[channels.telegram]
+enabled = true
+allowed_users = [42]
+base_url = "{url}"
 """
 
 
-def test_one_daemon_three_models(house, openpista, openai, model):
-    """A job, a device and a terminal get an agent each, and `routes test` says the same."""
-    house.configure(CREW.format(port=free_port()))
-    model.script(*({"model": name, "text": f"I am {name}", "times": -1} for name in ("m1", "m2", "gpt-4o")))
+def test_one_daemon_a_model_for_each_channel(house, openpista, openai, model, bot):
+    """A job, a device, a chat and a terminal get an agent each, and `routes test` says the same."""
+    house.configure(CREW.format(port=free_port()) + TELEGRAM.format(url=bot.url))
+    model.script(*({"model": name, "text": f"I am {name}", "times": -1} for name in ("m1", "m2", "m3", "gpt-4o")))
     keys = {name: openai[name] for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")}
-    house.start(**keys)
+    house.start(**keys, TELEGRAM_BOT_TOKEN=bot.token)
+    bot.say(42, "who?")
+    bot.wait(42, "I am m3")
     invite = openpista("devices", "add", "laptop", "--host", "127.0.0.1").stdout
     away = {"OPENPISTA_HOME": str(house.folder / "away")}
     until(lambda: openpista("connect", "-", "-e", "who?", env=away, input=invite).stdout == "I am m2\n")
@@ -343,12 +358,17 @@ def test_one_daemon_three_models(house, openpista, openai, model):
     assert {body["model"]: bool(body.get("tools")) for body in model.bodies()} == {
         "m1": False,
         "m2": True,
+        "m3": True,
         "gpt-4o": True,
     }
+    [offered] = [body["tools"] for body in model.bodies() if body["model"] == "m3"]
+    assert [tool["function"]["name"] for tool in offered] == ["file_send"]
 
     for words, agent in (
         (["quic:laptop"], "guest, openai/m2"),
         (["job", "--job", "disks"], "worker, openai/m1"),
+        (["telegram:42"], "phone, openai/m3"),
+        (["telegram:43"], "default, openai/gpt-4o"),
         (["cli"], "default, openai/gpt-4o"),
     ):
         said = openpista("routes", "test", words[0], "who?", *words[1:], env=keys).stdout
@@ -360,7 +380,36 @@ def test_one_daemon_three_models(house, openpista, openai, model):
     rows = {
         row["name"]: row["today"]["calls"] for row in json.loads(openpista("agents", "list", "--json", env=keys).stdout)
     }
-    assert rows == {"default": 1, "worker": 1, "guest": 1}
+    assert rows == {"default": 1, "worker": 1, "guest": 1, "phone": 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_question_of_an_agent_that_was_asked_outlives_the_daemon(house, openai, model, bot, number):
+    """Nothing is asked twice, no command runs twice, and the button that stands there works."""
+    ask = {"name": "agent_ask", "arguments": {"agent": "hand", "task": "clean up"}}
+    run = {"name": "system_run", "arguments": {"command": "rm -f nothing; echo ran >>ran"}}
+    model.script(
+        {"model": "gpt-4o", "tool_calls": [ask]},
+        {"model": "m1", "tool_calls": [run]},
+        {"model": "m1", "text": "cleaned"},
+        {"model": "gpt-4o", "text": "all clean"},
+    )
+    house.configure(f'[gateway]\nport = 0\ngrace = 0\n[agents.hand]\nmodel = "m1"\n{TELEGRAM.format(url=bot.url)}')
+    keys = {name: openai[name] for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL")}
+    daemon = house.start(**keys, TELEGRAM_BOT_TOKEN=bot.token)
+    bot.say(42, "clean up")
+    question = bot.wait(42, "May I run this?")[-1]
+    assert "hand asks for it" in question["text"]
+    buttons = question["markup"]["inline_keyboard"][0]
+    with o.Store(house.home / "memory.db") as store:  # the press must find under which message it stands
+        until(lambda: store.db.execute("SELECT shown FROM approvals").fetchone()[0])
+    house.end(daemon, number)
+    bot.press(42, question["message_id"], buttons[0]["callback_data"])
+    house.start(**keys, TELEGRAM_BOT_TOKEN=bot.token)
+    bot.wait(42, "all clean")
+    assert (house.folder / "ran").read_text() == "ran\n"
+    assert [body["model"] for body in model.bodies()] == ["gpt-4o", "m1", "m1", "gpt-4o"]
+    assert sum("May I run this?" in row["texts"][0] for row in bot.sent(42)) == 1
 
 
 BROKEN = [  # settings that cannot be -> what is said

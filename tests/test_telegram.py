@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
+import pathlib
 import re
 import threading
 import time
@@ -52,6 +53,7 @@ class Line:
         clock=time.time,
         rest=None,
         poller=None,
+        crew=None,
         **telegram,
     ):
         self.bot, self.home, self.approval, self.poll, self.expires, self.clock = (
@@ -68,6 +70,7 @@ class Line:
             agent=agent or o.AgentConfig(provider="offline"),
             tools=o.ToolsConfig(approval=approval),
             channels=o.ChannelsConfig(telegram=o.TelegramConfig(**settings | telegram)),
+            **crew or {},
         )
         environ = environ or {"PATH": "/usr/bin:/bin", "HOME": str(home)}
         self.redact = o.Redactor([bot.token])
@@ -808,3 +811,92 @@ def test_a_long_command_is_shown_whole(shared, tmp_path):
     assert sum(row["text"].count("x ") for row in bot.sent(ann)) >= 2499 and "```" in bot.sent(ann)[0]["text"]
     bot.say(ann, "/stop")
     bot.wait(ann, "Stopped")
+
+
+# Agents
+
+CREW = {
+    "agents": {"worker": o.RoleConfig(model="m1", approval="never"), "guest": o.RoleConfig(model="m2", tools=())},
+    "routes": (o.RouteConfig(agent="guest", prefix="!ops "),),
+}
+
+
+def ask_worker(command):
+    """The default agent gives a task to the worker, who runs this for it."""
+    task = {"agent": "worker", "task": "do it"}
+    return [
+        {"model": "gpt-4o", "tool_calls": [{"name": "agent_ask", "arguments": task}]},
+        {"model": "m1", "tool_calls": [{"name": "system_run", "arguments": {"command": command}}]},
+    ]
+
+
+def tell(bot, user, text, wanted):
+    """Somebody says it, and waits for one more message that begins so."""
+    count = len(bot.sent(user))
+    bot.say(user, text)
+    return bot.wait(user, lambda rows: [row for row in rows[count:] if row["text"].startswith(wanted)])[-1]
+
+
+def test_agent(line, bot, model, openai):
+    """Each with few messages: there is one a second in a chat."""
+    model.script(*({"model": name, "text": f"I am {name}", "times": -1} for name in ("m1", "m2", "m9", "gpt-4o")))
+    one, (ann, bea, eve, joe) = line(environ=openai, agent=o.AgentConfig(), crew=CREW), range(60, 64)
+    tell(bot, ann, "who?", "I am gpt-4o")
+    row = tell(bot, ann, "/agent", "[[routes]] say who answers this session. There are: default, worker, guest")
+    buttons = {button["text"]: button["callback_data"] for line in row["markup"]["inline_keyboard"] for button in line}
+    assert [*buttons] == ["default", "worker", "guest", "As the rules say"]
+    press = bot.press(ann, row["message_id"], buttons["worker"])
+    bot.wait(ann, "worker answers this session; /agent reset ends that")
+    assert until(lambda: bot.callbacks()[press])["text"].startswith("worker answers")
+    tell(bot, ann, "who?", "I am m1")
+
+    tell(bot, bea, "/agent guest", "guest answers this session; /agent reset ends that")
+    tell(bot, bea, "/model m9", "This conversation is answered by openai/m9 now.")
+    tell(bot, bea, "who?", "I am m9")
+    tell(bot, bea, "/agent guest", "guest answers")
+    tell(bot, bea, "who?", "I am m2")
+
+    tell(bot, eve, "/agent worker", "worker answers")
+    tell(bot, eve, "/model reset", "This conversation is answered by openai/m1, as configured.")
+    bot.press(eve, row["message_id"], buttons["As the rules say"])
+    bot.wait(eve, "[[routes]] say who answers this session")
+    tell(bot, eve, "!ops who?", "I am m2")
+
+    tell(bot, joe, "/agent nobody", "⚠️ there is no agent 'nobody'")
+    press = bot.press(joe, row["message_id"], "g:0123456789abcdef")
+    assert until(lambda: bot.callbacks()[press])["text"] == "This list is old; /agent shows another."
+    said = tell(bot, joe, "/usage", "this session: 0 tokens in")["text"].splitlines()
+    assert [line.partition(":")[0] for line in said[1:]] == ["default", "worker", "guest", "all of today"]
+    assert [line.partition("tokens, ")[2] for line in said[1:4]] == ["1 call today", "1 call today", "3 calls today"]
+    assert one.problem == ""
+
+
+def test_a_prefix_in_a_group_stands_behind_the_name(line, bot, model, openai):
+    model.script({"model": "m2", "text": "I am m2"})
+    line(environ=openai, agent=o.AgentConfig(), crew=CREW, allowed_groups=(-100,))
+    bot.say(-100, "@openpista_test_bot !ops who?", sender={"id": 61, "first_name": "Ann", "is_bot": False})
+    bot.wait(-100, "I am m2")
+    assert "Ann: who?" in str(model.bodies()[0]) and "!ops" not in str(model.bodies()[0])
+
+
+def test_who_works_is_shown_and_a_stop_reaches_them(line, bot, model, openai, tmp_path):
+    model.script(*ask_worker(f"echo $$ >{tmp_path}/pid; exec sleep 60"))
+    one, ann = line(environ=openai, agent=o.AgentConfig(), crew=CREW), 62
+    bot.say(ann, "do it")
+    row = bot.wait(ann, "worker: echo $$")[0]
+    assert "agent.ask worker" in row["text"]
+    pid = until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    bot.say(ann, "/stop")
+    bot.wait(ann, "⚠️ Stopped (2 commands had been started).")
+    until(lambda: not pathlib.Path(f"/proc/{pid.strip()}").exists())
+    until(lambda: one.rows("count(*) FROM tool_calls WHERE state = 'interrupted'") == [(2,)])
+
+
+def test_a_turn_says_that_a_stronger_model_took_over_and_what_is_used_up(line, bot, model, openai):
+    bad = [{"model": "gpt-4o", "tool_calls": [{"name": "nothing", "arguments": {}}]}] * 2
+    model.script(*bad, {"model": "m9", "text": "I am m9"})
+    line(environ=openai, agent=o.AgentConfig(escalate=("openai/m9",), daily_calls=3), crew=CREW)
+    bot.say(63, "do it")
+    bot.wait(63, "I am m9\n\n(After two failed rounds openai/m9 took over.)")
+    bot.say(63, "again")
+    bot.wait(63, "⚠️ the agent default has used 3 of 3 calls that it may use a day; it goes on at midnight")
