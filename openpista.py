@@ -6579,6 +6579,7 @@ class Turn:
         self.askable = asyncio.Semaphore(self.SIDE_BY_SIDE)
         self._level, self._failed = 0, 0  # models of [agent] escalate that took over; failed rounds since then
         self.done: list[tuple[ToolCall, ToolResult]] = []
+        self._allowed: set[tuple[int, str]] = set()  # calls that had begun before a restart
         self._asked: Entry | None = None  # the person's words, which must never fall out of the window
         self._seen: dict[str, int] = {}  # call and result -> how often
         self._summarised = False
@@ -6633,6 +6634,7 @@ class Turn:
                 if state == "asked" or (state and call.name == AgentAsk.NAME):
                     again.setdefault(entry.id, []).append(call)
         self._settle({(number, call.id) for number, calls in again.items() for call in calls})
+        self._allowed = {key for key, state in states.items() if state == "started"}
         for number, calls in again.items():
             await self._run_calls(number, calls)
 
@@ -6778,7 +6780,8 @@ class Turn:
         started, toolbox = False, self.persona.toolbox
         try:
             review = functools.partial(self.errand.review, self) if self.agent.crew.reviewer else None
-            if refusal := await toolbox.refusal(call, self.gate, review):
+            gate = Gate("never", None) if (message_id, call.id) in self._allowed else self.gate
+            if refusal := await toolbox.refusal(call, gate, review):
                 result = ToolResult(call.id, toolbox.redact(refusal), is_error=True)
             else:
                 self.store.start_call(self.session, message_id, call)

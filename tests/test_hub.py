@@ -1003,38 +1003,71 @@ def test_what_is_old_is_forgotten(house):
 # Agents
 
 
+def head(request):
+    """Gives all that it is told to the hand."""
+    text, results = asked(request)
+    call = ToolCall(f"p{time.monotonic_ns()}", "agent.ask", {"agent": "hand", "task": text})
+    ask = Completion(Message(Role.ASSISTANT, "", (call,)), Usage(), "fake/head")
+    return said(f"head: {results[-1]}") if results else ask
+
+
+def hand(request):
+    """Runs what it is told."""
+    text, results = asked(request)
+    return said(results[-1]) if results else asks(text.splitlines()[-1])
+
+
+def staff(hub):
+    """Let a head and a hand work in a hub."""
+    main = hub.agent.crew.personas["default"]
+    tools = main.toolbox.only(lambda name: name == "agent.ask", [openpista.AgentAsk({"hand": ""})])
+    hub.agent.crew = openpista.Crew({"default": main._replace(toolbox=tools), "hand": main._replace(name="hand")})
+    hub.agent.pick = lambda name, agent="default": ScriptedModels(hand if agent == "hand" else head)
+
+
+async def begun(house):
+    """The process that the command runs in."""
+    await until(lambda: (house.folder / "pid").exists() and (house.folder / "pid").read_text())
+    return int((house.folder / "pid").read_text())
+
+
 def test_a_stop_ends_the_agents_that_were_asked_too(house):
     """The hub's /stop, while another agent runs a command: within a second all is over, and what waits goes on."""
 
-    def model_of(name, agent="default"):
-        return ScriptedModels(hand if agent == "hand" else head)
-
-    def head(request):
-        text, results = asked(request)
-        call = ToolCall(f"p{time.monotonic_ns()}", "agent.ask", {"agent": "hand", "task": text})
-        ask = Completion(Message(Role.ASSISTANT, "", (call,)), Usage(), "fake/head")
-        return said(f"head: {results[-1]}") if results else ask
-
-    def hand(request):
-        text, results = asked(request)
-        return said(results[-1]) if results else asks(text.splitlines()[-1])
-
     async def go():
         async with house.open() as hub:
-            main = hub.agent.crew.personas["default"]
-            tools = main.toolbox.only(lambda name: name == "agent.ask", [openpista.AgentAsk({"hand": ""})])
-            hub.agent.crew = openpista.Crew(
-                {"default": main._replace(toolbox=tools), "hand": main._replace(name="hand")}
-            )
-            hub.agent.pick = model_of
+            staff(hub)
             hub.submit(event("echo $$ >pid; sleep 60"))
             hub.submit(event("echo next"))
-            await until(lambda: (house.folder / "pid").exists() and (house.folder / "pid").read_text())
+            pid = await begun(house)
             assert await hub.stop("main") == "Stopped (2 commands had been started)."
             await until(lambda: len(house.post.got) == 2)
             assert house.post.texts[1] == "head: next"
-            assert is_gone(int((house.folder / "pid").read_text()))
+            assert is_gone(pid)
         assert {row[0] for row in house.rows("state FROM tool_calls")} == {"interrupted", "finished"}
+        assert house.rows("count(*) FROM handovers WHERE answer IS NOT NULL") == [(1,)]
+
+    asyncio.run(go())
+
+
+def test_after_an_orderly_end_a_hand_over_goes_on(house):
+    """What the other agent ran is not run again; its answer still comes."""
+
+    async def go():
+        async with house.open() as hub:
+            staff(hub)
+            hub.submit(event("echo $$ >pid; echo ran >>ran; sleep 60"))
+            pid = await begun(house)
+        assert is_gone(pid)
+        assert sorted(house.rows("name, state FROM tool_calls")) == [
+            ("agent.ask", "started"),
+            ("system.run", "interrupted"),
+        ]
+        async with house.open() as hub:
+            staff(hub)
+            await until(lambda: house.post.got)
+        assert house.post.texts == [f"head: {openpista.STOPPED}"]
+        assert (house.folder / "ran").read_text() == "ran\n"
         assert house.rows("count(*) FROM handovers WHERE answer IS NOT NULL") == [(1,)]
 
     asyncio.run(go())

@@ -545,9 +545,9 @@ def test_a_stop_reaches_all(office, tmp_path):
 # After a kill -9
 
 
-def resume(desk, asked, agent="planner", session="main"):
+def resume(desk, asked, agent="planner", session="main", mode="risky"):
     async def go():
-        gate = Gate("risky", desk.approve)
+        gate = Gate(mode, desk.approve)
         return await desk.agent.resume(desk.store.find_session(session), asked, gate, desk.told.append, agent=agent)
 
     return asyncio.run(go())
@@ -592,6 +592,18 @@ def test_a_hand_over_is_neither_repeated_nor_lost(office, tmp_path, left, times)
     if left == {}:
         assert desk.results("executor") == [o.UNKNOWN]
     assert desk.rows("SELECT count(*) FROM handovers WHERE answer IS NOT NULL") == [(1,)]
+
+
+def test_what_was_allowed_before_a_restart_is_not_asked_again(office):
+    desk = office(TEAM, planner=[said("all done")], executor=[said("now it is made")])
+    assert resume(desk, cut_off(desk), mode="always").text == "all done"
+    assert desk.asked == [] and desk.results("planner") == ["now it is made"]
+
+
+def test_a_hand_over_whose_agent_may_ask_no_more_is_refused(office):
+    desk = office(TEAM.replace('"agent.ask"', '"system.run"'), planner=[said("as you wish")], executor=[])
+    assert resume(desk, cut_off(desk)).text == "as you wish"
+    assert "there is no tool 'agent.ask'" in desk.results("planner")[0]
 
 
 def test_a_turn_that_nobody_goes_on_with_closes_its_hand_over(office):
