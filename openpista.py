@@ -13448,7 +13448,8 @@ class Bot:
             if answer["ok"]:
                 return answer["result"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ChannelBusy(f"{self.place} answered {method} with {response.status_code} and no JSON") from None
+            done = ConnectionError if response.status_code == 200 else ChannelBusy  # with 200 it may have been done
+            raise done(f"{self.place} answered {method} with {response.status_code} and no JSON") from None
         raise bot_refusal(method, response.status_code, answer)
 
     @contextlib.asynccontextmanager
@@ -14315,6 +14316,7 @@ class Telegram:
         said = read_said(raw, self.me)
         if said is None:
             return True
+        chat_of(said.channel)  # what is none would be an error at each start
         if said.moved_to:
             self.chats.move(said.channel, f"telegram:{said.moved_to}")
         elif not self.door.serves(said):
