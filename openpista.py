@@ -1003,7 +1003,7 @@ def set_setting(path: Path, table: str, name: str, value: str) -> None:
     """Write one setting, given as TOML, into a file, and leave all else in it as it is."""
     import tomllib
 
-    text = path.read_text("utf-8") if path.exists() else ""
+    text = path.read_text("utf-8-sig") if path.exists() else ""
     head = re.search(rf"^[ \t]*\[{re.escape(table)}\][^\n]*$", text, re.MULTILINE)
     if head:
         end = re.search(r"^[ \t]*\[", text[head.end() :], re.MULTILINE)
@@ -10843,9 +10843,10 @@ class Local:
         """The names of the sessions, as far as they are known without asking."""
         return [session.name for session in self.app.store.sessions(200)]
 
-    def known_models(self) -> list[str]:
-        """The ids of the models of the provider that answers, as far as they are known without asking."""
-        return [model.id for model in known_models(listed_endpoint(self.ctx, self.provider)[0], self.ctx.model_lists)]
+    def known_models(self, provider: str = "") -> list[str]:
+        """The ids of the models of a provider, or of the one that answers, as far as they are known without asking."""
+        endpoint = listed_endpoint(self.ctx, provider or self.provider)[0]
+        return [model.id for model in known_models(endpoint, self.ctx.model_lists)]
 
     async def tools(self) -> list[tuple[str, str]]:
         """The name of each tool, and what it does."""
@@ -13522,8 +13523,8 @@ class Bot:
             if answer["ok"]:
                 return answer["result"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            text = f"{self.place} answered {method} with {response.status_code} and no JSON"
-            raise ConnectionError(text) from None
+            done = ConnectionError if response.status_code == 200 else ChannelBusy  # with 200 it may have been done
+            raise done(f"{self.place} answered {method} with {response.status_code} and no JSON") from None
         raise bot_refusal(method, response.status_code, answer)
 
     @contextlib.asynccontextmanager
@@ -14455,6 +14456,7 @@ class Telegram:
         said = read_said(raw, self.me)
         if said is None:
             return True
+        chat_of(said.channel)  # what is none would be an error at each start
         if said.moved_to:
             self.chats.move(said.channel, f"telegram:{said.moved_to}")
         elif not self.door.serves(said) and not self._goes_on(said):
@@ -14737,11 +14739,17 @@ def turn_to_model(telegram: Telegram, name: str, chosen: str) -> str:
     return f"This conversation is answered by {model}" + (" now." if chosen else ", as configured.")
 
 
+def provider_of(telegram: Telegram, name: str) -> str:
+    """Whose model answers a session. CredentialError, ConfigError if nobody can."""
+    return telegram.desk.named(telegram.store.session(name).model).partition("/")[0]
+
+
 def say_model(telegram: Telegram, said: Said) -> Note | Awaitable[Note]:
     """/model [NAME|reset]"""
     name = telegram.session(said)
     if said.rest:
-        wanted = said.rest if "/" in said.rest or said.rest == "reset" else f"{telegram.desk.provider}/{said.rest}"
+        is_whole = "/" in said.rest or said.rest == "reset"
+        wanted = said.rest if is_whole else f"{provider_of(telegram, name)}/{said.rest}"
         return Note(turn_to_model(telegram, name, "" if wanted == "reset" else wanted))
     return list_chat_models(telegram, said._replace(rest=""))
 
@@ -14769,12 +14777,14 @@ MODEL_BUTTONS = 12
 
 def press_model(telegram: Telegram, said: Said, data: str) -> str:
     """A model's button."""
-    provider = telegram.desk.provider
-    known = {short(f"{provider}/{name}"): f"{provider}/{name}" for name in telegram.desk.known_models()}
-    if data and data not in known:
-        return "This list is old; /models shows another."
+    name, known = telegram.session(said), {"": ""}
     try:
-        text = turn_to_model(telegram, telegram.session(said), known.get(data, ""))
+        if data:
+            provider = provider_of(telegram, name)
+            known = {short(f"{provider}/{one}"): f"{provider}/{one}" for one in telegram.desk.known_models(provider)}
+        if data not in known:
+            return "This list is old; /models shows another."
+        text = turn_to_model(telegram, name, known[data])
     except (CredentialError, ConfigError) as error:
         text = f"⚠️ {error}"
     telegram.post.say(said.channel, said.reply_to, Note(text))
@@ -14934,13 +14944,19 @@ class FileSend(Tool):
         """What reading the file would be."""
         import shlex
 
-        path, own = self._path(arguments), self.bench.home.resolve()
+        try:
+            path, own = self._path(arguments), self.bench.home.resolve()
+        except ToolError:
+            return ""  # `run` says it to the model; here it would end the turn
         if own in path.parents and path.relative_to(own).parts[0] not in ("workspace", "jobs"):
             return "sends a file of openpista's own"
         return risk(f"cat {shlex.quote(str(path))}")
 
     def _path(self, arguments: dict[str, Any]) -> Path:
-        return (self.bench.folder() / user_path(arguments["path"])).resolve()
+        try:
+            return (self.bench.folder() / user_path(arguments["path"])).resolve()
+        except (PistaError, OSError, ValueError, RuntimeError) as error:  # ~nobody, a NUL, links in a circle
+            raise ToolError(f"{arguments['path']!r} is no path: {error}") from None
 
     async def run(self, arguments: dict[str, Any]) -> ToolResult:
         """That it was sent."""
