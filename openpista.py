@@ -1108,7 +1108,7 @@ def set_setting(path: Path, table: str, name: str, value: str) -> None:
     """Write one setting, given as TOML, into a file, and leave all else in it as it is."""
     import tomllib
 
-    text = path.read_text("utf-8") if path.exists() else ""
+    text = path.read_text("utf-8-sig") if path.exists() else ""
     head = re.search(rf"^[ \t]*\[{re.escape(table)}\][^\n]*$", text, re.MULTILINE)
     if head:
         end = re.search(r"^[ \t]*\[", text[head.end() :], re.MULTILINE)
@@ -14389,8 +14389,8 @@ class Bot:
             if answer["ok"]:
                 return answer["result"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            text = f"{self.place} answered {method} with {response.status_code} and no JSON"
-            raise ConnectionError(text) from None
+            done = ConnectionError if response.status_code == 200 else ChannelBusy  # with 200 it may have been done
+            raise done(f"{self.place} answered {method} with {response.status_code} and no JSON") from None
         raise bot_refusal(method, response.status_code, answer)
 
     @contextlib.asynccontextmanager
@@ -15322,6 +15322,7 @@ class Telegram:
         said = read_said(raw, self.me)
         if said is None:
             return True
+        chat_of(said.channel)  # what is none would be an error at each start
         if said.moved_to:
             self.chats.move(said.channel, f"telegram:{said.moved_to}")
         elif not self.door.serves(said) and not self._goes_on(said):
@@ -15840,13 +15841,19 @@ class FileSend(Tool):
         """What reading the file would be."""
         import shlex
 
-        path, own = self._path(arguments), self.bench.home.resolve()
+        try:
+            path, own = self._path(arguments), self.bench.home.resolve()
+        except ToolError:
+            return ""  # `run` says it to the model; here it would end the turn
         if own in path.parents and path.relative_to(own).parts[0] not in ("workspace", "jobs"):
             return "sends a file of openpista's own"
         return risk(f"cat {shlex.quote(str(path))}")
 
     def _path(self, arguments: dict[str, Any]) -> Path:
-        return (self.bench.folder() / user_path(arguments["path"])).resolve()
+        try:
+            return (self.bench.folder() / user_path(arguments["path"])).resolve()
+        except (PistaError, OSError, ValueError, RuntimeError) as error:  # ~nobody, a NUL, links in a circle
+            raise ToolError(f"{arguments['path']!r} is no path: {error}") from None
 
     async def run(self, arguments: dict[str, Any]) -> ToolResult:
         """That it was sent."""

@@ -649,7 +649,7 @@ class ChatAudit(Audit):
         """Each was done once."""
         said = Counter(word.text.partition(" ")[0] for word in self.mail.commands)
         told = Counter(text.partition(" ")[0] for _, _, text, _, _, _, _, inbox in self.outbox if inbox is None)
-        new, usage = told["A"], told["This"]
+        new, usage = told["A"], told["this"]
         for name, count in (("/new", new), ("/usage", usage)):
             if count != said[name]:
                 self._note("doubled" if count > said[name] else "lost", f"{name}: {said[name]} said, {count} answered")
