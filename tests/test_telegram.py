@@ -600,7 +600,7 @@ def test_simple_commands(shared):
     assert re.match(r"this session: 0 tokens in, 0 out.*\n(default: .*\n)?all of today: ", shared.ask("/usage"))
     assert shared.ask("/sessions") == "There is none yet."
     assert shared.ask("/approve") == "Nothing waits for an answer."
-    assert shared.ask("/approve reset") == "0 commands will be asked about again."
+    assert shared.ask("/approve reset") == "Nothing was allowed for good."
     assert shared.ask("/approve 999999") == "There is no such question in this chat."
     assert shared.ask("/approve x y z") == "There is no such question in this chat."
     assert shared.ask("/model nobody/m").startswith("⚠️ ")
@@ -870,7 +870,7 @@ def test_documents(shared):
             "(The file gone.txt could not be fetched: Telegram refuses getFile: Bad Request)",
         ),
         ("gone.txt", None, ("file", "status:404"), " did not hand the file over: 404)"),
-        ("gone.txt", None, ("file", "drop"), "(The file gone.txt could not be fetched: "),
+        ("late.txt", None, ("file", "drop"), "(file: "),  # it is fetched once more
         ("한국어" * 60 + ".txt", None, None, "(file: "),
         ("\ud800" + "x" * 300, None, None, "(file: "),
         ("...", None, None, "(file: "),
