@@ -535,11 +535,10 @@ class Chatting:
 class Person:
     """Writes to the bot, answers its questions twice or not at all, and sends commands at bad moments."""
 
-    AT_ONCE = 2  # messages that wait for an answer
-
     def __init__(self, killer: "ChatKiller", chat: int):
         self.house, self.bot, self.dice = killer.house, killer.bot, killer.dice
-        self.chat, self.chatting, self.slow = chat, killer.mail, 2.8 if killer.short else 4.0
+        self.chat, self.chatting = chat, killer.mail
+        self.most, self.slow = (1, 2.7) if killer.short else (2, 4.0)  # messages that wait, seconds of a command
         self.closing, self.numbers, self.decided = asyncio.Event(), itertools.count(1), set()
         self.user = chat if chat > 0 else 1
         self.name = "@openpista_test_bot " if chat < 0 else ""
@@ -565,7 +564,7 @@ class Person:
     async def _write(self, store: o.Store) -> None:
         if self.dice.random() < 0.05:
             await self._command(self.dice.choice(("/new", "/stop", "/stop", "/usage")))
-        if self._open(store) >= self.AT_ONCE or self.dice.random() < (0.5 if self.chat > 0 else 0.9):
+        if self._open(store) >= self.most or self.dice.random() < (0.5 if self.chat > 0 else 0.9):
             return
         identity, chance = f"c{abs(self.chat)}-{next(self.numbers)}", self.dice.random()
         line = (
@@ -757,7 +756,7 @@ class ChatKiller(Killer):
         await work
         while o.Inbox(store).waiting() or o.Outbox(store).unsent() or self.bot.state()["pending"]:
             await asyncio.sleep(0.05)
-        await asyncio.sleep(o.View.TYPING + 1.0)
+        await asyncio.sleep(o.View.TYPING + 0.3)
 
 
 class Breaker:
@@ -787,7 +786,7 @@ def torture_telegram(options: argparse.Namespace) -> int:
         group = ChatKiller.GROUP
         config = ChatKiller.CONFIG.format(url=bot.url, token=bot.token, users=users, group=group)
         house = stack.enter_context(House(options.archive, ChatKiller.DEVICES, config, "risky"))
-        killer = ChatKiller(house, bot, dice, 3.5 if options.short else options.seconds, options.short)
+        killer = ChatKiller(house, bot, dice, 2.5 if options.short else options.seconds, options.short)
         audit = asyncio.run(killer.run())
     faults = ", ".join(f"{count} {kind}" for kind, count in killer.faults.items())
     return report(killer, audit, options.seed, started, f"faults: {faults}")
