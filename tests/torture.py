@@ -394,7 +394,7 @@ class Audit:
 class Killer:
     """Kills the daemon again and again, and starts it again."""
 
-    DEVICES, POINTS, LIVES = ("anna", "berta", "carl"), POINTS, (1,)
+    DEVICES, POINTS = ("anna", "berta", "carl"), POINTS
     JOB = """
         [[cron]]
         name = "tick"
@@ -405,7 +405,7 @@ class Killer:
     def __init__(self, house: House, dice: random.Random, kills: int, seconds: float):
         self.house, self.dice, self.kills, self.seconds = house, dice, kills, seconds
         self.mail, self.left_out, self.reached, self.fell = Mail(), set(), Counter(), []
-        self.killed, self.life, self.moments = 0, 1.0, []
+        self.killed, self.life, self.lives, self.moments = 0, 1.0, (1,), []
 
     async def run(self) -> Audit:
         """The whole torture."""
@@ -438,7 +438,7 @@ class Killer:
         return Audit(self.house, self.mail, self.left_out)
 
     async def _kill_soon(self) -> None:
-        await asyncio.sleep(self.dice.uniform(0.0, self.life) * self.dice.choice(self.LIVES))
+        await asyncio.sleep(self.dice.uniform(0.0, self.life) * self.dice.choice(self.lives))
         self._count("a random moment", self.house.end())
 
     async def _kill_at(self, point: str) -> None:
@@ -554,7 +554,8 @@ class Person:
 
     def _open(self, store: o.Store) -> int:
         """How many messages have no answer."""
-        sql = "SELECT count(*) FROM inbox WHERE channel = ? AND state NOT IN ('waiting', 'running')"
+        sql = """SELECT count(*) FROM inbox WHERE channel = ? AND state NOT IN ('waiting', 'running') AND id NOT IN
+                 (SELECT inbox_id FROM outbox WHERE state IN ('waiting', 'sending') AND inbox_id IS NOT NULL)"""
         done = store.db.execute(sql, (f"telegram:{self.chat}",)).fetchone()[0]
         return sum(word.chat == self.chat for word in self.chatting.sent.values()) - done
 
@@ -726,7 +727,7 @@ class ChatAudit(Audit):
 class ChatKiller(Killer):
     """Kills the daemon, and breaks its Bot API."""
 
-    DEVICES, POINTS, LIVES = ("anna",), points_of(PLACES[:16] + APPENDS + CHAT_PLACES), (1, 2, 4)
+    DEVICES, POINTS = ("anna",), points_of(PLACES[:16] + APPENDS + CHAT_PLACES)
     CHATS, GROUP = tuple(range(1, 11)), -1_000_000_000_777
     CONFIG = """
         [channels.telegram]
@@ -742,6 +743,7 @@ class ChatKiller(Killer):
     def __init__(self, house: House, bot: BotServer, dice: random.Random, seconds: float, short: bool):
         super().__init__(house, dice, 1 << 30, seconds)
         self.mail, self.bot, self.faults, self.short = Chatting(), bot, Counter(), short
+        self.lives = (1,) if short else (1, 2, 4)
 
     def senders(self) -> list[Any]:
         """People, and one who breaks things."""
