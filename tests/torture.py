@@ -600,6 +600,7 @@ class ChatAudit(Audit):
     """Looks also into what stands in the chats."""
 
     DOUBT = "\n\n_(It is not certain that this was delivered before.)_"
+    LATE = 1.5  # seconds that a slow call may come after the answer; who goes on typing does so every four
     SLACK = 1.0  # seconds between a message that arrives and a kill before its number is noted
     OUTBOX = """SELECT id, channel, text, metadata, in_doubt, state, sent_at, inbox_id FROM outbox ORDER BY id"""
 
@@ -709,7 +710,7 @@ class ChatAudit(Audit):
         }
         for number, word in self.mail.sent.items():
             if number in kept and kept[number][0] in ends:
-                spans[word.chat].append((word.time - 0.05, ends[kept[number][0]] + 0.5))
+                spans[word.chat].append((word.time - 0.05, ends[kept[number][0]] + self.LATE))
         for row in self.bot.actions():
             if not any(low <= row["time"] <= high for low, high in spans[row["chat"]]):
                 late = min((row["time"] - high for low, high in spans[row["chat"]] if high < row["time"]), default=0)
