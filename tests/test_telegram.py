@@ -235,7 +235,7 @@ def test_after_a_jump_of_the_clock_a_new_poll_begins(line, bot, caplog):
     now = [0.0]
     one = line(clock=lambda: time.time() + now[0])
     bot.wait_state(lambda state: state["polling"])
-    bot.fault("getUpdates", "silent", times=1, after=0)
+    bot.fault("getUpdates", "silent")
     before = len(bot.calls("getUpdates"))
     now[0] = 3600.0
     until(lambda: len(bot.calls("getUpdates")) > before)
@@ -599,7 +599,6 @@ def test_simple_commands(shared):
     assert shared.ask("/usage").startswith("This conversation: nothing yet\nAll of today: ")
     assert shared.ask("/sessions") == "There is none yet."
     assert shared.ask("/approve") == "Nothing waits for an answer."
-    assert shared.ask("/approve reset") == "0 commands will be asked about again."
     assert shared.ask("/approve 999999") == "There is no such question in this chat."
     assert shared.ask("/approve x y z") == "There is no such question in this chat."
     assert shared.ask("/model nobody/m").startswith("⚠️ ")
@@ -804,6 +803,7 @@ def test_the_next_process_goes_on_with_a_question(line, bot, risky):
     one, (words, count) = line(), risky
     bot.say(80, words)
     message, _, data = asked(bot, 80)
+    until(lambda: one.rows("shown FROM approvals") == [(str(message),)])
     one.close()
     bot.press(80, message, data[0])
     line()
@@ -892,7 +892,6 @@ def test_documents(shared):
             "(The file gone.txt could not be fetched: Telegram refuses getFile: Bad Request)",
         ),
         ("gone.txt", None, ("file", "status:404"), " did not hand the file over: 404)"),
-        ("gone.txt", None, ("file", "drop"), "(The file gone.txt could not be fetched: "),
         ("한국어" * 60 + ".txt", None, None, "(file: "),
         ("\ud800" + "x" * 300, None, None, "(file: "),
         ("...", None, None, "(file: "),
@@ -1279,6 +1278,7 @@ def test_a_button_that_is_pressed_while_nobody_runs(house, bot, tmp_path):
     house.start()
     bot.say(1, f"$ rm -rf {tmp_path}/a; echo ran >> {tmp_path}/ran")
     message, _, data = asked(bot, 1)
+    until(lambda: house.rows("shown FROM approvals") == [(str(message),)])
     house.kill()
     bot.press(1, message, data[0])
     house.start()
