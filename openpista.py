@@ -14465,7 +14465,7 @@ class Telegram:
             self._command(said)
         elif said.command and said.kind == "private":
             close = near(said.command, TELEGRAM_COMMANDS)
-            self.post.say(said.channel, said.reply_to, Note(f"There is no /{said.command}{close}. See /help."))
+            self.post.say(said.channel, said.reply_to, Note(f"There is no /{said.command}{close or '.'} See /help."))
         elif said.text or said.files:
             return self._submit(number, said)
         return True
