@@ -536,7 +536,7 @@ def test_long_answers(shared):
 
 def test_too_many_messages_for_telegram(line, bot):
     one = line()
-    bot.limit(chat=10, burst=2)
+    bot.limit(chat=2, burst=1)
     for number in range(3):
         bot.say(41, f"$ echo {number}")
     assert [row["text"] for row in bot.wait(41, 3)] == list("012")
