@@ -297,7 +297,7 @@ def test_the_question_hides_nothing_behind_escapes(model, terminal):
     shown = tty.wait("Run it?")
     tty.send("n\n")
     assert tty.end() == 0
-    assert "  rm -rf nothing-here # 한국어\n  echo second" in shown
+    assert "  rm -rf nothing-here #\\x1b[2K\\r\\x1b[8m\\x1b]0;t\\x07 한국어\n  echo second" in shown
     assert not ESCAPES.search(OURS.sub(b"", tty.raw))
 
 
