@@ -1006,7 +1006,8 @@ def set_setting(path: Path, table: str, name: str, value: str) -> None:
     """Write one setting, given as TOML, into a file, and leave all else in it as it is."""
     import tomllib
 
-    changed = with_setting(path.read_text("utf-8") if path.exists() else "", table, name, value)
+    text = path.read_text("utf-8") if path.exists() else ""
+    changed = with_setting(text, table, name, value)
     try:
         found: Any = tomllib.loads(changed)
         for key in (*table.split("."), name):
@@ -16434,8 +16435,10 @@ class Pairing(NamedTuple):
 
 def pair_telegram(ctx: Context) -> Pairing:
     """A bot that works, and who pressed its start button. Nothing is written."""
-    token = check_token(ctx.bot_token or secret_line("The bot's token, which @BotFather gives (not shown): "))
-    ctx.redact.add(token)
+    given, stored = ctx.config.channels.telegram.token, ctx.bot_token
+    keep = "; Enter keeps the stored one" if stored else ""
+    token = given or secret_line(f"The bot's token, which @BotFather gives (not shown{keep}): ") or stored
+    ctx.redact.add(check_token(token))
     with telegram_errors():
         return asyncio.run(meet_owner(ctx, token))
 
@@ -16445,7 +16448,7 @@ def keep_pairing(ctx: Context, pairing: Pairing) -> None:
     with Store(ctx.database) as store, store.atomic():
         People(store, "telegram").decide(str(pairing.owner.sender), "allowed", pairing.owner.name)
         Chats(store).advance(f"telegram:{pairing.bot}", pairing.number + 1)
-    if not ctx.bot_token:
+    if not ctx.config.channels.telegram.token:
         write_private(ctx.home / TOKEN_FILE, pairing.token + "\n")
 
 
@@ -16477,7 +16480,10 @@ async def meet_owner(ctx: Context, token: str) -> Pairing:
         except TimeoutError:
             raise PistaError(f"nobody wrote within {SETUP_SECONDS / 60:g} minutes", "try again") from None
         print(f"paired with {said.name} (id {said.sender})")
-        await bot.call("sendMessage", chat_id=said.chat, text="Paired. Start openpista, and say what you want done.")
+        with contextlib.suppress(ChannelError, OSError):  # it is only a courtesy
+            await bot.call(
+                "sendMessage", chat_id=said.chat, text="Paired. Start openpista, and say what you want done."
+            )
         return Pairing(token, me["id"], said, number)
 
 
