@@ -155,7 +155,7 @@ def test_a_key_that_only_the_try_finds_wrong(newcomer, model, home):
     give_key(tty, "wrong-0123456789")
     pick(tty, "m1")
     tty.wait("openai/m1 gave no answer")
-    assert tty.text.index("another key") < tty.text.index("another model")  # the first is the default
+    tty.wait("› another key")  # the first is the default
     tty.send(ENTER)
     tty.wait("The key for openai")
     tty.send(KEY + ENTER)
@@ -249,12 +249,10 @@ def go_to_faults(step):
 def test_leaving_writes_nothing(newcomer, model, home, step, key):
     tty = newcomer()
     go_to(tty, model, step)
-    for _ in range(12):  # a step back each time
+    for _ in range(100):  # a step back each time; two that are read at once are Alt-Esc, and lost
         if "nothing was set up" in tty.text:
             break
-        before = tty.text
         tty.send(key)
-        tty.until(lambda before=before: tty.text != before)
         tty.spend(0.1)
     assert tty.end() == 130 and tty.left_behind() == []
     assert "nothing written" in tty.text and not home.exists()
