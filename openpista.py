@@ -1104,24 +1104,29 @@ def check_users(users: Iterable[int | str]) -> None:
             raise ConfigError(f"channels.telegram.allowed_users must have ids, not {clip(str(user), 40)!r}", hint)
 
 
+def with_setting(text: str, table: str, name: str, value: str) -> str:
+    """The text of a configuration with one setting, given as TOML, changed; all else stays, a comment in its column."""
+
+    def changed(match: re.Match) -> str:
+        line, comment, column = match[1] + value, match[3], match.start(3) - match.start()
+        return line + " " * max(column - len(line), 2) + comment if comment else line
+
+    head = re.search(rf"^[ \t]*\[{re.escape(table)}\][^\n]*$", text, re.MULTILINE)
+    if not head:
+        return f"{text.rstrip()}\n\n[{table}]\n{name} = {value}\n".lstrip()
+    end = re.search(r"^[ \t]*\[", text[head.end() :], re.MULTILINE)
+    stop = head.end() + end.start() if end else len(text)
+    old = rf"""^([ \t]*{name}[ \t]*=[ \t]*)("(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[^#\n]*?)[ \t]*(#.*)?$"""
+    body, count = re.subn(old, changed, text[head.end() : stop], flags=re.MULTILINE)
+    return text[: head.end()] + (body if count else f"\n{name} = {value}{body}") + text[stop:]
+
+
 def set_setting(path: Path, table: str, name: str, value: str) -> None:
     """Write one setting, given as TOML, into a file, and leave all else in it as it is."""
     import tomllib
 
     text = path.read_text("utf-8-sig") if path.exists() else ""
-    head = re.search(rf"^[ \t]*\[{re.escape(table)}\][^\n]*$", text, re.MULTILINE)
-    if head:
-        end = re.search(r"^[ \t]*\[", text[head.end() :], re.MULTILINE)
-        stop = head.end() + end.start() if end else len(text)
-        body, count = re.subn(
-            rf"^([ \t]*{name}[ \t]*=)[^#\n]*?(?=[ \t]*(?:#|$))",
-            rf"\1 {value}",
-            text[head.end() : stop],
-            flags=re.MULTILINE,
-        )
-        changed = text[: head.end()] + (body if count else f"\n{name} = {value}{body}") + text[stop:]
-    else:
-        changed = f"{text.rstrip()}\n\n[{table}]\n{name} = {value}\n".lstrip()
+    changed = with_setting(text, table, name, value)
     try:
         wanted: dict[str, Any] = tomllib.loads(text)
         inner = functools.reduce(lambda found, key: found.setdefault(key, {}), table.split("."), wanted)
@@ -3322,8 +3327,6 @@ def trusted_context() -> Any:
     """TLS that trusts $SSL_CERT_FILE or $REQUESTS_CA_BUNDLE, and $SSL_CERT_DIR; else certifi's bundle, from memory."""
     import ssl
 
-    import certifi
-
     file, folder = (
         os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE"),
         os.environ.get("SSL_CERT_DIR"),
@@ -3333,10 +3336,20 @@ def trusted_context() -> Any:
     try:
         if file or folder:
             return ssl.create_default_context(cafile=file or None, capath=folder or None)
-        return ssl.create_default_context(cadata=certifi.contents())
+        return certifi_context()
     except (OSError, ssl.SSLError) as error:
         where = file or folder or "certifi"
         raise ConfigError(f"cannot read the certificates of {where}: {error}", "see SSL_CERT_FILE") from None
+
+
+@functools.cache
+def certifi_context() -> Any:
+    """TLS that trusts certifi's bundle; one for all, since each takes a megabyte and 20 ms."""
+    import ssl
+
+    import certifi
+
+    return ssl.create_default_context(cadata=certifi.contents())
 
 
 def key_headers(endpoint: Endpoint) -> dict[str, str]:
@@ -9932,10 +9945,12 @@ class Picker:
         typing: bool = False,
         actions: Mapping[str, str] = {},
         help: str = "",
+        said: str = "",
         note: str = "",
         start: Any = None,
     ):
         self.title, self.heads, self.help = one_line(title), [*map(one_line, heads)], one_line(help)
+        self.said = one_line(said)  # below the title; the note is below the list
         self.typing, self.actions = typing, actions
         self.search, self.searching = Line(), typing
         self.choices, self.found = [], range(0)  # found: indexes of the choices that the search leaves
@@ -10016,6 +10031,7 @@ class Picker:
         if rows >= (4 if self.searching else 2):
             position = f"{self.at + 1:,}/{len(self.found):,}" if self.found else ""
             lines.append(f"{style(self.title, 'bold')}  {style(position, 'dim')}")
+            lines += [*wrap_cells(self.said, columns)[: rows // 4], *[""] * (rows >= 14)] if self.said else []
         if self.searching and rows >= 2:
             text, at = self.search.view(columns - len(prompt))
             cursor = len(lines), len(prompt) + at
@@ -10030,7 +10046,8 @@ class Picker:
             room, texts = rows // 6, self.selected.detail if self.selected else ()
             detail = [row for text in texts for row in wrap_cells(one_line(text, 2_000), columns - 2)][:room]
             lines = ["", *(style(f"  {line}", "dim") for line in detail), *[""] * (room - len(detail))]
-        lines += [""] * (rows >= 14) + [style(one_line(self.note), "dim")] * (bool(self.note) and rows >= 5)
+        note = wrap_cells(one_line(self.note), columns)[: rows // 4] if self.note and rows >= 5 else []
+        lines += [""] * (rows >= 14) + [style(row, "dim") for row in note]
         if rows >= 6:
             lines.append(style(fit_cells(" · ".join(filter(None, self._helps())), columns), "dim"))
         return lines
@@ -11149,9 +11166,9 @@ async def end_task(work: asyncio.Task) -> None:
         work.exception()  # it ended by itself meanwhile; nobody asks how
 
 
-async def choose(tty: Tty, title: str, choices: Sequence[tuple[str, str]], note: str = "") -> str:
-    """The word that belongs to the line that the person picks; '' if none."""
-    picker = Picker(title, [Choice(word, (line,)) for word, line in choices], typing=True, note=note)
+async def choose(tty: Tty, title: str, choices: Sequence[tuple[Any, str]], said: str = "") -> Any:
+    """What belongs to the line that the person picks; '' if none."""
+    picker = Picker(title, [Choice(word, (line,)) for word, line in choices], typing=True, said=said)
     outcome = await converse(tty, picker, tty.style)
     return outcome.value if outcome.kind == "picked" else ""
 
@@ -11173,7 +11190,7 @@ async def sign_in(tty: Tty, ctx: Context, given: str = "") -> str:
     return ""
 
 
-async def pick_provider(tty: Tty, ctx: Context) -> str:
+async def pick_provider(tty: Tty, ctx: Context, title: str = "Sign in: whose models?", said: str = "") -> str:
     """The provider that the person picks; '' if none. What has a key is marked, and says where from."""
     logins, agent = stored_logins(ctx), ctx.config.agent
     choices = []
@@ -11188,7 +11205,7 @@ async def pick_provider(tty: Tty, ctx: Context) -> str:
         detail = (provider, spec.base_url, f"default model: {spec.model or 'none'}", *map("${}".format, spec.key_env))
         choices.append(Choice(provider, (provider, known), where, "✓" if known else "", detail))
     choices.sort(key=lambda choice: choice.group)
-    picker = Picker("Sign in: whose models?", choices, heads=("PROVIDER", "KEY"), typing=True)
+    picker = Picker(title, choices, heads=("PROVIDER", "KEY"), typing=True, said=said)
     outcome = await converse(tty, picker, tty.style)
     return outcome.value if outcome.kind == "picked" else ""
 
@@ -11272,9 +11289,7 @@ async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
     note = ""
     while True:
         work = asyncio.create_task(try_login(ctx, login))
-        skip = Picker(
-            f"Trying {login.provider} …", [Choice("skip", ("store it without a try",))], typing=True, note=note
-        )
+        skip = Picker(f"Trying {login.provider} …", [Choice("skip", ("go on without a try",))], typing=True, note=note)
         outcome = await beside(tty, skip, work)
         if outcome.kind != "done":
             await end_task(work)
@@ -11285,9 +11300,9 @@ async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
         except PistaError as error:
             refused, said = isinstance(error, CredentialError), error.args[0]
         choices = [
-            ("store", "store it all the same"),
+            ("store", "go on all the same"),
             ("again", "try once more"),
-            ("leave", "leave, and store nothing"),
+            ("leave", "go back"),
         ]
         title = f"{login.provider} refuses this key" if refused else f"{login.provider} could not be asked"
         choice = await choose(tty, title, choices[::-1] if refused else choices, printable(said))
@@ -11296,11 +11311,16 @@ async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
 
 
 async def try_login(ctx: Context, login: Login) -> None:
-    """Try a key where requests will go with it; an address that was typed counts before any other."""
-    endpoint = endpoint_of(login.provider, ctx.config.agent, {login.provider: login}, ctx.environ)
+    """Try a key where requests will go with it."""
+    await try_key(endpoint_with(ctx, login))
+
+
+def endpoint_with(ctx: Context, login: Login, model: str = "") -> Endpoint:
+    """Where requests go with a login that is not stored yet; an address that was typed counts before any other."""
+    endpoint = endpoint_of(login.provider, ctx.config.agent, {login.provider: login}, ctx.environ, model)
     if not endpoint.spec.key_env:
         endpoint = endpoint._replace(base_url=login.base_url)
-    await try_key(endpoint._replace(key=Key(login.api_key)))
+    return endpoint._replace(key=Key(login.api_key))
 
 
 async def key_from_browser(tty: Tty) -> str:
@@ -11333,9 +11353,8 @@ def flaw_in_paste(login: BrowserLogin, text: str) -> str:
 
 async def browse_models(tty: Tty, provider: str, fetch: Callable[..., Awaitable[Catalogue]], current: str) -> str:
     """The id of the model that the person picks; '' if none. The list is shown at once and filled when it comes."""
-    picker = Picker(
-        f"Models of {provider}", (), heads=MODEL_HEADS, actions={"r": "refresh"}, note="fetching …", start=current
-    )
+    title, actions = f"Models of {provider}", {"r": "refresh", "t": "type an id"}
+    picker = Picker(title, (), heads=MODEL_HEADS, actions=actions, note="fetching …", start=current)
     work = asyncio.create_task(fetch(False))
     try:
         while True:
@@ -11347,11 +11366,19 @@ async def browse_models(tty: Tty, provider: str, fetch: Callable[..., Awaitable[
                 picker.note = "fetching …"
                 if not work or work.done():
                     work = asyncio.create_task(fetch(True))
+            elif outcome.kind == actions["t"]:
+                if name := await ask(tty, title, ["The id of a model."], "", flaw_in_id):
+                    return name.strip()
             else:
                 return outcome.value if outcome.kind == "picked" else ""
     finally:
         if work:
             await end_task(work)
+
+
+def flaw_in_id(name: str) -> str:
+    """What is wrong with a model's id; '' if nothing is."""
+    return "" if re.fullmatch(r"\S{1,200}", name.strip()) else "an id is a word"
 
 
 def show_catalogue(picker: Picker, work: asyncio.Task, current: str) -> None:
@@ -11370,6 +11397,134 @@ def model_choice(info: ModelInfo, provider: str, current: str, others: str) -> C
     """A model as a line of a picker."""
     group, mark = "recommended" if info.recommended else others, "•" if info.id == current else ""
     return Choice(info.id, model_row(info), group, mark, detail(info, provider), info.id)
+
+
+async def on_screen(ctx: Context, dialogue: Callable[[Tty], Awaitable[Any]]) -> Any:
+    """What comes of a dialogue that has the whole screen; what is logged meanwhile is shown behind it."""
+    notes = io.StringIO()
+    try:
+        with interruptible(), Tty(0, sys.stdout, ctx.environ) as tty, logging_to(notes), tty.full_screen():
+            return await dialogue(tty)
+    finally:
+        print(notes.getvalue(), end="", file=sys.stderr, flush=True)
+
+
+# ---- the first start ----
+
+
+def is_newcomer(ctx: Context) -> bool:
+    """Whether somebody is at the terminal and nothing at all is configured: no file, no key, no login."""
+    if not usable(0, sys.stdout, ctx.environ) or find_config(ctx.args.config, ctx.environ):
+        return False
+    try:
+        main_provider(ctx.config.agent, ctx.credentials.logins(), ctx.environ)
+    except PistaError as error:
+        return isinstance(error, CredentialError)
+    return False
+
+
+class FirstStart:
+    """Leads a newcomer from nothing to a first answer, with each Esc a step back. Nothing is written by it."""
+
+    WELCOME = "Welcome to openpista. Whose models shall answer?"
+    LEAVING = "Type custom, ollama or lmstudio for a server of your own. Nothing is written until a model has answered."
+    GREETING = "Greet me in one short sentence."
+
+    def __init__(self, tty: Tty, ctx: Context):
+        self.tty, self.ctx = tty, ctx
+        self.login, self.model, self.answer, self.telegram = Login(""), "", "", False
+
+    async def run(self) -> FirstStart | None:
+        """Itself, with all that was chosen, once it works; None if the person left."""
+        step: Any = self._provider
+        while callable(step):
+            step = await step()
+        return self if step == "done" else None
+
+    async def _provider(self) -> Any:
+        self.login = Login(await pick_provider(self.tty, self.ctx, self.WELCOME, self.LEAVING))
+        self.model = ""
+        return self._key if self.login.provider else "leave"
+
+    async def _key(self) -> Any:
+        login = await ask_login(self.tty, self.ctx, self.login.provider)
+        if login is None:
+            return self._provider
+        self.ctx.redact.add(login.api_key)
+        if not await is_good(self.tty, self.ctx, login):
+            return self._key
+        self.login = login
+        return self._try if self.model else self._model
+
+    async def _model(self) -> Any:
+        endpoint = endpoint_with(self.ctx, self.login)
+        fetch = functools.partial(catalogue_at, endpoint)
+        self.model = await browse_models(self.tty, endpoint.provider, fetch, self.model or endpoint.model)
+        return self._try if self.model else self._key
+
+    async def _try(self) -> Any:
+        endpoint = endpoint_with(self.ctx, self.login, self.model)
+        picker = Picker(f"Asking {endpoint.name} …", [Choice("", ("another model",))], typing=True)
+
+        def tell(progress: Progress) -> None:
+            if progress.kind in ("again", "notice"):
+                picker.note = printable(progress.text)
+                self.tty.press(KeyPress("wake"))
+
+        work = asyncio.create_task(first_answer(self.ctx, endpoint, self.GREETING, tell))
+        try:
+            if (await beside(self.tty, picker, work)).kind != "done":
+                return self._model
+            self.answer = clip(printable(self.ctx.redact(work.result())), 400)
+            return self._offer
+        except PistaError as error:
+            return await self._mend(endpoint, error)
+        finally:
+            await end_task(work)
+
+    async def _mend(self, endpoint: Endpoint, error: PistaError) -> Any:
+        likely = {CredentialError: self._key, Unavailable: self._try}.get(type(error), self._model)
+        choices = [
+            (self._model, "another model"),
+            (self._key, "another key" if endpoint.spec.key_env else "another address or key"),
+            (self._try, "try once more"),
+            (self._provider, "another provider"),
+            ("leave", "leave; nothing is written"),
+        ]
+        choices.sort(key=lambda choice: choice[0] != likely)
+        said = printable(self.ctx.redact(error.args[0]))
+        return await choose(self.tty, f"{endpoint.name} gave no answer", choices, said) or self._model
+
+    async def _offer(self) -> Any:
+        choices = [
+            ("chat", "begin; `openpista telegram setup` connects Telegram later"),
+            ("telegram", "connect Telegram first, to write to openpista from a phone"),
+            ("model", "try another model"),
+        ]
+        picked = await choose(self.tty, f"{self.login.provider}/{self.model} answers", choices, f"“{self.answer}”")
+        self.telegram = picked == "telegram"
+        return "done" if picked in ("chat", "telegram") else self._model
+
+
+async def first_answer(ctx: Context, endpoint: Endpoint, text: str, tell: Tell) -> str:
+    """A model's answer to a request as the chat makes them, with all tools: some models take none."""
+    persona = furnish(ctx).persona(DEFAULT)
+    [provider] = open_providers(ctx, [endpoint])
+    try:
+        request = Request(persona.system, (Message(Role.USER, text),), persona.toolbox.specs)
+        message = (await provider.complete(request, tell)).message
+        return message.text or "…"
+    finally:
+        await provider.aclose()
+
+
+async def catalogue_at(endpoint: Endpoint, refresh: bool = False) -> Catalogue:
+    """The models of a provider as it lists them now, else as they are known; nothing is kept."""
+    try:
+        return catalogue_of(endpoint, Cached(endpoint.base_url, utc_now(), await fetch_models(endpoint)))
+    except PistaError as error:
+        what = "built-in list" if built_in(endpoint.provider) else "no list; t types an id"
+        return catalogue_of(endpoint, None, f"{what}: {error.args[0]}")
 
 
 # ---- a key through the browser ----
@@ -13011,9 +13166,14 @@ def is_open(config: GatewayConfig) -> bool:
     return config.host != "auto" and not is_loopback(f"[{config.host}]" if ":" in config.host else config.host)
 
 
+def has_others(devices: Iterable[Device]) -> bool:
+    """Whether a device that is not this machine itself may speak."""
+    return any(device.name != LOCAL and not device.revoked_at for device in devices)
+
+
 def gateway_hosts(config: GatewayConfig, devices: Iterable[Device]) -> list[str]:
     """Where to listen: nobody else's packets come in before there is a device that may speak."""
-    others = any(device.name != LOCAL and not device.revoked_at for device in devices)
+    others = has_others(devices)
     if config.host == "auto":
         return ["0.0.0.0", "::"] if others else ["127.0.0.1", "::1"]
     if is_open(config) and not others:
@@ -15331,7 +15491,7 @@ class Telegram:
             self._command(said)
         elif said.command and said.kind == "private":
             close = near(said.command, TELEGRAM_COMMANDS)
-            self.post.say(said.channel, said.reply_to, Note(f"There is no /{said.command}{close}. See /help."))
+            self.post.say(said.channel, said.reply_to, Note(f"There is no /{said.command}{close or '.'} See /help."))
         elif said.text or said.files:
             return self._submit(number, said)
         return True
@@ -15756,8 +15916,8 @@ def press_approval(telegram: Telegram, said: Said, data: str) -> str:
     """A button of a question; one under another message was made by somebody else who has the token."""
     number = data.partition(":")[0]
     question = telegram.post.approvals.get(int(number)) if re.fullmatch(r"[0-9]{1,15}", number) else None
-    if question and question.state == "waiting" and question.shown not in ("", str(said.message)):
-        return "This is not the question."
+    if question and question.state == "waiting" and question.shown and said.message > int(question.shown):
+        return "This is not the question."  # one before it may be the same one: a kill left it unnoted
     return decide_approval(telegram, said, data)
 
 
@@ -16037,6 +16197,14 @@ NOT_TAKEN = {  # the hub's answer -> why it did not take the words
 }
 
 
+def give_back() -> None:
+    """Let the system have the memory that is free but kept: with glibc a start leaves 4 to 10 MB, a long turn more."""
+    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):  # another libc
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Daemon:
     """What runs, and the signals that steer it."""
 
@@ -16128,6 +16296,7 @@ class Daemon:
         self.scheduler.run_reboot_jobs()
         for work in (self.scheduler.run(), self._beat(), self._watch_settings(), self._ending.wait()):
             self._begin(work)
+        asyncio.get_running_loop().call_later(1.0, give_back)  # then the channels have made their connections, too
         self.notify("READY=1", f"STATUS=answering with {self.app.models.name_of('')}")
         self.ready(lines)
 
@@ -16234,6 +16403,8 @@ class Daemon:
             rows["telegram"] = self.telegram.whom()
         if self.gateway:
             rows["gateway"] = gateway_line(self.gateway.addresses, self.gateway.fingerprint)
+        if not (path or self.telegram or has_others(Devices(self.app.store).list()) or Jobs(self.app.store).list()):
+            rows["next"] = "openpista telegram setup, devices add or cron add: so far nobody asks from elsewhere"
         head = f"openpista {__version__}, pid {os.getpid()}"
         lines = [head, *(f"  {name:<15}{text}" for name, text in rows.items())]
         if "cli" in self.hub.outlets:
@@ -16437,7 +16608,8 @@ def check_session(name: str | None) -> None:
 )
 def cmd_tui(ctx: Context) -> int:
     """Chat at the terminal; the same as openpista without a command."""
-    return asyncio.run(chat(with_choice(ctx)))
+    begun = first_start(with_choice(ctx))
+    return asyncio.run(chat(with_choice(begun))) if begun else 130
 
 
 async def chat(ctx: Context) -> int:
@@ -16462,7 +16634,60 @@ def cmd_start(ctx: Context) -> int:
     """Run the daemon: channels, gateway and jobs; at a terminal with a chat."""
     if os.name != "posix":
         raise PistaError("start needs Linux or macOS", "on Windows start openpista inside WSL")
-    return detach(ctx) if ctx.args.detach else asyncio.run(serve(ctx))
+    if ctx.args.detach:
+        return detach(ctx)
+    begun = first_start(ctx)
+    return asyncio.run(serve(begun)) if begun else 130
+
+
+# ---- the first start ----
+
+
+def first_start(ctx: Context) -> Context | None:
+    """The context of one who is set up, a newcomer after all has worked; None if they left before."""
+    if not is_newcomer(ctx):
+        return ctx
+    begun = asyncio.run(on_screen(ctx, lambda tty: FirstStart(tty, ctx).run()))
+    pairing = ask_for_bot(ctx) if begun and begun.telegram else None
+    if not begun or not usable(0, sys.stdout, ctx.environ):  # a terminal that is gone said no to nothing
+        complain("nothing was set up, and nothing written; the next start asks again", 130)
+        return None
+    make_home(ctx.home)
+    login = begun.login if PROVIDERS[begun.login.provider].model else begun.login._replace(model=begun.model)
+    ctx.credentials.save(login)
+    if pairing:
+        keep_pairing(ctx, pairing)
+    path = ctx.home / "config.toml"
+    write_private(path, config_text(login.provider, begun.model, bool(pairing)))
+    print(f"{login.provider}/{begun.model} answers: {begun.answer}")
+    print_stored(ctx, login)
+    print(f"wrote {path}, with every setting explained")
+    if pairing:
+        print("Telegram answers while `openpista start` runs")
+    ctx = ctx._replace(config=read_config(ctx.args.config, ctx.environ)[0])
+    ctx.redact.add(*ctx.config.secrets())
+    return ctx
+
+
+def config_text(provider: str, model: str, telegram: bool) -> str:
+    """config.example.toml with what was chosen in its place."""
+    text = with_setting(read_asset("config.example.toml"), "agent", "provider", toml_string(provider))
+    text = with_setting(text, "agent", "model", toml_string(model))
+    return with_setting(text, "channels.telegram", "enabled", "true" if telegram else "false")
+
+
+def ask_for_bot(ctx: Context) -> Pairing | None:
+    """What `telegram setup` does, as often as the person wants to try; None if they go on without."""
+    while True:
+        try:
+            print("A bot: write /newbot to https://t.me/BotFather, which gives its token. Ctrl-C: no bot.")
+            return pair_telegram(ctx)
+        except PistaError as error:
+            complain(ctx.redact(str(error)), error.exit_code)
+        except KeyboardInterrupt:
+            print()
+        if not said_yes("Try Telegram once more? If not, it goes on without."):
+            return None
 
 
 STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has to end
@@ -16828,12 +17053,7 @@ async def log_in(ctx: Context) -> int:
     """Sign in with pickers; 0 if something was stored."""
     if ctx.args.provider:
         provider_spec(ctx.args.provider)
-    notes = io.StringIO()
-    try:
-        with interruptible(), Tty(0, sys.stdout, ctx.environ) as tty, logging_to(notes), tty.full_screen():
-            provider = await sign_in(tty, ctx, ctx.args.provider or "")
-    finally:
-        print(notes.getvalue(), end="", file=sys.stderr, flush=True)
+    provider = await on_screen(ctx, lambda tty: sign_in(tty, ctx, ctx.args.provider or ""))
     if not provider:
         return complain("nothing was stored", 130)
     print_stored(ctx, ctx.credentials.logins()[provider])
@@ -17414,19 +17634,41 @@ def cmd_telegram_setup(ctx: Context) -> int:
         raise PistaError(
             f"openpista, pid {running.pid}, would read the message that pairs you", "`openpista stop` first"
         )
+    pairing = pair_telegram(ctx)
+    path = find_config(ctx.args.config, ctx.environ) or ctx.home / "config.toml"
+    make_home(ctx.home)
+    keep_pairing(ctx, pairing)
+    set_setting(path, "channels.telegram", "enabled", "true")
+    print(f"Telegram is on in {path}. Now: openpista start")
+    return 0
+
+
+class Pairing(NamedTuple):
+    """A bot, and its owner, who wrote to it."""
+
+    token: str
+    bot: int
+    owner: Said
+    number: int  # of the update in which they wrote
+
+
+def pair_telegram(ctx: Context) -> Pairing:
+    """A bot that works, and who pressed its start button. Nothing is written."""
     given, stored = ctx.config.channels.telegram.token, ctx.bot_token
     keep = "; Enter keeps the stored one" if stored else ""
     token = given or secret_line(f"The bot's token, which @BotFather gives (not shown{keep}): ") or stored
     ctx.redact.add(check_token(token))
-    path = find_config(ctx.args.config, ctx.environ) or ctx.home / "config.toml"
-    make_home(ctx.home)
-    with Store(ctx.database) as store, telegram_errors():
-        asyncio.run(set_up_telegram(ctx, store, token))
-    if not given:
-        write_private(ctx.home / TOKEN_FILE, token + "\n")
-    set_setting(path, "channels.telegram", "enabled", "true")
-    print(f"Telegram is on in {path}. Now: openpista start")
-    return 0
+    with telegram_errors():
+        return asyncio.run(meet_owner(ctx, token))
+
+
+def keep_pairing(ctx: Context, pairing: Pairing) -> None:
+    """Let the owner in from now on, and keep a token that was typed."""
+    with Store(ctx.database) as store, store.atomic():
+        People(store, "telegram").decide(str(pairing.owner.sender), "allowed", pairing.owner.name)
+        Chats(store).advance(f"telegram:{pairing.bot}", pairing.number + 1)
+    if not ctx.config.channels.telegram.token:
+        write_private(ctx.home / TOKEN_FILE, pairing.token + "\n")
 
 
 @contextlib.contextmanager
@@ -17440,8 +17682,8 @@ def telegram_errors() -> Iterator[None]:
         raise (CredentialError if error.code in (401, 404) else ChannelError)(error.args[0], error.hint) from None
 
 
-async def set_up_telegram(ctx: Context, store: Store, token: str) -> None:
-    """See that the bot works, and let in who presses its start button."""
+async def meet_owner(ctx: Context, token: str) -> Pairing:
+    """See that the bot works, and who presses its start button."""
     async with Bot(token, ctx.config.channels.telegram.base_url) as bot:
         me = await bot.call("getMe")
         if hook := (await bot.call("getWebhookInfo")).get("url"):
@@ -17457,14 +17699,12 @@ async def set_up_telegram(ctx: Context, store: Store, token: str) -> None:
                 said, number = await first_word(bot, me, code)
         except TimeoutError:
             raise PistaError(f"nobody wrote within {SETUP_SECONDS / 60:g} minutes", "try again") from None
-        with store.atomic():
-            People(store, "telegram").decide(str(said.sender), "allowed", said.name)
-            Chats(store).advance(f"telegram:{me['id']}", number + 1)
         print(f"paired with {said.name} (id {said.sender})")
         with contextlib.suppress(ChannelError, OSError):  # it is only a courtesy
             await bot.call(
                 "sendMessage", chat_id=said.chat, text="Paired. Start openpista, and say what you want done."
             )
+        return Pairing(token, me["id"], said, number)
 
 
 SETUP_SECONDS = 600.0

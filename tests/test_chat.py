@@ -792,13 +792,14 @@ def test_piped_lines_answered_on_a_terminal(model, terminal, tmp_path, kind):
     assert b"\x1b" not in tty.raw and not foreign(tty.raw)
 
 
-def test_exit_codes(model, chat, terminal, openpista, openai):
+def test_exit_codes(model, chat, terminal, openpista, openai, home):
     tty = terminal("tui", "--provider", "nobody")
     tty.end()
     assert tty.process.returncode == 2 and "unknown provider" in tty.text
     tty = terminal()  # no command at all is the chat
     tty.wait("· chat-")
     leave(tty)
+    (home / "config.toml").write_text("")  # else it would be the first start
     tty = chat("-s", "x", hint="no model", OPENAI_API_KEY=None)
     assert "✗ no key for any model" in tty.text
     tty.send("hi" + ENTER)
@@ -965,7 +966,7 @@ def test_a_refused_key(zen, login, home):
     pick_zen(tty)
     tty.send(KEY + ENTER)
     shown = tty.wait("opencode refuses this key")
-    assert shown.index("leave, and store nothing") < shown.index("store it all the same")  # the first is the default
+    assert shown.index("go back") < shown.index("go on all the same")  # the first is the default
     tty.send("once" + ENTER)
     tty.wait("Trying opencode")
     tty.wait("refuses this key")
