@@ -661,6 +661,7 @@ class ToolsConfig(NamedTuple):
     timeout: int = 30
     max_timeout: int = 300
     output_limit: int = 10_000
+    keep_outputs_days: int = 30
     workdir: str = ""
     keep_env: tuple[str, ...] = ()
 
@@ -692,6 +693,8 @@ class DatabaseConfig(NamedTuple):
     """[database]"""
 
     url: str = ""
+    keep_sessions_days: int = 0
+    keep_runs_days: int = 0
 
 
 class SkillsConfig(NamedTuple):
@@ -737,6 +740,9 @@ RANGES = {  # setting -> lowest and highest value
     "tools.timeout": (1, 86_400),
     "tools.max_timeout": (1, 86_400),
     "tools.output_limit": (200, 1_000_000),
+    "tools.keep_outputs_days": (0, 36_500),
+    "database.keep_sessions_days": (0, 36_500),
+    "database.keep_runs_days": (0, 36_500),
 }
 CHOICES = {  # setting -> the words it may be
     "agent.format": ("", "chat", "responses", "messages"),
@@ -1861,6 +1867,47 @@ class Tickets(Table):
         """Forget what has expired, and what is more than is kept."""
         newest = "SELECT expires_at FROM tickets ORDER BY expires_at DESC LIMIT 1 OFFSET ?"
         self._run(f"DELETE FROM tickets WHERE expires_at <= max(?, coalesce(({newest}), ''))", self.stamp(), self.KEPT)
+
+
+class Upkeep(Table):
+    """What keeps the file from growing for ever."""
+
+    WAL_LIMIT = 16 << 20  # bytes; a reader that stays long makes the write-ahead log grow, and nothing shrinks it again
+    RUNS = "run-????????-??????-????"  # the names of the sessions of `run -e`
+    UNUSED = """
+        sessions.name GLOB ? AND updated_at < ? AND coalesce(lease_until, '') < ?
+        AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = sessions.name AND state IN ('waiting', 'running'))
+        AND NOT EXISTS (SELECT 1 FROM jobs WHERE session = sessions.name)
+        AND NOT EXISTS (SELECT 1 FROM chats WHERE session = sessions.name)
+        AND (sessions.name NOT LIKE '%:%'
+             OR EXISTS (SELECT 1 FROM chats WHERE place = sessions.name AND session != ''))
+    """  # a chat that is in no other session is in the one with the name of its place: telegram:42
+
+    def forget_sessions(self, days: float, names: str = "*", most: int = 500) -> int:
+        """Forget at most so many messages of a session not used for so many days, or all of it; how much that was.
+
+        Not of one that somebody works on, or that a message, a job or a chat needs.
+        """
+        with self.atomic():
+            sql = f"SELECT id, name FROM sessions WHERE {self.UNUSED} ORDER BY updated_at LIMIT 1"
+            row = self._run(sql, names, self.stamp(days=days), self.stamp()).fetchone()
+            if not row:
+                return 0
+            some = "SELECT id FROM messages WHERE session_id = ? ORDER BY id LIMIT ?"
+            count = self._run(f"DELETE FROM messages WHERE id IN ({some})", row[0], most).rowcount
+            if count < most:
+                self.store.delete_session(row[1])
+            return count + 1
+
+    def settle(self) -> None:
+        """Shrink the write-ahead log if it is long, and let SQLite look at its indexes; for a thread of its own."""
+        store, wal = self.store, self.store.path.with_name(f"{self.store.path.name}-wal")
+        with store.border(), contextlib.closing(sqlite3.connect(store.path, timeout=0, isolation_level=None)) as db:
+            if wal.exists() and wal.stat().st_size > self.WAL_LIMIT:
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the long part, which holds up nobody
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what came meanwhile; if somebody reads, another time
+            db.execute("PRAGMA analysis_limit = 400")
+            db.execute("PRAGMA optimize = 0x10002")  # of all tables: this connection has asked none
 
 
 # ===== 7. Wire ================================================================
@@ -12353,7 +12400,7 @@ async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any],
 # left. What its commands left running is found by their mark at the next start.
 
 PID_FILE, LOG_FILE = "openpista.pid", "openpista.log"
-LOG_LIMIT = 5 << 20  # bytes; a longer log is put aside at the next start
+LOG_LIMIT, LOGS = 5 << 20, 5  # bytes of a log, and how many there are, the old ones with numbers
 
 
 class Holder(NamedTuple):
@@ -12411,6 +12458,49 @@ def lock_file(path: Path) -> int | None:
             time.sleep(0.02)  # perhaps only `holder`, which looks
         os.close(handle)  # or it was removed by whoever held it before
     return None
+
+
+class LogFile(logging.Handler):
+    """Begins a new file when the one that stdout and stderr go to is too long. What it handles it does not write."""
+
+    def __init__(self, path: Path, limit: int = LOG_LIMIT):
+        super().__init__()
+        self.path, self.limit = path, limit
+
+    def emit(self, record: logging.LogRecord | None = None) -> None:
+        """Look, after each record."""
+        with contextlib.suppress(OSError):  # a full disk: the old one goes on
+            now = os.fstat(2)
+            if now.st_size > self.limit and os.path.samestat(now, os.stat(self.path)):
+                self._rotate()
+
+    def _rotate(self) -> None:
+        fresh = self.path.with_name(f".{self.path.name}")
+        handle = os.open(fresh, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            sys.stdout.flush()
+            former = [self.path, *(self.path.with_name(f"{self.path.name}.{n}") for n in range(1, LOGS))]
+            for older, newer in reversed(list(itertools.pairwise(former))):
+                with contextlib.suppress(FileNotFoundError):
+                    older.replace(newer)
+            fresh.replace(self.path)
+            shared = os.path.samestat(os.fstat(1), os.fstat(2))
+            os.dup2(handle, 2)  # at once: each line goes to the one or to the other
+            if shared:
+                os.dup2(handle, 1)
+        finally:
+            os.close(handle)
+
+
+def forget_outputs(folder: Path, days: float) -> int:
+    """Remove what commands in the background wrote, and have not written to for so many days; how many files."""
+    removed, oldest = 0, time.time() - days * 86_400
+    for path in folder.glob("*.log"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+                removed += 1
+    return removed
 
 
 class Notifier:
@@ -12484,6 +12574,7 @@ class Daemon:
     """What runs, and the signals that steer it."""
 
     BEAT = 60.0  # seconds between two looks at the calendar
+    TIDY = 3_600.0
 
     def __init__(self, ctx: Context, app: App, notify: Notifier, ready: Callable[[str], None]):
         self.ctx, self.app, self.notify, self.ready = ctx, app, notify, ready
@@ -12494,6 +12585,7 @@ class Daemon:
         if ctx.config.gateway.port:
             self.gateway = Gateway(self.hub, app.store, status=self.status, desk=self.desks[0])
         self.scheduler = Scheduler(app.store, self.hub.wake, zone=self.zone)
+        self.log_file = LogFile(ctx.home / LOG_FILE)
         self.chat: ScreenChat | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._ending, self._reread = asyncio.Event(), asyncio.Event()
@@ -12505,11 +12597,13 @@ class Daemon:
         handlers = {signal.SIGTERM: self.end, signal.SIGINT: self.end, signal.SIGHUP: self._reread.set}
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
+        logging.getLogger().addHandler(self.log_file)
         try:
             await self._open()
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self._close()
+            logging.getLogger().removeHandler(self.log_file)
             for number in handlers:
                 loop.remove_signal_handler(number)
         for task in self._tasks:
@@ -12559,7 +12653,8 @@ class Daemon:
             await asyncio.sleep(0)  # now it has the terminal
         self.hub.open()
         self.scheduler.run_reboot_jobs()
-        for work in (self.scheduler.run(), self._beat(), self._watch_settings(), self._ending.wait()):
+        works = (self.scheduler.run(), self._beat(), self._keep_house(), self._watch_settings(), self._ending.wait())
+        for work in works:
             self._begin(work)
         self.notify("READY=1", f"STATUS=answering with {self.app.models.name_of('')}")
         self.ready(lines)
@@ -12600,6 +12695,8 @@ class Daemon:
         today = date.today()
         while True:
             self.notify(*["WATCHDOG=1"] if self.notify.interval else [])
+            with self.log_file.lock:  # what is printed is no record
+                self.log_file.emit()
             await asyncio.sleep(self.notify.interval or self.BEAT)
             if date.today() != today:
                 today = date.today()
@@ -12607,6 +12704,22 @@ class Daemon:
                     self._furnish(self.ctx)
                 except PistaError as error:
                     log.warning("%s", error)
+
+    async def _keep_house(self) -> None:
+        """Forget what is old, some at a time, and keep the database's files small."""
+        upkeep = Upkeep(self.app.store)
+        while True:
+            database, outputs = self.ctx.config.database, self.ctx.config.tools.keep_outputs_days
+            try:
+                for days, names in ((database.keep_sessions_days, "*"), (database.keep_runs_days, Upkeep.RUNS)):
+                    while days and upkeep.forget_sessions(days, names):
+                        await asyncio.sleep(0.1)
+                if outputs:
+                    await asyncio.to_thread(forget_outputs, self.ctx.home / "jobs", outputs)
+                await asyncio.to_thread(upkeep.settle)
+            except StoreError as error:
+                log.info("tidying up waits: %s", error)
+            await asyncio.sleep(self.TIDY)
 
     # ---- settings ----
 
@@ -12752,8 +12865,6 @@ def detach(ctx: Context) -> int:
     """The daemon in the background; returns when it is ready, or says why it is not."""
     make_home(ctx.home)
     path = ctx.home / LOG_FILE
-    if path.exists() and path.stat().st_size > LOG_LIMIT:
-        path.replace(path.with_name(f"{LOG_FILE}.1"))
     sys.stdout.flush()
     told, tell = os.pipe()
     pid = os.fork()

@@ -31,6 +31,7 @@ DEFAULTS = [
     ("tools.timeout", 30),
     ("tools.max_timeout", 300),
     ("tools.output_limit", 10_000),
+    ("tools.keep_outputs_days", 30),
     ("tools.workdir", ""),
     ("tools.keep_env", ()),
     ("channels.telegram.enabled", False),
@@ -40,6 +41,8 @@ DEFAULTS = [
     ("channels.telegram.base_url", "https://api.telegram.org"),
     ("channels.cli.enabled", True),
     ("database.url", ""),
+    ("database.keep_sessions_days", 0),
+    ("database.keep_runs_days", 0),
     ("skills.workspace", ""),
     ("cron", ()),
 ]
