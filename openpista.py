@@ -44,7 +44,8 @@ Map. Each section uses only those above it, so read on from any point.
     25. Scheduler     jobs: when they fire, and the tools that plan them
     26. Gateway       the protocol of remote clients, both ends
     27. Daemon        what `start` runs: opening, signals, closing; who runs
-    28. Commands      the command line
+    28. Backup        one sealed file with all of a home, and the way back
+    29. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
@@ -1076,6 +1077,35 @@ def machine_name() -> str:
     return socket.gethostname()
 
 
+@contextlib.contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """SQLite's errors about this file, and the file system's, as StoreError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        what, hint = next((what, hint) for pattern, what, hint in SQLITE_SAYS if re.search(pattern, text))
+        raise StoreError(what.format(path=path, text=text, wait=Store.BUSY), hint) from error
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{clip(ascii(error.object), 60)} cannot be stored: it is not Unicode text") from error
+    except OSError as error:
+        raise StoreError(f"cannot open the database {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def open_database(path: Path) -> Iterator[sqlite3.Connection]:
+    """A database as it is: nothing is made, brought to date or changed by opening it."""
+    address = f"{path.absolute().as_uri()}?mode=rw"
+    with store_errors(path), contextlib.closing(sqlite3.connect(address, uri=True, timeout=Store.BUSY)) as db:
+        yield db
+
+
+def damage(db: sqlite3.Connection) -> str:
+    """What SQLite finds wrong with the file; '' if it is whole."""
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    return "" if found == "ok" else clip(found, 200)
+
+
 class Store:
     """Sessions, messages, the journal of tool calls, and usage, in one file."""
 
@@ -1364,23 +1394,9 @@ class Store:
         finally:
             self._depth -= 1
 
-    @contextlib.contextmanager
-    def border(self) -> Iterator[None]:
+    def border(self) -> contextlib.AbstractContextManager[None]:
         """SQLite's errors, and the file system's, as StoreError."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(*self._explain(str(error))) from error
-        except UnicodeEncodeError as error:
-            raise StoreError(f"{clip(ascii(error.object), 60)} cannot be stored: it is not Unicode text") from error
-        except OSError as error:
-            raise StoreError(f"cannot open the database {self.path}: {error.strerror}") from error
-
-    def _explain(self, text: str) -> tuple[str, str]:
-        for pattern, what, hint in SQLITE_SAYS:
-            if re.search(pattern, text):
-                return what.format(path=self.path, text=text, wait=self.BUSY), hint
-        raise AssertionError("the last row fits all")
+        return store_errors(self.path)
 
     def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
         with self.border():
@@ -6842,9 +6858,10 @@ def open_crypto() -> SimpleNamespace:
         from cryptography import exceptions, x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.ciphers import aead
     except ImportError:
-        raise MissingPackage("cryptography", needed_for="the gateway's certificate") from None
-    return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, exceptions=exceptions)
+        raise MissingPackage("cryptography", needed_for="certificates and backups") from None
+    return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, aead=aead, exceptions=exceptions)
 
 
 def make_certificate(folder: Path) -> Path:
@@ -12478,7 +12495,6 @@ class LogFile(logging.Handler):
         fresh = self.path.with_name(f".{self.path.name}")
         handle = os.open(fresh, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            sys.stdout.flush()
             former = [self.path, *(self.path.with_name(f"{self.path.name}.{n}") for n in range(1, LOGS))]
             for older, newer in reversed(list(itertools.pairwise(former))):
                 with contextlib.suppress(FileNotFoundError):
@@ -12910,7 +12926,273 @@ def running_daemon(ctx: Context) -> Holder:
     raise PistaError("openpista is not running", "`openpista start --detach` starts it")
 
 
-# ===== 28. Commands ===========================================================
+# ===== 28. Backup =============================================================
+#
+# One file with all that makes a home what it is: a line, the salt, a proof of the
+# passphrase, then a packed tar archive in sealed pieces, so that no size is too much
+# for the memory. A piece is sealed with its number, and whether it is the last one:
+# what was changed, cut off or put elsewhere does not open.
+
+BACKUP_HEAD = b"openpista backup 1\n"
+BACKUP_PIECE = 1 << 20  # bytes, and 16 more when it is sealed
+BACKED_UP = ("config.toml", "credentials.toml", "environment", "gateway.pem", "known_gateways", "history")
+MOST_SKILLS = 64 << 20  # bytes; larger ones hold data that has its own backup
+
+
+def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
+    """(proof of the passphrase, cipher); takes 64 MiB and a moment, so that guessing is dear."""
+    stuff = hashlib.scrypt(passphrase.encode(), salt=salt, n=1 << 16, r=8, p=2, maxmem=1 << 27, dklen=48)
+    return stuff[32:], open_crypto().aead.AESGCM(stuff[:32])
+
+
+def piece_nonce(number: int, last: bool) -> bytes:
+    """What a piece is sealed with; the key is another one in each file, so a number is enough."""
+    return number.to_bytes(11, "big") + bytes([last])
+
+
+class Sealer(io.RawIOBase):
+    """A file to write to; what is written goes out in sealed pieces, the last one with `seal`."""
+
+    def __init__(self, out: Any, passphrase: str):
+        salt = os.urandom(16)
+        proof, self._cipher = backup_cipher(passphrase, salt)
+        self._out, self._number, self._held = out, 0, bytearray()
+        out.write(BACKUP_HEAD + salt + proof)
+
+    def write(self, data: Any) -> int:
+        """Take these bytes."""
+        self._held += data
+        while len(self._held) > BACKUP_PIECE:
+            self._put(bytes(self._held[:BACKUP_PIECE]), False)
+            del self._held[:BACKUP_PIECE]
+        return len(data)
+
+    def seal(self) -> None:
+        """That was all."""
+        self._put(bytes(self._held), True)
+
+    def _put(self, piece: bytes, last: bool) -> None:
+        self._out.write(self._cipher.encrypt(piece_nonce(self._number, last), piece, None))
+        self._number += 1
+
+
+class Unsealer(io.RawIOBase):
+    """A backup to read from. CredentialError for a wrong passphrase, PistaError for a damaged file."""
+
+    def __init__(self, file: Any, path: Path, passphrase: str):
+        head, salt, proof = file.read(len(BACKUP_HEAD)), file.read(16), file.read(16)
+        if head != BACKUP_HEAD or len(proof) < 16:
+            newer = head != BACKUP_HEAD and head.startswith(BACKUP_HEAD[:-2])
+            raise PistaError(f"{path} is {'a backup of a newer openpista' if newer else 'no backup of openpista'}")
+        self._file, self._path, self._number, self._piece = file, path, 0, b""
+        wanted, self._cipher = backup_cipher(passphrase, salt)
+        if wanted != proof:
+            raise CredentialError(f"this is not the passphrase of {path}")
+        self._ahead = file.read(BACKUP_PIECE + 16)
+        self._last = False
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Some bytes; 0 at the end, which is there only if all of the file was."""
+        while not self._piece and not self._last:
+            self._piece = self._next()
+        count = min(len(buffer), len(self._piece))
+        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
+        return count
+
+    def _next(self) -> bytes:
+        piece, self._ahead = self._ahead, self._file.read(BACKUP_PIECE + 16)
+        self._last, nonce = not self._ahead, piece_nonce(self._number, not self._ahead)
+        self._number += 1
+        try:
+            return self._cipher.decrypt(nonce, piece, None)
+        except (open_crypto().exceptions.InvalidTag, ValueError):
+            raise PistaError(f"{self._path} is damaged or cut off, at piece {self._number}") from None
+
+
+# ---- making one ----
+
+
+class Kept(NamedTuple):
+    """A file in a backup."""
+
+    name: str
+    path: Path  # what it is made from, or where it goes
+    size: int
+
+
+def skill_paths(root: Path) -> Iterator[Path]:
+    """The files of all skills, without links, which may lead anywhere."""
+    for folder, _, names in os.walk(root):
+        for path in (Path(folder, name) for name in names):
+            if path.is_file() and not path.is_symlink():
+                yield path
+
+
+def to_back_up(ctx: Context) -> list[Kept]:
+    """What goes into a backup beside the database; skills that are too large are left out, and that is said."""
+    paths = {name: ctx.home / name for name in BACKED_UP}
+    paths["config.toml"] = read_config(ctx.args.config, ctx.environ)[1] or paths["config.toml"]
+    found = [Kept(name, path, path.stat().st_size) for name, path in paths.items() if path.is_file()]
+    root = ctx.workspace / "skills"
+    skills = [Kept(f"skills/{path.relative_to(root)}", path, path.stat().st_size) for path in sorted(skill_paths(root))]
+    if sum(kept.size for kept in skills) > MOST_SKILLS:
+        log.warning("%s holds more than %d MiB and is left out", root, MOST_SKILLS >> 20)
+        skills = []
+    for name in ("tls_cert", "tls_key"):
+        if path := getattr(ctx.config.gateway, name):
+            log.warning("[gateway] %s is left out: %s", name, path)
+    return found + skills
+
+
+def copy_database(path: Path, target: Path) -> None:
+    """A whole copy of the database beside whoever writes to it, as it is at one moment."""
+    with open_database(path) as db, contextlib.closing(sqlite3.connect(target)) as copy:
+        db.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")  # all in one file
+        if found := damage(copy):
+            raise StoreError(f"{path} is damaged: {found}", "see `openpista doctor`")
+
+
+def write_backup(ctx: Context, path: Path, passphrase: str) -> list[Kept]:
+    """Write a backup, in place of an older one or of nothing; what is in it."""
+    if path.exists() and (not path.is_file() or path.open("rb").read(len(BACKUP_HEAD)) != BACKUP_HEAD):
+        raise PistaError(f"{path} is there, and is no backup", "choose another name")
+    kept, fresh = to_back_up(ctx), path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.ExitStack() as stack:
+        if ctx.database.is_file():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".backup-", dir=ctx.database.parent)))
+            copy_database(ctx.database, copy := folder / "memory.db")
+            kept.insert(0, Kept(copy.name, copy, copy.stat().st_size))
+        if not kept:
+            raise PistaError(f"there is nothing to back up in {ctx.home}")
+        stack.callback(fresh.unlink, missing_ok=True)
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+            pack(Sealer(out, passphrase), kept)
+            out.flush()
+            os.fsync(out.fileno())
+        fresh.replace(path)
+    return kept
+
+
+def pack(sealer: Sealer, kept: Iterable[Kept]) -> None:
+    """Write the files, behind a note about where and when."""
+    import gzip
+    import tarfile
+
+    note = {"made_at": iso(utc_now()), "version": __version__, "machine": socket.gethostname()}
+    with gzip.GzipFile("", "wb", 6, sealer) as packed, tarfile.open(mode="w|", fileobj=packed) as tar:
+        entry = tarfile.TarInfo("about.json")
+        entry.size = len(to_json(note).encode())
+        tar.addfile(entry, io.BytesIO(to_json(note).encode()))
+        for one in kept:
+            tar.add(one.path, one.name, recursive=False)
+    sealer.seal()
+
+
+# ---- the way back ----
+
+
+def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], list[Kept]]:
+    """All of a backup in a folder, and whole: (the note about it, its files)."""
+    import gzip
+    import tarfile
+
+    kept = []
+    with path.open("rb") as file, gzip.GzipFile(fileobj=io.BufferedReader(Unsealer(file, path, passphrase))) as packed:
+        with tarfile.open(mode="r|", fileobj=packed) as tar:
+            for entry in tar:
+                parts = Path(entry.name).parts
+                if (
+                    not entry.isreg()
+                    or ".." in parts
+                    or parts[0] not in ("about.json", "memory.db", "skills", *BACKED_UP)
+                ):
+                    raise PistaError(f"{path} holds {clip(entry.name, 80)!r}, which no backup does")
+                target = folder.joinpath(*parts)
+                make_private(target.parent)
+                with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600 | entry.mode & 0o100), "wb") as out:
+                    shutil.copyfileobj(tar.extractfile(entry), out)
+                kept.append(Kept(entry.name, target, entry.size))
+        while packed.read(BACKUP_PIECE):  # to the end, which proves that it is whole
+            pass
+    return json.loads((folder / "about.json").read_text()), kept[1:]
+
+
+def calm(path: Path) -> int:
+    """Bring a copy of the database to date; what was under way in it ends, since that may have been done since.
+
+    How many messages that leaves without an answer.
+    """
+    with open_database(path) as db:
+        if found := damage(db):
+            raise StoreError(f"the database in the backup is damaged: {found}")
+    with Store(path) as store, store.atomic():
+        count = sum(Inbox(store).waiting().values())
+        store._run(f"UPDATE outbox SET state = 'unknown', error = 'restored' WHERE {Outbox.OPEN}")
+        store._run(f"UPDATE inbox SET state = 'stopped', done_at = ? WHERE {Inbox.OPEN}", iso(store.now()))
+        store._run("DELETE FROM tickets")  # each is good for once, and may have been used
+    return count
+
+
+def places(ctx: Context, folder: Path) -> dict[str, Path]:
+    """Where the parts of a backup in a folder go: its own configuration says where the database and skills are."""
+    if (folder / "config.toml").is_file():
+        try:
+            ctx = ctx._replace(config=load_config(folder / "config.toml", ctx.environ))
+        except ConfigError as error:
+            log.warning("the configuration in the backup does not fit, and will have to be mended: %s", error)
+    own = {name: ctx.home / name for name in BACKED_UP}
+    return own | {"memory.db": ctx.database.absolute(), "skills": ctx.workspace / "skills"}
+
+
+def put_in(news: Mapping[Path, Path], stamp: str) -> list[Path]:
+    """Move each to its place; what is there is put aside. An error leaves all as it was. The folders put aside."""
+    asides = []
+    with contextlib.ExitStack() as undo:
+
+        def move(source: Path, target: Path) -> None:
+            shutil.move(source, make_private(target.parent) / target.name)
+            undo.callback(shutil.move, target, source)
+
+        for new, place in news.items():
+            aside = place.parent / f"before-restore-{stamp}"
+            for old in (place, *(place.with_name(place.name + end) for end in ("-wal", "-shm"))):
+                if os.path.lexists(old):
+                    move(old, aside / old.name)
+                    asides.append(aside)
+            move(new, place)
+        undo.pop_all()
+    return list(dict.fromkeys(asides))
+
+
+def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
+    """Put what is in a backup in the place of what is there; say what, and where the old is. PistaError: nothing is."""
+    with tempfile.TemporaryDirectory(prefix=".restore-", dir=ctx.home if ctx.home.is_dir() else None) as name:
+        folder = Path(name)
+        note, kept = unpack(path, passphrase, folder)
+        open_ones, where = calm(folder / "memory.db") if (folder / "memory.db").exists() else 0, places(ctx, folder)
+        print(printable(f"made {note['made_at'][:16].replace('T', ' ')} UTC by {note['version']} on {note['machine']}"))
+        tops = dict.fromkeys(Path(one.name).parts[0] for one in kept)
+        sizes = {top: sum(one.size for one in kept if Path(one.name).parts[0] == top) for top in tops}
+        print_table([("FILE", "BYTES", "PLACE"), *((top, f"{sizes[top]:,}", str(where[top])) for top in tops)])
+        if dry_run:
+            print("whole; nothing was changed (--dry-run)")
+            return
+        make_private(where["memory.db"].parent)
+        for_database = where["memory.db"].with_name(f"{where['memory.db'].name}.pid")
+        said = "openpista runs, pid {}, and would go on with the old files"
+        with held(ctx.home / PID_FILE, said), held(for_database, said):
+            asides = put_in({folder / top: where[top] for top in tops}, f"{utc_now():%Y%m%d-%H%M%S}")
+    print("restored" + "".join(f"; what was there is in {aside}" for aside in asides))
+    if open_ones:
+        print(f"{plural(open_ones, 'message')} had no answer yet: ask again, if that is still wanted")
+
+
+# ===== 29. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -13206,6 +13488,57 @@ def launchd_agent(ctx: Context) -> str:
         "StandardErrorPath": log_path,
     }
     return plistlib.dumps(agent).decode()
+
+
+# ---- backup ----
+
+PASSPHRASE_FILE = arg("--passphrase-file", metavar="FILE", help="the passphrase is in its first line; else it is asked")
+
+
+def read_passphrase(args: argparse.Namespace, new: bool) -> str:
+    """From the file, from a pipe, or typed without echo, twice if it is a new one."""
+    if args.passphrase_file:
+        try:
+            text = user_path(args.passphrase_file).read_text("utf-8").partition("\n")[0].strip()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read the passphrase from {args.passphrase_file}: {error}") from None
+    else:
+        text = secret_line("Passphrase: ")
+        if new and sys.stdin.isatty() and secret_line("The same again: ") != text:
+            raise UsageError("the two are not the same")
+    if not text or (new and len(text) < 8):
+        hint = "type it, or give it on standard input or with --passphrase-file FILE"
+        raise UsageError("a passphrase has 8 letters at least" if text else "no passphrase", hint)
+    return text
+
+
+@command("backup", arg("file", metavar="FILE"), PASSPHRASE_FILE)
+def cmd_backup(ctx: Context) -> int:
+    """Write all that openpista knows into one file, sealed with a passphrase."""
+    passphrase, path = read_passphrase(ctx.args, new=True), user_path(ctx.args.file)
+    ctx.redact.add(passphrase)
+    kept = write_backup(ctx, path, passphrase)
+    print(f"wrote {path}, {path.stat().st_size:,} bytes: {plural(len(kept), 'file')}, {kept[0].name} first")
+    return 0
+
+
+@command(
+    "restore",
+    arg("file", metavar="FILE"),
+    arg("--dry-run", action="store_true", help="check all of it, show what is in it, and change nothing"),
+    PASSPHRASE_FILE,
+)
+def cmd_restore(ctx: Context) -> int:
+    """Put a backup in the place of what is here, which is put aside."""
+    path = user_path(ctx.args.file)
+    if not path.is_file():
+        raise UsageError(f"no file {path}")
+    passphrase = read_passphrase(ctx.args, new=False)
+    ctx.redact.add(passphrase)
+    if not ctx.args.dry_run:
+        make_home(ctx.home)
+    restore(ctx, path, passphrase, ctx.args.dry_run)
+    return 0
 
 
 # ---- run ----
@@ -13989,13 +14322,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def config_for(entry: Command, args: argparse.Namespace) -> Config:
-    """The configuration. To stop a daemon, or to keep a device out, a broken one is no obstacle: that is only said."""
+    """The configuration. To stop a daemon, to keep a device out, or to mend, a broken one is no obstacle."""
     try:
         return read_config(args.config, os.environ)[0]
     except ConfigError as error:
-        if entry.name not in ("stop", "devices list", "devices revoke"):
+        if entry.name not in ("stop", "devices list", "devices revoke", "restore", "doctor", "completion"):
             raise
-        log.warning("%s; going on as if there were none", error)
+        if entry.name not in ("doctor", "completion"):  # the doctor says it himself
+            log.warning("%s; going on as if there were none", error)
         return Config()
 
 

@@ -100,6 +100,7 @@ approval = "never"
 timeout = 10
 max_timeout = 20
 output_limit = 500
+keep_outputs_days = 7
 workdir = "/srv"
 keep_env = ["CI_TOKEN"]
 [channels.telegram]
@@ -112,6 +113,8 @@ base_url = "http://telegram"
 enabled = false
 [database]
 url = "/srv/memory.db"
+keep_sessions_days = 90
+keep_runs_days = 9
 [skills]
 workspace = "/srv/skills"
 [[cron]]
