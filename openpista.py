@@ -45,12 +45,14 @@ Map. Each section uses only those above it, so read on from any point.
     26. Gateway       the protocol of remote clients, both ends
     27. Daemon        what `start` runs: opening, signals, closing; who runs
     28. Backup        one sealed file with all of a home, and the way back
-    29. Commands      the command line
+    29. Doctor        what is wrong, what that means, and how to mend it
+    30. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
 Add a setting:    a field in Config, a line in config.example.toml.
 Add a command:    a function under @command; in the chat a row in CHAT_COMMANDS.
+Add a check:      a function that yields findings, a row in CHECKS or INQUIRIES.
 
 Heavy packages have a door each: httpx `open_http`, aioquic `open_quic`, cryptography
 `open_crypto`, so that a command that needs none stays quick; parts of the standard
@@ -11194,6 +11196,16 @@ def clock_text(moment: str, zone: tzinfo) -> str:
     return f"{datetime.fromisoformat(moment).astimezone(zone):%a %Y-%m-%d %H:%M %Z}"
 
 
+def configured_job(table: CronConfig, number: int, now: datetime, zone: tzinfo) -> Job:
+    """The job of a [[cron]] table; ConfigError says why it cannot be one."""
+    name = table.name or f"config-{number}"
+    job = Job(0, name, table.schedule, table.tz, table.prompt, "", table.channel, {}, "once", "config", "active", None)
+    try:
+        return timed(job, now, zone)
+    except CronError as error:
+        raise ConfigError(f"[[cron]] {name}: {error.args[0]}", error.hint) from None
+
+
 class Scheduler:
     """Fires jobs when they are due."""
 
@@ -11247,7 +11259,7 @@ class Scheduler:
         with self.store.atomic():
             wanted: dict[str, Job] = {}
             for number, table in enumerate(tables, 1):
-                job = self._from_config(table, f"config-{number}")
+                job = configured_job(table, number, self.store.now(), self.zone)
                 if job.name in wanted:
                     raise ConfigError(f"two [[cron]] tables have the name {job.name!r}")
                 wanted[job.name] = job
@@ -11256,16 +11268,6 @@ class Scheduler:
                     self.jobs.remove(old.name)
             for job in wanted.values():
                 self._put(job)
-
-    def _from_config(self, table: CronConfig, name: str) -> Job:
-        name = table.name or name
-        job = Job(
-            0, name, table.schedule, table.tz, table.prompt, "", table.channel, {}, "once", "config", "active", None
-        )
-        try:
-            return timed(job, self.store.now(), self.zone)
-        except CronError as error:
-            raise ConfigError(f"[[cron]] {name}: {error.args[0]}", error.hint) from None
 
     def _put(self, job: Job) -> None:
         """Write a job of the configuration down; one that is there keeps its time if its schedule is the same."""
@@ -12926,6 +12928,127 @@ def running_daemon(ctx: Context) -> Holder:
     raise PistaError("openpista is not running", "`openpista start --detach` starts it")
 
 
+# ---- as a service ----
+
+STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has to end
+
+SYSTEMD = """\
+# {save}
+# template {stamp}
+[Unit]
+Description=openpista
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=300
+StartLimitBurst=5
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+WorkingDirectory={folder}
+{environment}
+# Keys, such as OPENAI_API_KEY=..., may stand in this file (mode 0600), if `openpista auth login` did not store them.
+EnvironmentFile=-{home}/environment
+WatchdogSec=60
+TimeoutStopSec={stopping}
+Restart=on-failure
+RestartSec=5
+# Wrong settings (2) are not mended by another start.
+RestartPreventExitStatus=2
+# Running turns have their grace: commands hear nothing before openpista is gone, and end with it.
+KillMode=mixed
+# One command that takes all the memory is ended, and not the service with it.
+OOMPolicy=continue
+# The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.
+# Delete what is in the way of yours; `sudo` needs all of them gone.
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+LockPersonality=yes
+{system}
+[Install]
+WantedBy={target}
+"""
+SYSTEM_ONLY = """\
+User={user}
+ProtectSystem=full
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+"""
+UNIT_STAMP = hashlib.sha256((SYSTEMD + SYSTEM_ONLY).encode()).hexdigest()[
+    :12
+]  # tells an old unit, whatever was changed in it
+
+
+def own_command(ctx: Context) -> list[str]:
+    """The words that start this very openpista as a daemon."""
+    program = Path(sys.argv[0]) if Path(sys.argv[0]).is_file() else Path(__file__)
+    config = ["--config", os.path.abspath(user_path(ctx.args.config))] if ctx.args.config else []
+    return [sys.executable, os.path.abspath(program), "start", *config]
+
+
+def own_variables(ctx: Context) -> dict[str, str]:
+    """What the daemon needs of this environment: where commands are, and its home if that is not the usual one."""
+    names = ("PATH", "LANG", "OPENPISTA_HOME", "OPENPISTA_CONFIG")
+    return {name: ctx.environ[name] for name in names if ctx.environ.get(name)}
+
+
+def unit_word(text: str) -> str:
+    """A word of a unit file: quoted, since it may hold a space, and with nothing that systemd would replace."""
+    return '"' + text.translate({ord("\\"): r"\\", ord('"'): r"\"", ord("%"): "%%", ord("$"): "$$"}) + '"'
+
+
+def systemd_unit(ctx: Context, kind: str) -> str:
+    """A unit file for the machine, or for its user."""
+    import getpass
+
+    own = kind == "user"
+    save = (
+        "~/.config/systemd/user/openpista.service; then: systemctl --user enable --now openpista; "
+        "loginctl enable-linger keeps it after you log out"
+        if own
+        else "/etc/systemd/system/openpista.service; then: systemctl enable --now openpista"
+    )
+    variables = (unit_word(f"{name}={value}").replace("$$", "$") for name, value in own_variables(ctx).items())
+    return SYSTEMD.format(
+        save=save,
+        stamp=UNIT_STAMP,
+        command=" ".join(map(unit_word, own_command(ctx))),
+        folder=str(user_path("~")).replace("%", "%%"),
+        environment="\n".join(f"Environment={words}" for words in variables),
+        home=str(ctx.home.absolute()).replace("%", "%%"),
+        stopping=ctx.config.gateway.grace + int(STOP_MARGIN),
+        system="" if own else SYSTEM_ONLY.format(user=getpass.getuser()),
+        target="default.target" if own else "multi-user.target",
+    )
+
+
+def launchd_agent(ctx: Context) -> str:
+    """A property list for ~/Library/LaunchAgents/openpista.plist."""
+    import plistlib
+
+    log_path = str(ctx.home.absolute() / LOG_FILE)
+    agent = {
+        "Label": "openpista",
+        "ProgramArguments": own_command(ctx),
+        "EnvironmentVariables": own_variables(ctx),
+        "WorkingDirectory": str(user_path("~")),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": 10,
+        "ExitTimeOut": ctx.config.gateway.grace + int(STOP_MARGIN),
+        "StandardOutPath": log_path,
+        "StandardErrorPath": log_path,
+    }
+    return plistlib.dumps(agent).decode()
+
+
 # ===== 28. Backup =============================================================
 #
 # One file with all that makes a home what it is: a line, the salt, a proof of the
@@ -13192,7 +13315,439 @@ def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
         print(f"{plural(open_ones, 'message')} had no answer yet: ask again, if that is still wanted")
 
 
-# ===== 29. Commands ===========================================================
+# ===== 29. Doctor =============================================================
+#
+# A check is a function that yields what it finds. CHECKS look at this machine, one
+# after the other; those of INQUIRIES wait for somebody, and so run side by side. None
+# changes anything: what is safe to mend comes along as a function, for --fix.
+
+
+class Finding(NamedTuple):
+    """What a check found."""
+
+    level: str  # ok, warning, problem; fixed
+    what: str
+    mend: str = ""  # what to do about it
+    fix: Callable[[], Any] | None = None  # does it
+
+
+PATIENCE = 10.0  # seconds for a check that asks somebody
+CHECK_DISK = 30.0  # seconds for reading the whole database
+LITTLE_ROOM = 200 << 20  # bytes; a tenth of it is a problem
+SKEWS = ((300, "problem"), (30, "warning"), (0, "ok"))  # seconds that a clock is off
+
+
+def finding_of(error: PistaError, level: str = "problem", mend: str = "") -> Finding:
+    """An error as a finding."""
+    return Finding(level, error.args[0], mend or error.hint)
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether others may read, write or enter it."""
+    return os.name == "posix" and bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+
+
+def make_own(paths: Iterable[Path]) -> None:
+    """Take away what others may do with them."""
+    for path in paths:
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o700)
+
+
+def check_python(ctx: Context) -> Iterator[Finding]:
+    """The interpreter, the packages, and where all of it lies."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    try:
+        for door in (open_quic, open_crypto, functools.partial(open_http, "http://", 1.0)):
+            door()
+    except (MissingPackage, ConfigError) as error:
+        yield finding_of(error)
+    where = Path(__file__).parent
+    yield Finding("ok", f"Python {version}, SQLite {sqlite3.sqlite_version}; openpista {__version__} in {where}")
+
+
+def check_config(ctx: Context) -> Iterator[Finding]:
+    """The configuration, and where it comes from."""
+    try:
+        config, path = read_config(ctx.args.config, ctx.environ)
+    except ConfigError as error:
+        yield finding_of(error, mend=error.hint or "mend it there; all else here is looked at as if there were none")
+        return
+    above = [name for key in ENVIRONMENT if (name := variable(key, ctx.environ)[1])]
+    yield Finding("ok", f"{path or 'no file, all as by default'}{''.join(f'; ${name} wins' for name in above)}")
+    if path and any(config.secrets()) and is_open_to_others(path):
+        mend = f"chmod 600 {path}"
+        yield Finding("problem", f"{path} holds a key, and others can read it", mend, lambda: make_own([path]))
+
+
+def check_home(ctx: Context) -> Iterator[Finding]:
+    """The home folder: whose it is, who may enter, and how much room there is."""
+    folder = ctx.home
+    if not folder.is_dir():
+        yield Finding("ok", f"{folder} is made when it is needed")
+        return
+    if os.name == "posix" and folder.stat().st_uid != os.getuid():
+        yield Finding("problem", f"{folder} belongs to another user", f"sudo chown -R $(id -un) {folder}")
+    own = is_own_home(folder)
+    names = ("credentials.toml", "gateway.pem", "local.token", "known_gateways", "history", LOG_FILE, "environment")
+    paths = [*([folder] if own else []), ctx.database, *(folder / name for name in names)]
+    if is_open_to_others(folder) and (found := [path for path in paths if path.exists() and is_open_to_others(path)]):
+        mend = f"chmod go-rwx {' '.join(map(str, found))}; `openpista doctor --fix` does that"
+        shown = ", ".join(path.name for path in found)
+        yield Finding("problem", f"open to others: {shown}", mend, lambda: make_own(found))
+    free = shutil.disk_usage(folder).free
+    level = "ok" if free > LITTLE_ROOM else "warning" if free > LITTLE_ROOM / 10 else "problem"
+    mend = "" if level == "ok" else "make room on the disk: what cannot be written down is not done"
+    yield Finding(level, f"{folder}, {free >> 20:,} MiB free", mend)
+
+
+def check_database(ctx: Context) -> Iterator[Finding]:
+    """The database: whether it is ours, whole, and of which schema."""
+    path, known = ctx.database, len(migration_steps(read_asset("migrations.sql")))
+    if not path.exists():
+        yield Finding("ok", f"{path} is made when it is needed")
+        return
+    mend = "`openpista stop`, then `openpista restore FILE` from a backup; or move it away to begin anew"
+    end = time.monotonic() + CHECK_DISK
+    try:
+        with open_database(path) as db:
+            [version], [number] = (
+                db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id")
+            )
+            db.set_progress_handler(lambda: time.monotonic() > end, 100_000)
+            found = damage(db)
+    except StoreError as error:
+        if "interrupted" not in str(error):
+            yield finding_of(error, mend=mend)
+            return
+        found = ""
+    if found:
+        yield Finding("problem", f"{path} is damaged: {found}", mend)
+    elif version and number != APPLICATION_ID:
+        yield Finding("problem", f"{path} is another program's database", "name another file in [database] url")
+    elif version > known:
+        yield Finding("problem", f"{path} is of a newer openpista (schema {version})", "use the newer openpista.pyz")
+    else:
+        read = "whole" if time.monotonic() < end else f"not read to its end within {CHECK_DISK:g} s"
+        yield Finding("ok", f"{path}, {read}, {path.stat().st_size:,} bytes, schema {version} of {known}")
+
+
+def check_skills(ctx: Context) -> Iterator[Finding]:
+    """Skills that cannot be used, or not as they were meant."""
+    skills, problems = load_skills(ctx.workspace)
+    for line in [*problems, *(f"{skill.name}: {warning}" for skill in skills for warning in skill.warnings)]:
+        yield Finding("warning", line, "see `openpista skills validate`")
+    yield Finding("ok", f"{plural(len(skills), 'skill')} in {ctx.workspace / 'skills'}")
+
+
+def check_jobs(ctx: Context) -> Iterator[Finding]:
+    """Jobs that mean nothing any more, or do not fire."""
+    now, zone, count = utc_now(), local_zone(ctx.environ), 0
+    for number, table in enumerate(ctx.config.cron, 1):
+        try:
+            configured_job(table, number, now, zone)
+        except ConfigError as error:
+            yield finding_of(error)
+    if ctx.database.exists():
+        with open_database(ctx.database) as db:
+            sql = "SELECT name, schedule, tz, next_at FROM jobs WHERE state = 'active'"
+            rows = db.execute(sql).fetchall() if db.execute("PRAGMA table_info(jobs)").fetchone() else []
+        count = len(rows)
+        for name, schedule, tz, due in rows:
+            try:
+                next_time(Job(0, name, schedule, tz, "", "", "", {}, "", "", "", due), now, zone)
+            except CronError as error:
+                yield Finding("problem", f"the job {name}: {error}", f"`openpista cron remove {name}`, and add it anew")
+        late = iso(now - timedelta(minutes=10))
+        if os.name == "posix" and holder(ctx.home / PID_FILE) and any(due and due < late for *_, due in rows):
+            yield Finding("problem", "a job is late, although openpista runs", "`openpista stop`, and start it again")
+    yield Finding("ok", f"{plural(count, 'active job')}")
+
+
+UNITS = {
+    "user": "~/.config/systemd/user/openpista.service",
+    "system": "/etc/systemd/system/openpista.service",
+    "launchd": "~/Library/LaunchAgents/openpista.plist",
+}
+
+
+def check_service(ctx: Context) -> Iterator[Finding]:
+    """Whether the installed unit is what `service print` prints now, but for what its owner changed."""
+    installed = {kind: path for kind, name in UNITS.items() if (path := user_path(name)).is_file()}
+    for kind, path in installed.items():
+        text = path.read_text("utf-8", "replace")
+        again = "launchctl unload and load it" if kind == "launchd" else "systemctl daemon-reload"
+        mend = f"`openpista service print --{kind} > {path}`, then {again}"
+        if gone := [word for word in unit_programs(text) if not os.path.exists(word)]:
+            yield Finding("problem", f"{path} starts {gone[0]}, which is not there", mend)
+        elif kind != "launchd" and f"# template {UNIT_STAMP}\n" not in text:
+            yield Finding("warning", f"{path} is of an older openpista", f"{mend}; it loses what you changed in it")
+        elif (limit := stopping_time(text)) < (needed := ctx.config.gateway.grace + int(STOP_MARGIN)):
+            yield Finding("warning", f"{path} ends openpista after {limit} s, and it may need {needed} s", mend)
+        else:
+            yield Finding("ok", f"{path} is up to date")
+    if not installed:
+        yield Finding("ok", "no unit is installed; `openpista service print` prints one")
+
+
+def unit_programs(text: str) -> list[str]:
+    """The interpreter and the program that a unit of either kind starts."""
+    words = re.search(r'^ExecStart="([^"]+)" "([^"]+)"|<string>([^<]+)</string>\s*<string>([^<]+)</string>', text, re.M)
+    return [word for word in words.groups() if word] if words else []
+
+
+def stopping_time(text: str) -> int:
+    """The seconds that a unit of either kind gives openpista to end."""
+    found = re.search(r"^TimeoutStopSec=(\d+)$|<key>ExitTimeOut</key>\s*<integer>(\d+)<", text, re.M)
+    return int(found[1] or found[2]) if found else sys.maxsize
+
+
+# ---- checks that ask somebody ----
+
+
+def place_of(url: str) -> tuple[str, int]:
+    """Host and port of an address."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    return parts.hostname or "", parts.port or {"https": 443, "socks5": 1080, "socks5h": 1080}.get(parts.scheme, 80)
+
+
+def own_proxies() -> dict[str, str]:
+    """The proxies that this environment names."""
+    from urllib.request import getproxies
+
+    return {scheme: url for scheme, url in getproxies().items() if scheme != "no"}
+
+
+async def refusal_of(host: str, port: int, family: int = 0) -> str:
+    """Why nobody takes a TCP connection there; '' if somebody does."""
+    try:
+        async with asyncio.timeout(PATIENCE / 3):
+            _, writer = await asyncio.open_connection(host, port, family=family)
+            writer.close()
+    except TimeoutError:
+        return f"silent for {PATIENCE / 3:.0f} s"
+    except OSError as error:
+        return os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+    return ""
+
+
+async def check_proxy(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The proxies of the environment."""
+    proxies = own_proxies()
+    if not proxies:
+        yield Finding("ok", "none in the environment")
+    for url in dict.fromkeys(proxies.values()):
+        try:
+            why = await refusal_of(*place_of(url))
+        except ValueError as error:
+            why = str(error)
+        names = " or ".join(f"{scheme.upper()}_PROXY" for scheme in proxies if proxies[scheme] == url)
+        mend = f"correct or unset {names}" if why else ""
+        yield Finding("problem" if why else "ok", f"{shown_url(url)}{f': {why}' if why else ' answers'}", mend)
+
+
+async def check_dns(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Whether the names of the model servers mean something."""
+    for host in dict.fromkeys(place_of(endpoint.base_url)[0] for endpoint in endpoints):
+        started = time.monotonic()
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            mend = "see /etc/resolv.conf; is there a network?"
+            level = "warning" if own_proxies() else "problem"  # a proxy looks it up itself
+            yield Finding(level, f"no address for {host}: {error.strerror}", mend)
+            continue
+        seconds = time.monotonic() - started
+        slow = "each new connection waits for that: see /etc/resolv.conf" if seconds > 2 else ""
+        yield Finding("warning" if slow else "ok", f"{host} is {found[0][4][0]}, found in {seconds:.1f} s", slow)
+    if not endpoints:
+        yield Finding("ok", "not looked at: no model's server is chosen")
+
+
+async def check_ipv6(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Whether IPv6 swallows connections instead of carrying or refusing them."""
+    for host, port in {place_of(endpoint.base_url) for endpoint in endpoints[:1]}:
+        six, four = await asyncio.gather(
+            *(refusal_of(host, port, family) for family in (socket.AF_INET6, socket.AF_INET))
+        )
+        yield ipv6_finding(host, six, four)
+    if not endpoints:
+        yield Finding("ok", "not looked at: no model's server is chosen")
+
+
+def ipv6_finding(host: str, six: str, four: str) -> Finding:
+    """What it means that a host cannot be reached over IPv6, or over IPv4."""
+    if six.startswith("silent") and not four:
+        mend = "mend the router's IPv6, or switch it off: sysctl -w net.ipv6.conf.all.disable_ipv6=1"
+        return Finding("warning", f"packets to {host} vanish over IPv6: each new connection waits for that", mend)
+    return Finding("ok", f"{host} is reached over IPv6" if not six else f"not used: {six}")
+
+
+async def check_clock(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """This clock beside that of the model's server."""
+    for endpoint in endpoints[:1]:
+        host, started = place_of(endpoint.base_url)[0], utc_now()
+        try:
+            response, _ = await fetch_url("GET", list_url(endpoint), PATIENCE, 1, headers=key_headers(endpoint))
+            theirs = parsedate_to_datetime(response.headers["date"])
+        except (PistaError, KeyError, ValueError) as error:
+            yield Finding("ok", f"not compared: {host} tells no time ({error})")
+            return
+        off = (theirs - started - (utc_now() - started) / 2).total_seconds()
+        level = next(level for least, level in SKEWS if abs(off) >= least)
+        which = f"{plural(round(abs(off)), 'second')} {'behind' if off > 0 else 'ahead of'} {host}"
+        mend = "jobs fire at the wrong time, and certificates fail: timedatectl set-ntp true" if level != "ok" else ""
+        yield Finding(level, which, mend)
+    if not endpoints:
+        yield Finding("ok", "not looked at: no model's server is chosen")
+
+
+async def check_provider(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The main model and its stand-ins: whether the key is good, and the model is there."""
+    for endpoint in endpoints or chosen_endpoints(ctx):
+        name, key = endpoint.name, endpoint.key
+        if endpoint.provider == "offline":
+            yield Finding("ok", "offline: no model and no network")
+            continue
+        try:
+            await try_key(endpoint, PATIENCE)
+            models = {info.id for info in await fetch_models(endpoint, PATIENCE)}
+            if endpoint.model not in models and not await has_model(endpoint):
+                hint = "`openpista models list` lists them; [agent] model, or --model"
+                yield Finding("problem", f"{name}: no such model{near(endpoint.model, models)}", hint)
+                continue
+        except (CredentialError, Unavailable) as error:
+            yield finding_of(error)
+        except ProviderError as error:
+            yield finding_of(error, "warning")
+        else:
+            yield Finding("ok", f"{name}" + (f", with the key {key.masked} from {key.source}" if key.value else ""))
+
+
+async def has_model(endpoint: Endpoint) -> bool:
+    """Whether a provider knows a model that is not in its list: another name for one of them."""
+    from urllib.parse import quote
+
+    url = f"{endpoint.base_url}/models/{quote(endpoint.model, safe='/:')}"
+    response, _ = await fetch_url("GET", url, PATIENCE, 1, headers=key_headers(endpoint))
+    return response.status_code == 200
+
+
+async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The bot, if there is to be one."""
+    config = ctx.config.channels.telegram
+    if not config.enabled:
+        yield Finding("ok", "off ([channels.telegram] enabled)")
+    elif not config.token:
+        yield Finding("problem", "no token for the bot", "@BotFather gives one; set TELEGRAM_BOT_TOKEN")
+    else:
+        yield Finding("warning", "enabled, but this version has no Telegram yet")
+
+
+async def bot_findings(ask: Callable[..., Awaitable[Any]], running: bool) -> AsyncIterator[Finding]:
+    """What Telegram says of the bot; ask("getMe") gives the result, or raises a ChannelError.
+
+    A poll would end that of the daemon, so that is left out while it runs.
+    """
+    me, hook = await ask("getMe"), await ask("getWebhookInfo")
+    yield Finding("ok", f"the bot is @{me.get('username', '?')}")
+    if url := hook.get("url"):
+        mend = "another program serves this bot: end it, or remove its hook with the API's deleteWebhook"
+        yield Finding("problem", f"a webhook takes the bot's messages: {place_of(url)[0]}", mend)
+    elif not running:
+        try:
+            await ask("getUpdates", timeout=0, limit=1)
+        except ChannelError as error:
+            if "409" not in str(error) and "onflict" not in str(error):
+                raise
+            mend = "end the other one, or revoke the token with @BotFather if you know of none"
+            yield Finding("problem", "another program takes the bot's messages", mend)
+
+
+async def check_gateway(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Whether the gateway answers and is ours; if nobody runs, whether it could listen."""
+    config, home = ctx.config.gateway, ctx.home
+    if not config.port or os.name != "posix":
+        yield Finding("ok", "off")
+    elif not holder(home / PID_FILE):
+        if config.tls_cert or (home / "gateway.pem").exists():
+            load_certificate(*certificate_files(home, config))
+        hosts = ("0.0.0.0", "::") if config.host == "auto" else (config.host,)
+        for sock in listening((host, config.port) for host in hosts):
+            sock.close()
+        yield Finding("ok", f"UDP port {config.port} is free; openpista does not run")
+    else:
+        started = time.monotonic()
+        try:
+            found = (await ask_daemon(home, config, {"type": "status"}, PATIENCE / 2))["status"]
+        except WrongServer as error:
+            mend = "`openpista stop`, and start it again; if it is still so, another program has its port"
+            yield Finding("problem", f"the gateway shows another certificate than its file: {error.seen}", mend)
+            return
+        took, line = (time.monotonic() - started) * 1_000, gateway_line(**found["gateway"])
+        yield Finding("ok", f"answers within {took:.0f} ms: {line}")
+        if found["version"] != __version__:
+            yield Finding("warning", f"{found['version']} runs, this is {__version__}", "stop it, and start it again")
+
+
+Check = Callable[[Context], Iterator[Finding]]
+CHECKS: dict[str, Check] = {
+    "python": check_python,
+    "configuration": check_config,
+    "home": check_home,
+    "database": check_database,
+    "skills": check_skills,
+    "jobs": check_jobs,
+    "service": check_service,
+}
+AT_START = ("configuration", "home", "skills", "service")  # quick, and not said by what follows
+INQUIRIES = {
+    "proxy": check_proxy,
+    "dns": check_dns,
+    "ipv6": check_ipv6,
+    "clock": check_clock,
+    "provider": check_provider,
+    "telegram": check_telegram,
+    "gateway": check_gateway,
+}
+
+
+def looked(name: str, ctx: Context) -> Iterator[tuple[str, Finding]]:
+    """What a check of this machine finds; an error is a finding too."""
+    try:
+        for finding in CHECKS[name](ctx):
+            yield name, finding
+    except (PistaError, OSError) as error:
+        yield name, finding_of(error) if isinstance(error, PistaError) else Finding("problem", str(error))
+
+
+async def ask_around(name: str, ctx: Context, endpoints: Sequence[Endpoint]) -> list[tuple[str, Finding]]:
+    """What a check that asks somebody finds, within its time."""
+    found = []
+    try:
+        async with asyncio.timeout(PATIENCE), contextlib.aclosing(INQUIRIES[name](ctx, endpoints)) as findings:
+            async for finding in findings:
+                found.append((name, finding))
+    except TimeoutError:
+        found.append((name, Finding("problem", f"no end within {PATIENCE:g} s", "see the lines about the network")))
+    except PistaError as error:
+        found.append((name, finding_of(error)))
+    return found
+
+
+async def examine(ctx: Context) -> list[tuple[str, Finding]]:
+    """All checks: (name, finding)."""
+    found = list(itertools.chain(*(looked(name, ctx) for name in CHECKS)))
+    endpoints: list[Endpoint] = []
+    with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the provider
+        endpoints = chosen_endpoints(ctx)
+    servers = [endpoint for endpoint in endpoints if endpoint.base_url]
+    asked = (ask_around(name, ctx, endpoints if name == "provider" else servers) for name in INQUIRIES)
+    return [*found, *itertools.chain(*await asyncio.gather(*asked))]
+
+
+# ===== 30. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -13284,10 +13839,11 @@ def cmd_start(ctx: Context) -> int:
     """Run the daemon: channels, gateway and jobs; at a terminal with a chat."""
     if os.name != "posix":
         raise PistaError("start needs Linux or macOS", "on Windows start openpista inside WSL")
+    make_home(ctx.home)
+    for name, finding in itertools.chain(*(looked(name, ctx) for name in AT_START)):
+        if finding.level != "ok":
+            log.warning("%s: %s", name, "; ".join(filter(None, (finding.what, finding.mend))))
     return detach(ctx) if ctx.args.detach else asyncio.run(serve(ctx))
-
-
-STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has to end
 
 
 @command("stop")
@@ -13363,56 +13919,6 @@ def since(moment: str, now: datetime) -> str:
     return f"{seconds:.0f} s"
 
 
-SYSTEMD = """\
-# {save}
-[Unit]
-Description=openpista
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=300
-StartLimitBurst=5
-
-[Service]
-Type=notify
-NotifyAccess=main
-ExecStart={command}
-ExecReload=/bin/kill -HUP $MAINPID
-WorkingDirectory={folder}
-{environment}
-# Keys, such as OPENAI_API_KEY=..., may stand in this file (mode 0600), if `openpista auth login` did not store them.
-EnvironmentFile=-{home}/environment
-WatchdogSec=60
-TimeoutStopSec={stopping}
-Restart=on-failure
-RestartSec=5
-# Wrong settings (2) are not mended by another start.
-RestartPreventExitStatus=2
-# Running turns have their grace: commands hear nothing before openpista is gone, and end with it.
-KillMode=mixed
-# One command that takes all the memory is ended, and not the service with it.
-OOMPolicy=continue
-# The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.
-# Delete what is in the way of yours; `sudo` needs all of them gone.
-NoNewPrivileges=yes
-RestrictSUIDSGID=yes
-RestrictRealtime=yes
-LockPersonality=yes
-{system}
-[Install]
-WantedBy={target}
-"""
-SYSTEM_ONLY = """\
-User={user}
-ProtectSystem=full
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectKernelLogs=yes
-ProtectControlGroups=yes
-ProtectClock=yes
-ProtectHostname=yes
-"""
-
-
 @command(
     "service print",
     arg(
@@ -13428,66 +13934,51 @@ def cmd_service_print(ctx: Context) -> int:
     return 0
 
 
-def own_command(ctx: Context) -> list[str]:
-    """The words that start this very openpista as a daemon."""
-    program = Path(sys.argv[0]) if Path(sys.argv[0]).is_file() else Path(__file__)
-    config = ["--config", os.path.abspath(user_path(ctx.args.config))] if ctx.args.config else []
-    return [sys.executable, os.path.abspath(program), "start", *config]
+# ---- doctor ----
+
+LOOKS = {"ok": "good", "fixed": "good", "warning": "ask", "problem": "bad"}
 
 
-def own_variables(ctx: Context) -> dict[str, str]:
-    """What the daemon needs of this environment: where commands are, and its home if that is not the usual one."""
-    names = ("PATH", "LANG", "OPENPISTA_HOME", "OPENPISTA_CONFIG")
-    return {name: ctx.environ[name] for name in names if ctx.environ.get(name)}
+@command(
+    "doctor",
+    arg("--fix", action="store_true", help="mend what can be mended safely, such as the modes of files"),
+    arg("--json", action="store_true", help="for scripts"),
+)
+def cmd_doctor(ctx: Context) -> int:
+    """Say what is wrong, what that means, and how to mend it; exit code 1 for a problem."""
+    found = asyncio.run(examine(ctx))
+    if ctx.args.fix:
+        found = [(name, fixed(finding)) for name, finding in found]
+    clean = [(name, f._replace(what=ctx.redact(f.what), mend=ctx.redact(f.mend))) for name, f in found]
+    if ctx.args.json:
+        print_json([{"check": name, "level": f.level, "what": f.what, "mend": f.mend} for name, f in clean])
+    else:
+        print_findings(clean, Style(sys.stdout.isatty() and not ctx.environ.get("NO_COLOR")))
+    return int(any(finding.level == "problem" for _, finding in clean))
 
 
-def unit_word(text: str) -> str:
-    """A word of a unit file: quoted, since it may hold a space, and with nothing that systemd would replace."""
-    return '"' + text.translate({ord("\\"): r"\\", ord('"'): r"\"", ord("%"): "%%", ord("$"): "$$"}) + '"'
+def fixed(finding: Finding) -> Finding:
+    """The finding, once it was mended if that is safe."""
+    if finding.level == "ok" or not finding.fix:
+        return finding
+    try:
+        finding.fix()
+    except OSError as error:
+        return finding._replace(what=f"{finding.what}; it cannot be mended: {error.strerror}")
+    return Finding("fixed", finding.what)
 
 
-def systemd_unit(ctx: Context, kind: str) -> str:
-    """A unit file for the machine, or for its user."""
-    import getpass
-
-    own = kind == "user"
-    save = (
-        "~/.config/systemd/user/openpista.service; then: systemctl --user enable --now openpista; "
-        "loginctl enable-linger keeps it after you log out"
-        if own
-        else "/etc/systemd/system/openpista.service; then: systemctl enable --now openpista"
-    )
-    variables = (unit_word(f"{name}={value}").replace("$$", "$") for name, value in own_variables(ctx).items())
-    return SYSTEMD.format(
-        save=save,
-        command=" ".join(map(unit_word, own_command(ctx))),
-        folder=str(user_path("~")).replace("%", "%%"),
-        environment="\n".join(f"Environment={words}" for words in variables),
-        home=str(ctx.home.absolute()).replace("%", "%%"),
-        stopping=ctx.config.gateway.grace + int(STOP_MARGIN),
-        system="" if own else SYSTEM_ONLY.format(user=getpass.getuser()),
-        target="default.target" if own else "multi-user.target",
-    )
-
-
-def launchd_agent(ctx: Context) -> str:
-    """A property list for ~/Library/LaunchAgents/openpista.plist."""
-    import plistlib
-
-    log_path = str(ctx.home.absolute() / LOG_FILE)
-    agent = {
-        "Label": "openpista",
-        "ProgramArguments": own_command(ctx),
-        "EnvironmentVariables": own_variables(ctx),
-        "WorkingDirectory": str(user_path("~")),
-        "RunAtLoad": True,
-        "KeepAlive": {"SuccessfulExit": False},
-        "ThrottleInterval": 10,
-        "ExitTimeOut": ctx.config.gateway.grace + int(STOP_MARGIN),
-        "StandardOutPath": log_path,
-        "StandardErrorPath": log_path,
-    }
-    return plistlib.dumps(agent).decode()
+def print_findings(found: Sequence[tuple[str, Finding]], style: Style) -> None:
+    """A line for each, what to do below it."""
+    width = max(len(name) for name, _ in found)
+    for name, finding in found:
+        print(
+            f"{style(f'{finding.level:<8}', LOOKS[finding.level])} {name:<{width}}  {one_line(printable(finding.what))}"
+        )
+        if finding.mend:
+            print(f"{'':<{width + 11}}{style(one_line(printable(finding.mend)), 'bold')}")
+    counts = [sum(finding.level == level for _, finding in found) for level in ("problem", "warning")]
+    print(f"{plural(counts[0], 'problem')}, {plural(counts[1], 'warning')}")
 
 
 # ---- backup ----
