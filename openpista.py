@@ -14708,7 +14708,144 @@ def cmd_devices_revoke(ctx: Context) -> int:
     return 0
 
 
+# ---- completion ----
+
+BASH = """\
+# In ~/.bashrc: source <(openpista completion bash)
+_openpista() {{
+    local cur=${{COMP_WORDS[COMP_CWORD]}} at= word words=
+    for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+        case "$at/$word" in {known}) at="${{at:+$at }}$word" ;; esac
+    done
+    case "${{COMP_WORDS[COMP_CWORD-1]}}" in
+{values}
+        *) case "$at" in
+{words}
+        esac ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}}
+complete -o default -F _openpista openpista openpista.pyz
+"""
+ZSH = """\
+#compdef openpista openpista.pyz
+# In a file _openpista in a folder of $fpath; or in ~/.zshrc, behind compinit: source <(openpista completion zsh)
+_openpista() {{
+    local at= word
+    local -a found
+    for word in "${{(@)words[2,CURRENT-1]}}"; do
+        case "$at/$word" in {known}) at="${{at:+$at }}$word" ;; esac
+    done
+    case "${{words[CURRENT-1]}}" in
+{values}
+        *) case "$at" in
+{words}
+        esac ;;
+    esac
+    _describe openpista found || _files
+}}
+if [[ $funcstack[1] == _openpista ]]; then _openpista "$@"; else compdef _openpista openpista openpista.pyz; fi
+"""
+FISH = """\
+# In ~/.config/fish/completions/openpista.fish
+function __openpista_at
+    set -l at ""
+    for word in (commandline -opc)
+        contains -- "$at/$word" {known}; and set at (string trim -- "$at $word")
+    end
+    test "$at" = "$argv[1]"
+end
+{words}
+"""
+
+
+def words_after() -> dict[str, dict[str, str]]:
+    """What may follow the words of a command, or a part of them: {"auth": {"login": "Store ..."}}."""
+    given = {action.option_strings[0]: action.help or "" for action in global_options(Parser(add_help=False))._actions}
+    table: dict[str, dict[str, str]] = {"": given | {"--help": "explain", "--version": "show the version"}}
+    for name, entry in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        if second:
+            table[""].setdefault(first, "…")
+            table.setdefault(first, {})[second] = summary(entry)
+        else:
+            table[""][first] = summary(entry)
+        options = {names[-1]: settings.get("help", "") for names, settings in entry.options if names[0][0] == "-"}
+        choices = (
+            word for names, settings in entry.options if names[0][0] != "-" for word in settings.get("choices", ())
+        )
+        table[name] = dict.fromkeys(choices, "") | options | given | {"--help": "explain it"}
+    return table
+
+
+def values_of() -> dict[str, Sequence[str]]:
+    """The options that take a value, with the words that it may be; none: a file, or whatever one likes."""
+    rows = [row for entry in COMMANDS.values() for row in entry.options]
+    taking = {name: s for names, s in rows for name in names if name[0] == "-" and "action" not in s}
+    found = {name: tuple(settings.get("choices", ())) for name, settings in taking.items()}
+    return found | {"--provider": tuple(PROVIDERS), "--log-level": LEVELS, "--config": ()}
+
+
+def shell_word(text: str) -> str:
+    """The text in single quotes, as all three shells read it."""
+    return "'" + text.replace("\\", "").replace("'", "’") + "'"
+
+
+def bash_completion() -> str:
+    """The script for bash."""
+    values = [f"        {name}) words={shell_word(' '.join(words))} ;;" for name, words in values_of().items()]
+    words = [f"            {shell_word(at)}) words={shell_word(' '.join(row))} ;;" for at, row in words_after().items()]
+    return BASH.format(known=known_words("|"), values="\n".join(values), words="\n".join(words))
+
+
+def zsh_completion() -> str:
+    """The script for zsh, which shows what each word means."""
+    values = [
+        f"        {name}) {f'compadd {chr(32).join(words)}' if words else '_files'}; return ;;"
+        for name, words in values_of().items()
+    ]
+    words = []
+    for at, row in words_after().items():
+        found = " ".join(shell_word(f"{word}:{what}") for word, what in row.items())
+        words.append(f"            {shell_word(at)}) found=({found}) ;;")
+    return ZSH.format(known=known_words("|"), values="\n".join(values), words="\n".join(words))
+
+
+def fish_completion() -> str:
+    """The script for fish."""
+    lines, values = [], values_of()
+    for at, row in words_after().items():
+        when = f"complete -c openpista -n {shell_word(f'__openpista_at {chr(34)}{at}{chr(34)}')}"
+        if at not in COMMANDS:
+            lines.append(f"{when} -f")
+        for word, what in row.items():
+            option = f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" if word[0] == "-" else f"-a {word}"
+            takes = (
+                f" -x -a {shell_word(' '.join(values[word]))}" if values.get(word) else " -r" if word in values else ""
+            )
+            lines.append(f"{when} {option}{takes} -d {shell_word(what)}")
+    return FISH.format(known=known_words(" "), words="\n".join(lines))
+
+
+def known_words(between: str) -> str:
+    """Each word of a command behind what is before it: '/auth' 'auth/login'."""
+    rows = ((at, word) for at, row in words_after().items() if at not in COMMANDS for word in row if word[0] != "-")
+    return between.join(f"'{at}/{word}'" for at, word in rows)
+
+
+SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+
+
+@command("completion", arg("shell", choices=tuple(SHELLS)))
+def cmd_completion(ctx: Context) -> int:
+    """Print a script that lets bash, zsh or fish complete openpista's words."""
+    print(SHELLS[ctx.args.shell](), end="")
+    return 0
+
+
 # ---- the parser, and main ----
+
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class Parser(argparse.ArgumentParser):
@@ -14725,8 +14862,7 @@ class Parser(argparse.ArgumentParser):
 def global_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The options that every command takes, before its name or after."""
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="the configuration file")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default=argparse.SUPPRESS, help="what is logged to stderr")
+    parser.add_argument("--log-level", choices=LEVELS, default=argparse.SUPPRESS, help="what is logged to stderr")
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="log all, and show tracebacks")
     return parser
 
