@@ -13052,9 +13052,9 @@ def launchd_agent(ctx: Context) -> str:
 # ===== 28. Backup =============================================================
 #
 # One file with all that makes a home what it is: a line, the salt, a proof of the
-# passphrase, then a packed tar archive in sealed pieces, so that no size is too much
-# for the memory. A piece is sealed with its number, and whether it is the last one:
-# what was changed, cut off or put elsewhere does not open.
+# passphrase, then a tar.gz in sealed pieces, so that no size is too much for the
+# memory. A piece is sealed with its number, and whether it is the last one: what was
+# changed, cut off or put elsewhere does not open.
 
 BACKUP_HEAD = b"openpista backup 1\n"
 BACKUP_PIECE = 1 << 20  # bytes, and 16 more when it is sealed
@@ -13073,67 +13073,39 @@ def piece_nonce(number: int, last: bool) -> bytes:
     return number.to_bytes(11, "big") + bytes([last])
 
 
-class Sealer(io.RawIOBase):
-    """A file to write to; what is written goes out in sealed pieces, the last one with `seal`."""
-
-    def __init__(self, out: Any, passphrase: str):
-        salt = os.urandom(16)
-        proof, self._cipher = backup_cipher(passphrase, salt)
-        self._out, self._number, self._held = out, 0, bytearray()
-        out.write(BACKUP_HEAD + salt + proof)
-
-    def write(self, data: Any) -> int:
-        """Take these bytes."""
-        self._held += data
-        while len(self._held) > BACKUP_PIECE:
-            self._put(bytes(self._held[:BACKUP_PIECE]), False)
-            del self._held[:BACKUP_PIECE]
-        return len(data)
-
-    def seal(self) -> None:
-        """That was all."""
-        self._put(bytes(self._held), True)
-
-    def _put(self, piece: bytes, last: bool) -> None:
-        self._out.write(self._cipher.encrypt(piece_nonce(self._number, last), piece, None))
-        self._number += 1
+def seal(plain: Any, sealed: Any, passphrase: str) -> None:
+    """Write a file anew, sealed with a passphrase."""
+    salt = os.urandom(16)
+    proof, cipher = backup_cipher(passphrase, salt)
+    sealed.write(BACKUP_HEAD + salt + proof)
+    piece = plain.read(BACKUP_PIECE)
+    for number in itertools.count():
+        following = plain.read(BACKUP_PIECE)
+        sealed.write(cipher.encrypt(piece_nonce(number, not following), piece, None))
+        if not following:
+            return
+        piece = following
 
 
-class Unsealer(io.RawIOBase):
-    """A backup to read from. CredentialError for a wrong passphrase, PistaError for a damaged file."""
-
-    def __init__(self, file: Any, path: Path, passphrase: str):
-        head, salt, proof = file.read(len(BACKUP_HEAD)), file.read(16), file.read(16)
-        if head != BACKUP_HEAD or len(proof) < 16:
-            newer = head != BACKUP_HEAD and head.startswith(BACKUP_HEAD[:-2])
-            raise PistaError(f"{path} is {'a backup of a newer openpista' if newer else 'no backup of openpista'}")
-        self._file, self._path, self._number, self._piece = file, path, 0, b""
-        wanted, self._cipher = backup_cipher(passphrase, salt)
-        if wanted != proof:
-            raise CredentialError(f"this is not the passphrase of {path}")
-        self._ahead = file.read(BACKUP_PIECE + 16)
-        self._last = False
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Some bytes; 0 at the end, which is there only if all of the file was."""
-        while not self._piece and not self._last:
-            self._piece = self._next()
-        count = min(len(buffer), len(self._piece))
-        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
-        return count
-
-    def _next(self) -> bytes:
-        piece, self._ahead = self._ahead, self._file.read(BACKUP_PIECE + 16)
-        self._last, nonce = not self._ahead, piece_nonce(self._number, not self._ahead)
-        self._number += 1
+def unseal(sealed: Any, plain: Any, passphrase: str) -> None:
+    """The way back. CredentialError for a wrong passphrase, PistaError for a file that is not as it was written."""
+    head, salt, proof = sealed.read(len(BACKUP_HEAD)), sealed.read(16), sealed.read(16)
+    if head != BACKUP_HEAD or len(proof) < 16:
+        newer = head != BACKUP_HEAD and head.startswith(BACKUP_HEAD[:-2])
+        raise PistaError(f"{sealed.name} is {'a backup of a newer openpista' if newer else 'no backup of openpista'}")
+    wanted, cipher = backup_cipher(passphrase, salt)
+    if wanted != proof:
+        raise CredentialError(f"this is not the passphrase of {sealed.name}")
+    piece = sealed.read(BACKUP_PIECE + 16)
+    for number in itertools.count():
+        following = sealed.read(BACKUP_PIECE + 16)
         try:
-            return self._cipher.decrypt(nonce, piece, None)
+            plain.write(cipher.decrypt(piece_nonce(number, not following), piece, None))
         except (open_crypto().exceptions.InvalidTag, ValueError):
-            raise PistaError(f"{self._path} is damaged or cut off, at piece {self._number}") from None
+            raise PistaError(f"{sealed.name} is damaged or cut off, at piece {number + 1}") from None
+        if not following:
+            return
+        piece = following
 
 
 # ---- making one ----
@@ -13180,9 +13152,15 @@ def copy_database(path: Path, target: Path) -> None:
             raise StoreError(f"{path} is damaged: {found}", "see `openpista doctor`")
 
 
+def is_backup(path: Path) -> bool:
+    """Whether a file is one, by its first line."""
+    with path.open("rb") as file:
+        return file.read(len(BACKUP_HEAD)) == BACKUP_HEAD
+
+
 def write_backup(ctx: Context, path: Path, passphrase: str) -> list[Kept]:
     """Write a backup, in place of an older one or of nothing; what is in it."""
-    if path.exists() and (not path.is_file() or path.open("rb").read(len(BACKUP_HEAD)) != BACKUP_HEAD):
+    if path.exists() and not (path.is_file() and is_backup(path)):
         raise PistaError(f"{path} is there, and is no backup", "choose another name")
     kept, fresh = to_back_up(ctx), path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.ExitStack() as stack:
@@ -13193,27 +13171,28 @@ def write_backup(ctx: Context, path: Path, passphrase: str) -> list[Kept]:
         if not kept:
             raise PistaError(f"there is nothing to back up in {ctx.home}")
         stack.callback(fresh.unlink, missing_ok=True)
+        plain = stack.enter_context(tempfile.TemporaryFile(dir=ctx.home))  # has no name, and is gone when it is closed
+        pack(plain, kept)
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            pack(Sealer(out, passphrase), kept)
+            seal(plain, out, passphrase)
             out.flush()
             os.fsync(out.fileno())
         fresh.replace(path)
     return kept
 
 
-def pack(sealer: Sealer, kept: Iterable[Kept]) -> None:
-    """Write the files, behind a note about where and when."""
-    import gzip
+def pack(plain: Any, kept: Iterable[Kept]) -> None:
+    """Write the files into an archive, behind a note about where and when."""
     import tarfile
 
     note = {"made_at": iso(utc_now()), "version": __version__, "machine": socket.gethostname()}
-    with gzip.GzipFile("", "wb", 6, sealer) as packed, tarfile.open(mode="w|", fileobj=packed) as tar:
-        entry = tarfile.TarInfo("about.json")
-        entry.size = len(to_json(note).encode())
-        tar.addfile(entry, io.BytesIO(to_json(note).encode()))
+    with tarfile.open(mode="w:gz", fileobj=plain, dereference=True, compresslevel=6) as tar:
+        entry, text = tarfile.TarInfo("about.json"), to_json(note).encode()
+        entry.size = len(text)
+        tar.addfile(entry, io.BytesIO(text))
         for one in kept:
             tar.add(one.path, one.name, recursive=False)
-    sealer.seal()
+    plain.seek(0)
 
 
 # ---- the way back ----
@@ -13221,27 +13200,22 @@ def pack(sealer: Sealer, kept: Iterable[Kept]) -> None:
 
 def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], list[Kept]]:
     """All of a backup in a folder, and whole: (the note about it, its files)."""
-    import gzip
     import tarfile
 
     kept = []
-    with path.open("rb") as file, gzip.GzipFile(fileobj=io.BufferedReader(Unsealer(file, path, passphrase))) as packed:
-        with tarfile.open(mode="r|", fileobj=packed) as tar:
+    with path.open("rb") as sealed, tempfile.TemporaryFile(dir=folder) as plain:
+        unseal(sealed, plain, passphrase)
+        plain.seek(0)
+        with tarfile.open(mode="r:gz", fileobj=plain) as tar:
             for entry in tar:
-                parts = Path(entry.name).parts
-                if (
-                    not entry.isreg()
-                    or ".." in parts
-                    or parts[0] not in ("about.json", "memory.db", "skills", *BACKED_UP)
-                ):
+                top, *more = Path(entry.name).parts
+                if not entry.isreg() or ".." in more or top not in ("about.json", "memory.db", "skills", *BACKED_UP):
                     raise PistaError(f"{path} holds {clip(entry.name, 80)!r}, which no backup does")
-                target = folder.joinpath(*parts)
+                target = folder.joinpath(top, *more)
                 make_private(target.parent)
                 with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600 | entry.mode & 0o100), "wb") as out:
                     shutil.copyfileobj(tar.extractfile(entry), out)
                 kept.append(Kept(entry.name, target, entry.size))
-        while packed.read(BACKUP_PIECE):  # to the end, which proves that it is whole
-            pass
     return json.loads((folder / "about.json").read_text()), kept[1:]
 
 
@@ -13331,7 +13305,7 @@ class Finding(NamedTuple):
     fix: Callable[[], Any] | None = None  # does it
 
 
-PATIENCE = 10.0  # seconds for a check that asks somebody
+PATIENCE, ANSWER = 10.0, 8.0  # seconds for a check that asks somebody, and for one answer
 CHECK_DISK = 30.0  # seconds for reading the whole database
 LITTLE_ROOM = 200 << 20  # bytes; a tenth of it is a problem
 SKEWS = ((300, "problem"), (30, "warning"), (0, "ok"))  # seconds that a clock is off
@@ -13368,13 +13342,13 @@ def check_python(ctx: Context) -> Iterator[Finding]:
 def check_config(ctx: Context) -> Iterator[Finding]:
     """The configuration, and where it comes from."""
     try:
-        config, path = read_config(ctx.args.config, ctx.environ)
+        path = read_config(ctx.args.config, ctx.environ)[1]
     except ConfigError as error:
         yield finding_of(error, mend=error.hint or "mend it there; all else here is looked at as if there were none")
         return
     above = [name for key in ENVIRONMENT if (name := variable(key, ctx.environ)[1])]
     yield Finding("ok", f"{path or 'no file, all as by default'}{''.join(f'; ${name} wins' for name in above)}")
-    if path and any(config.secrets()) and is_open_to_others(path):
+    if path and any(load_config(path, {}).secrets()) and is_open_to_others(path):
         mend = f"chmod 600 {path}"
         yield Finding("problem", f"{path} holds a key, and others can read it", mend, lambda: make_own([path]))
 
@@ -13387,10 +13361,11 @@ def check_home(ctx: Context) -> Iterator[Finding]:
         return
     if os.name == "posix" and folder.stat().st_uid != os.getuid():
         yield Finding("problem", f"{folder} belongs to another user", f"sudo chown -R $(id -un) {folder}")
-    own = is_own_home(folder)
     names = ("credentials.toml", "gateway.pem", "local.token", "known_gateways", "history", LOG_FILE, "environment")
-    paths = [*([folder] if own else []), ctx.database, *(folder / name for name in names)]
-    if is_open_to_others(folder) and (found := [path for path in paths if path.exists() and is_open_to_others(path)]):
+    inside = [ctx.database, *(folder / name for name in names)]
+    reachable = [path for path in inside if path.exists() and is_open_to_others(path.parent)]
+    found = [path for path in [*([folder] if is_own_home(folder) else []), *reachable] if is_open_to_others(path)]
+    if found:
         mend = f"chmod go-rwx {' '.join(map(str, found))}; `openpista doctor --fix` does that"
         shown = ", ".join(path.name for path in found)
         yield Finding("problem", f"open to others: {shown}", mend, lambda: make_own(found))
@@ -13481,8 +13456,6 @@ def check_service(ctx: Context) -> Iterator[Finding]:
             yield Finding("problem", f"{path} starts {gone[0]}, which is not there", mend)
         elif kind != "launchd" and f"# template {UNIT_STAMP}\n" not in text:
             yield Finding("warning", f"{path} is of an older openpista", f"{mend}; it loses what you changed in it")
-        elif (limit := stopping_time(text)) < (needed := ctx.config.gateway.grace + int(STOP_MARGIN)):
-            yield Finding("warning", f"{path} ends openpista after {limit} s, and it may need {needed} s", mend)
         else:
             yield Finding("ok", f"{path} is up to date")
     if not installed:
@@ -13492,13 +13465,7 @@ def check_service(ctx: Context) -> Iterator[Finding]:
 def unit_programs(text: str) -> list[str]:
     """The interpreter and the program that a unit of either kind starts."""
     words = re.search(r'^ExecStart="([^"]+)" "([^"]+)"|<string>([^<]+)</string>\s*<string>([^<]+)</string>', text, re.M)
-    return [word for word in words.groups() if word] if words else []
-
-
-def stopping_time(text: str) -> int:
-    """The seconds that a unit of either kind gives openpista to end."""
-    found = re.search(r"^TimeoutStopSec=(\d+)$|<key>ExitTimeOut</key>\s*<integer>(\d+)<", text, re.M)
-    return int(found[1] or found[2]) if found else sys.maxsize
+    return [word.replace("%%", "%").replace("$$", "$") for word in words.groups() if word] if words else []
 
 
 # ---- checks that ask somebody ----
@@ -13561,19 +13528,13 @@ async def check_dns(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterato
         seconds = time.monotonic() - started
         slow = "each new connection waits for that: see /etc/resolv.conf" if seconds > 2 else ""
         yield Finding("warning" if slow else "ok", f"{host} is {found[0][4][0]}, found in {seconds:.1f} s", slow)
-    if not endpoints:
-        yield Finding("ok", "not looked at: no model's server is chosen")
 
 
 async def check_ipv6(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """Whether IPv6 swallows connections instead of carrying or refusing them."""
-    for host, port in {place_of(endpoint.base_url) for endpoint in endpoints[:1]}:
-        six, four = await asyncio.gather(
-            *(refusal_of(host, port, family) for family in (socket.AF_INET6, socket.AF_INET))
-        )
-        yield ipv6_finding(host, six, four)
-    if not endpoints:
-        yield Finding("ok", "not looked at: no model's server is chosen")
+    host, port = place_of(endpoints[0].base_url)
+    families = (socket.AF_INET6, socket.AF_INET)
+    yield ipv6_finding(host, *await asyncio.gather(*(refusal_of(host, port, family) for family in families)))
 
 
 def ipv6_finding(host: str, six: str, four: str) -> Finding:
@@ -13586,21 +13547,19 @@ def ipv6_finding(host: str, six: str, four: str) -> Finding:
 
 async def check_clock(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """This clock beside that of the model's server."""
-    for endpoint in endpoints[:1]:
-        host, started = place_of(endpoint.base_url)[0], utc_now()
-        try:
-            response, _ = await fetch_url("GET", list_url(endpoint), PATIENCE, 1, headers=key_headers(endpoint))
-            theirs = parsedate_to_datetime(response.headers["date"])
-        except (PistaError, KeyError, ValueError) as error:
-            yield Finding("ok", f"not compared: {host} tells no time ({error})")
-            return
-        off = (theirs - started - (utc_now() - started) / 2).total_seconds()
-        level = next(level for least, level in SKEWS if abs(off) >= least)
-        which = f"{plural(round(abs(off)), 'second')} {'behind' if off > 0 else 'ahead of'} {host}"
-        mend = "jobs fire at the wrong time, and certificates fail: timedatectl set-ntp true" if level != "ok" else ""
-        yield Finding(level, which, mend)
-    if not endpoints:
-        yield Finding("ok", "not looked at: no model's server is chosen")
+    endpoint, started = endpoints[0], utc_now()
+    host = place_of(endpoint.base_url)[0]
+    try:
+        response, _ = await fetch_url("GET", list_url(endpoint), ANSWER, 1, headers=key_headers(endpoint))
+        theirs = parsedate_to_datetime(response.headers["date"])
+    except (PistaError, KeyError, ValueError) as error:
+        yield Finding("ok", f"not compared: {host} tells no time ({error})")
+        return
+    off = (theirs - started - (utc_now() - started) / 2).total_seconds()
+    level = next(level for least, level in SKEWS if abs(off) >= least)
+    which = f"{plural(round(abs(off)), 'second')} {'behind' if off > 0 else 'ahead of'} {host}"
+    mend = "jobs fire at the wrong time, and certificates fail: timedatectl set-ntp true" if level != "ok" else ""
+    yield Finding(level, which, mend)
 
 
 async def check_provider(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
@@ -13611,8 +13570,8 @@ async def check_provider(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIt
             yield Finding("ok", "offline: no model and no network")
             continue
         try:
-            await try_key(endpoint, PATIENCE)
-            models = {info.id for info in await fetch_models(endpoint, PATIENCE)}
+            await try_key(endpoint, ANSWER)
+            models = {info.id for info in await fetch_models(endpoint, ANSWER)}
             if endpoint.model not in models and not await has_model(endpoint):
                 hint = "`openpista models list` lists them; [agent] model, or --model"
                 yield Finding("problem", f"{name}: no such model{near(endpoint.model, models)}", hint)
@@ -13630,7 +13589,7 @@ async def has_model(endpoint: Endpoint) -> bool:
     from urllib.parse import quote
 
     url = f"{endpoint.base_url}/models/{quote(endpoint.model, safe='/:')}"
-    response, _ = await fetch_url("GET", url, PATIENCE, 1, headers=key_headers(endpoint))
+    response, _ = await fetch_url("GET", url, ANSWER, 1, headers=key_headers(endpoint))
     return response.status_code == 200
 
 
@@ -13724,7 +13683,9 @@ def looked(name: str, ctx: Context) -> Iterator[tuple[str, Finding]]:
 
 async def ask_around(name: str, ctx: Context, endpoints: Sequence[Endpoint]) -> list[tuple[str, Finding]]:
     """What a check that asks somebody finds, within its time."""
-    found = []
+    found: list[tuple[str, Finding]] = []
+    if name in ("dns", "ipv6", "clock") and not endpoints:
+        return [(name, Finding("ok", "not looked at: no model's server is chosen"))]
     try:
         async with asyncio.timeout(PATIENCE), contextlib.aclosing(INQUIRIES[name](ctx, endpoints)) as findings:
             async for finding in findings:
@@ -13743,7 +13704,11 @@ async def examine(ctx: Context) -> list[tuple[str, Finding]]:
     with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the provider
         endpoints = chosen_endpoints(ctx)
     servers = [endpoint for endpoint in endpoints if endpoint.base_url]
-    asked = (ask_around(name, ctx, endpoints if name == "provider" else servers) for name in INQUIRIES)
+    asked = [
+        ask_around(name, ctx, some)  # each model by itself: one that is silent must not hide the others
+        for name in INQUIRIES
+        for some in (([[one] for one in endpoints] or [[]]) if name == "provider" else [servers])
+    ]
     return [*found, *itertools.chain(*await asyncio.gather(*asked))]
 
 
@@ -14714,10 +14679,10 @@ BASH = """\
 # In ~/.bashrc: source <(openpista completion bash)
 _openpista() {{
     local cur=${{COMP_WORDS[COMP_CWORD]}} at= word words=
-    for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do
         case "$at/$word" in {known}) at="${{at:+$at }}$word" ;; esac
     done
-    case "${{COMP_WORDS[COMP_CWORD-1]}}" in
+    case "${{COMP_WORDS[$((COMP_CWORD-1))]}}" in
 {values}
         *) case "$at" in
 {words}
@@ -14727,25 +14692,9 @@ _openpista() {{
 }}
 complete -o default -F _openpista openpista openpista.pyz
 """
-ZSH = """\
-#compdef openpista openpista.pyz
-# In a file _openpista in a folder of $fpath; or in ~/.zshrc, behind compinit: source <(openpista completion zsh)
-_openpista() {{
-    local at= word
-    local -a found
-    for word in "${{(@)words[2,CURRENT-1]}}"; do
-        case "$at/$word" in {known}) at="${{at:+$at }}$word" ;; esac
-    done
-    case "${{words[CURRENT-1]}}" in
-{values}
-        *) case "$at" in
-{words}
-        esac ;;
-    esac
-    _describe openpista found || _files
-}}
-if [[ $funcstack[1] == _openpista ]]; then _openpista "$@"; else compdef _openpista openpista openpista.pyz; fi
-"""
+ZSH = (
+    "# In ~/.zshrc, behind compinit: source <(openpista completion zsh)\nautoload -U +X bashcompinit && bashcompinit\n"
+)
 FISH = """\
 # In ~/.config/fish/completions/openpista.fish
 function __openpista_at
@@ -14798,19 +14747,6 @@ def bash_completion() -> str:
     return BASH.format(known=known_words("|"), values="\n".join(values), words="\n".join(words))
 
 
-def zsh_completion() -> str:
-    """The script for zsh, which shows what each word means."""
-    values = [
-        f"        {name}) {f'compadd {chr(32).join(words)}' if words else '_files'}; return ;;"
-        for name, words in values_of().items()
-    ]
-    words = []
-    for at, row in words_after().items():
-        found = " ".join(shell_word(f"{word}:{what}") for word, what in row.items())
-        words.append(f"            {shell_word(at)}) found=({found}) ;;")
-    return ZSH.format(known=known_words("|"), values="\n".join(values), words="\n".join(words))
-
-
 def fish_completion() -> str:
     """The script for fish."""
     lines, values = [], values_of()
@@ -14833,7 +14769,7 @@ def known_words(between: str) -> str:
     return between.join(f"'{at}/{word}'" for at, word in rows)
 
 
-SHELLS = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+SHELLS = {"bash": bash_completion, "zsh": lambda: ZSH + bash_completion(), "fish": fish_completion}
 
 
 @command("completion", arg("shell", choices=tuple(SHELLS)))

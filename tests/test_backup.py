@@ -195,6 +195,15 @@ def test_no_other_file_is_written_over(lived_in, backup, openpista, tmp_path):
     assert not [path for path in tmp_path.rglob(".*") if path.name.startswith((".saved", ".backup"))]
 
 
+def test_a_configuration_that_is_a_link(lived_in, openpista, tmp_path):
+    (lived_in / "config.toml").rename(tmp_path / "dotfiles.toml")
+    (lived_in / "config.toml").symlink_to(tmp_path / "dotfiles.toml")
+    assert openpista("backup", "saved", input=WORDS).returncode == 0
+    assert openpista("restore", "saved", input=WORDS).returncode == 0
+    assert not (lived_in / "config.toml").is_symlink() and (lived_in / "config.toml").read_text() == OFFLINE
+    assert (tmp_path / "dotfiles.toml").read_text() == OFFLINE
+
+
 def test_nothing_to_back_up(openpista):
     done = openpista("backup", "saved", input=WORDS)
     assert done.returncode == 1 and "nothing to back up" in done.stderr
@@ -256,18 +265,18 @@ def test_an_error_on_the_way_leaves_all_as_it_was(tmp_path):
     assert (folder / "a").read_text() == "new a"
 
 
-def test_a_large_database_is_not_held_in_memory(tmp_path):
+def test_a_large_backup_is_not_held_in_memory(tmp_path):
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(60 << 20)
     script = (
-        "import resource, sys; sys.path.insert(0, sys.argv[1]); import openpista as o, pathlib, io\n"
-        "before = None\n"
-        "class Null(io.RawIOBase):\n"
-        "    def write(self, data): return len(data)\n"
-        "sealer = o.Sealer(Null(), 'a passphrase')\n"
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import openpista as o\n"
+        "o.backup_cipher('a passphrase', b'x' * 16)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "o.pack(sealer, [o.Kept('memory.db', pathlib.Path(sys.argv[2]), 0)])\n"
+        "with open(sys.argv[2], 'rb') as plain, open(sys.argv[2] + '.sealed', 'wb') as sealed:\n"
+        "    o.seal(plain, sealed, 'a passphrase')\n"
+        "with open(sys.argv[2] + '.sealed', 'rb') as sealed, open(sys.argv[2], 'wb') as plain:\n"
+        "    o.unseal(sealed, plain, 'a passphrase')\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n"
     )
     root = pathlib.Path(o.__file__).parent

@@ -70,8 +70,8 @@ def test_zsh(terminal, tmp_path):
     screen.wait("openpista restore saved.backup")
     screen.send("\x15openpista stat\t\x01: \r")
     screen.wait("openpista status")
-    screen.send("openpista cr\tr\t")
-    screen.wait(o.summary(o.COMMANDS["cron resume"])[:30])  # what the words mean is shown
+    screen.send("openpista cr\tres\t")
+    screen.wait("openpista cron resume")
 
 
 @needs("fish")

@@ -221,9 +221,6 @@ def test_units(doctor, openpista, tmp_path):
     assert f"{path} is of an older openpista" in what and "openpista service print --user >" in mend
     path.write_text(text.replace(f'"{o.__file__}"', '"/nowhere/openpista.pyz"'))
     assert "/nowhere/openpista.pyz, which is not there" in only(doctor.ills(code=1), "service")[0]
-    doctor.config("grace = 90\n")
-    path.write_text(text)
-    assert "it may need 110 s" in only(doctor.ills(code=0), "service", "warning")[0]
 
 
 def test_a_launchd_agent(doctor, openpista, tmp_path):
