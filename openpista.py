@@ -74,6 +74,7 @@ import contextvars
 import errno
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -1917,15 +1918,22 @@ class Upkeep(Table):
                 self.store.delete_session(row[1])
             return count + 1
 
-    def settle(self) -> None:
-        """Shrink the write-ahead log if it is long, and let SQLite look at its indexes; for a thread of its own."""
-        store, wal = self.store, self.store.path.with_name(f"{self.store.path.name}-wal")
-        with store.border(), contextlib.closing(sqlite3.connect(store.path, timeout=0, isolation_level=None)) as db:
-            if wal.exists() and wal.stat().st_size > self.WAL_LIMIT:
-                db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the long part, which holds up nobody
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what came meanwhile; if somebody reads, another time
-            db.execute("PRAGMA analysis_limit = 400")
-            db.execute("PRAGMA optimize = 0x10002")  # of all tables: this connection has asked none
+    def optimize(self) -> None:
+        """Let SQLite look at its indexes, for a millisecond."""
+        self._run("PRAGMA analysis_limit = 400")
+        self._run("PRAGMA optimize = 0x10002")  # also of tables that nobody has asked yet
+
+    @property
+    def wal_is_long(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        wal = self.store.path.with_name(f"{self.store.path.name}-wal")
+        return wal.exists() and wal.stat().st_size > self.WAL_LIMIT
+
+    def checkpoint(self) -> None:
+        """Shrink the write-ahead log; for a thread of its own."""
+        with self.store.border(), contextlib.closing(sqlite3.connect(self.store.path, timeout=0)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the long part, which holds up nobody
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what came meanwhile; if somebody reads, another time
 
 
 # ===== 7. Wire ================================================================
@@ -6860,9 +6868,9 @@ def open_crypto() -> SimpleNamespace:
         from cryptography import exceptions, x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
-        from cryptography.hazmat.primitives.ciphers import aead
     except ImportError:
         raise MissingPackage("cryptography", needed_for="certificates and backups") from None
+    aead = functools.partial(importlib.import_module, "cryptography.hazmat.primitives.ciphers.aead")  # 1.4 MB, for few
     return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, aead=aead, exceptions=exceptions)
 
 
@@ -12733,8 +12741,10 @@ class Daemon:
                     while days and upkeep.forget_sessions(days, names):
                         await asyncio.sleep(0.1)
                 if outputs:
-                    await asyncio.to_thread(forget_outputs, self.ctx.home / "jobs", outputs)
-                await asyncio.to_thread(upkeep.settle)
+                    forget_outputs(self.ctx.home / "jobs", outputs)
+                upkeep.optimize()
+                if upkeep.wal_is_long:
+                    await asyncio.to_thread(upkeep.checkpoint)
             except StoreError as error:
                 log.info("tidying up waits: %s", error)
             await asyncio.sleep(self.TIDY)
@@ -13065,7 +13075,7 @@ MOST_SKILLS = 64 << 20  # bytes; larger ones hold data that has its own backup
 def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
     """(proof of the passphrase, cipher); takes 64 MiB and a moment, so that guessing is dear."""
     stuff = hashlib.scrypt(passphrase.encode(), salt=salt, n=1 << 16, r=8, p=2, maxmem=1 << 27, dklen=48)
-    return stuff[32:], open_crypto().aead.AESGCM(stuff[:32])
+    return stuff[32:], open_crypto().aead().AESGCM(stuff[:32])
 
 
 def piece_nonce(number: int, last: bool) -> bytes:
@@ -13171,6 +13181,7 @@ def write_backup(ctx: Context, path: Path, passphrase: str) -> list[Kept]:
         if not kept:
             raise PistaError(f"there is nothing to back up in {ctx.home}")
         stack.callback(fresh.unlink, missing_ok=True)
+        make_home(ctx.home)
         plain = stack.enter_context(tempfile.TemporaryFile(dir=ctx.home))  # has no name, and is gone when it is closed
         pack(plain, kept)
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
