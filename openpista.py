@@ -13197,7 +13197,7 @@ def pack(plain: Any, kept: Iterable[Kept]) -> None:
     import tarfile
 
     note = {"made_at": iso(utc_now()), "version": __version__, "machine": socket.gethostname()}
-    with tarfile.open(mode="w:gz", fileobj=plain, dereference=True, compresslevel=6) as tar:
+    with tarfile.open(mode="w:gz", fileobj=plain, dereference=True, compresslevel=3) as tar:
         entry, text = tarfile.TarInfo("about.json"), to_json(note).encode()
         entry.size = len(text)
         tar.addfile(entry, io.BytesIO(text))
@@ -13921,7 +13921,7 @@ LOOKS = {"ok": "good", "fixed": "good", "warning": "ask", "problem": "bad"}
     arg("--json", action="store_true", help="for scripts"),
 )
 def cmd_doctor(ctx: Context) -> int:
-    """Say what is wrong, what that means, and how to mend it; exit code 1 for a problem."""
+    """Say what is wrong, and how to mend it."""
     found = asyncio.run(examine(ctx))
     if ctx.args.fix:
         found = [(name, fixed(finding)) for name, finding in found]
@@ -13985,7 +13985,8 @@ def cmd_backup(ctx: Context) -> int:
     passphrase, path = read_passphrase(ctx.args, new=True), user_path(ctx.args.file)
     ctx.redact.add(passphrase)
     kept = write_backup(ctx, path, passphrase)
-    print(f"wrote {path}, {path.stat().st_size:,} bytes: {plural(len(kept), 'file')}, {kept[0].name} first")
+    tops = ", ".join(dict.fromkeys(Path(one.name).parts[0] for one in kept))
+    print(f"wrote {path}, {path.stat().st_size:,} bytes: {tops}")
     return 0
 
 
