@@ -13129,21 +13129,16 @@ class Kept(NamedTuple):
     size: int
 
 
-def skill_paths(root: Path) -> Iterator[Path]:
-    """The files of all skills, without links, which may lead anywhere."""
-    for folder, _, names in os.walk(root):
-        for path in (Path(folder, name) for name in names):
-            if path.is_file() and not path.is_symlink():
-                yield path
-
-
 def to_back_up(ctx: Context) -> list[Kept]:
     """What goes into a backup beside the database; skills that are too large are left out, and that is said."""
     paths = {name: ctx.home / name for name in BACKED_UP}
     paths["config.toml"] = read_config(ctx.args.config, ctx.environ)[1] or paths["config.toml"]
     found = [Kept(name, path, path.stat().st_size) for name, path in paths.items() if path.is_file()]
     root = ctx.workspace / "skills"
-    skills = [Kept(f"skills/{path.relative_to(root)}", path, path.stat().st_size) for path in sorted(skill_paths(root))]
+    files = (
+        path for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()
+    )  # a link leads anywhere
+    skills = [Kept(f"skills/{path.relative_to(root)}", path, path.stat().st_size) for path in files]
     if sum(kept.size for kept in skills) > MOST_SKILLS:
         log.warning("%s holds more than %d MiB and is left out", root, MOST_SKILLS >> 20)
         skills = []
@@ -13922,7 +13917,12 @@ LOOKS = {"ok": "good", "fixed": "good", "warning": "ask", "problem": "bad"}
 )
 def cmd_doctor(ctx: Context) -> int:
     """Say what is wrong, and how to mend it."""
-    found = asyncio.run(examine(ctx))
+    return asyncio.run(consult(ctx))
+
+
+async def consult(ctx: Context) -> int:
+    """Look, say what was found, and mend what is wanted; the exit code."""
+    found = await examine(ctx)
     if ctx.args.fix:
         found = [(name, fixed(finding)) for name, finding in found]
     clean = [(name, f._replace(what=ctx.redact(f.what), mend=ctx.redact(f.mend))) for name, f in found]
@@ -13930,6 +13930,7 @@ def cmd_doctor(ctx: Context) -> int:
         print_json([{"check": name, "level": f.level, "what": f.what, "mend": f.mend} for name, f in clean])
     else:
         print_findings(clean, Style(sys.stdout.isatty() and not ctx.environ.get("NO_COLOR")))
+    sys.stdout.flush()  # a name that is still being looked up may hold up the end
     return int(any(finding.level == "problem" for _, finding in clean))
 
 
