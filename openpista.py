@@ -12991,9 +12991,7 @@ ProtectControlGroups=yes
 ProtectClock=yes
 ProtectHostname=yes
 """
-UNIT_STAMP = hashlib.sha256((SYSTEMD + SYSTEM_ONLY).encode()).hexdigest()[
-    :12
-]  # tells an old unit, whatever was changed in it
+UNIT_STAMP = hashlib.sha256((SYSTEMD + SYSTEM_ONLY).encode()).hexdigest()[:12]  # an old unit has another one
 
 
 def own_command(ctx: Context) -> list[str]:
@@ -13068,7 +13066,8 @@ def launchd_agent(ctx: Context) -> str:
 
 BACKUP_HEAD = b"openpista backup 1\n"
 BACKUP_PIECE = 1 << 20  # bytes, and 16 more when it is sealed
-BACKED_UP = ("config.toml", "credentials.toml", "environment", "gateway.pem", "known_gateways", "history")
+SECRET_FILES = ("credentials.toml", "environment", "gateway.pem", "telegram.token", "known_gateways", "history")
+BACKED_UP = ("config.toml", *SECRET_FILES)
 MOST_SKILLS = 64 << 20  # bytes; larger ones hold data that has its own backup
 
 
@@ -13367,7 +13366,7 @@ def check_home(ctx: Context) -> Iterator[Finding]:
         return
     if os.name == "posix" and folder.stat().st_uid != os.getuid():
         yield Finding("problem", f"{folder} belongs to another user", f"sudo chown -R $(id -un) {folder}")
-    names = ("credentials.toml", "gateway.pem", "local.token", "known_gateways", "history", LOG_FILE, "environment")
+    names = (*SECRET_FILES, "local.token", LOG_FILE)
     inside = [ctx.database, *(folder / name for name in names)]
     reachable = [path for path in inside if path.exists() and is_open_to_others(path.parent)]
     found = [path for path in [*([folder] if is_own_home(folder) else []), *reachable] if is_open_to_others(path)]
@@ -13624,7 +13623,7 @@ async def bot_findings(ask: Callable[..., Awaitable[Any]], running: bool) -> Asy
         try:
             await ask("getUpdates", timeout=0, limit=1)
         except ChannelError as error:
-            if "409" not in str(error) and "onflict" not in str(error):
+            if getattr(error, "code", 0) != 409:
                 raise
             mend = "end the other one, or revoke the token with @BotFather if you know of none"
             yield Finding("problem", "another program takes the bot's messages", mend)

@@ -282,7 +282,9 @@ class Bot:
     async def __call__(self, method, **parameters):
         self.asked.append(method)
         if method == "getUpdates" and self.conflict:
-            raise o.ChannelError("Telegram answered 409: Conflict: terminated by other getUpdates request")
+            error = o.ChannelError("Conflict: terminated by other getUpdates request")
+            error.code = 409
+            raise error
         return {"getMe": {"username": "pista_bot"}, "getWebhookInfo": {"url": self.hook}}.get(method, [])
 
 
