@@ -193,10 +193,9 @@ CREATE INDEX approvals_by_inbox ON approvals (inbox_id);
 -- Calls that a session need not ask about any more.
 CREATE TABLE grants (
     session    TEXT NOT NULL,
-    tool       TEXT NOT NULL,
-    arguments  TEXT NOT NULL,                -- JSON
+    call       TEXT NOT NULL,                -- JSON: [tool, arguments]
     granted_at TEXT NOT NULL,
-    PRIMARY KEY (session, tool, arguments)
+    PRIMARY KEY (session, call)
 ) WITHOUT ROWID;
 
 -- Who wrote to a channel without being in its configuration.
@@ -213,8 +212,8 @@ CREATE TABLE people (
 
 -- Which session a chat is in.
 CREATE TABLE chats (
-    place   TEXT PRIMARY KEY,                -- telegram:42, telegram:-100123/7 for a topic
-    session TEXT NOT NULL DEFAULT '',        -- '': the one with the name of the place
+    place    TEXT PRIMARY KEY,               -- telegram:42, telegram:-100123/7 for a topic
+    session  TEXT NOT NULL DEFAULT '',       -- '': the one with the name of the place
     moved_to TEXT NOT NULL DEFAULT ''        -- the place that this group is now, if it has become another
 ) WITHOUT ROWID;
 

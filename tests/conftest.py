@@ -9,7 +9,7 @@ import sys
 
 import launcher
 import pytest
-from fakes import ModelServer
+from fakes import BotServer, ModelServer
 from terminals import Terminal
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,6 +64,20 @@ def model(server):
     """The fake model server, with nothing in its script or its records."""
     server.script()
     return server
+
+
+@pytest.fixture(scope="session")
+def bot_server():
+    """A fake of Telegram's Bot API, a process of its own."""
+    with BotServer() as server:
+        yield server
+
+
+@pytest.fixture
+def bot(bot_server):
+    """The fake Bot API, with nobody in it."""
+    bot_server.reset()
+    return bot_server
 
 
 @pytest.fixture

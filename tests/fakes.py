@@ -1,4 +1,4 @@
-"""Every fake the tests and the benchmarks use.
+"""Every fake the tests and the benchmarks use; the Bot API's own process is botapi.py.
 
 Map. Each section uses only those above it.
 
@@ -6,10 +6,11 @@ Map. Each section uses only those above it.
     2. Chat        OpenAI Chat Completions: what it accepts, what it answers
     3. Responses   OpenAI Responses
     4. Messages    Anthropic Messages
-    5. Script      which step answers which request, and the record
-    6. Server      sockets: a process that speaks all three
-    7. Client      ModelServer starts that process and steers it
-    8. Command     python tests/fakes.py model [--port N] [--script FILE] [--stay]
+    5. Speech      the form with a sound, and its text
+    6. Script      which step answers which request, and the record
+    7. Server      sockets: a process that speaks all three
+    8. Client      ModelServer starts that process and steers it; BotServer the one in botapi.py
+    9. Command     python tests/fakes.py model [--port N] [--script FILE] [--stay]
 
 The model server accepts what the vendors document and refuses the rest with their errors. It answers by a
 script, a list of steps; the step's keys are listed above STEP_KEYS and QUIRKS.
@@ -98,6 +99,8 @@ QUIRKS = frozenset(
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 REASONING_MODEL = re.compile(r"gpt-[5-9]|o\d")
+IMAGE_STARTS = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "gif": b"GIF8", "webp": b"RIFF"}
+IMAGE_LIMIT = 10 << 20  # characters of base64, Anthropic
 STRING_LIMIT = 10_485_760  # characters, OpenAI
 ANTHROPIC_LIMIT = 32 << 20  # bytes
 EPOCH = 1_700_000_000
@@ -470,6 +473,8 @@ class Chat(OpenAI):
         need(messages, message, "messages", "empty_array")
         for i, message in enumerate(messages):
             self.check_message(message, f"messages[{i}]", step)
+        text = "Invalid content type. image_url is only supported by certain models."
+        need(not (body["model"].startswith("blind") and '"image_url"' in json.dumps(messages)), text, "messages")
         self.check_pairs(messages)
         self.check_echoes(messages)
         self.check_mistral(messages, step.get("quirks", ()))
@@ -536,9 +541,9 @@ class Chat(OpenAI):
             if kind == "text":
                 check_text(part.get("text"), f"{path}[{i}].text")
             if kind == "image_url":
-                check_image(
-                    part["image_url"].get("url") if isinstance(part.get("image_url"), dict) else None, f"{path}[{i}]"
-                )
+                check_keys(part, {"type", "image_url"}, f"{path}[{i}]")
+                check_keys(part.get("image_url"), {"url", "detail"}, f"{path}[{i}].image_url")
+                check_image(part["image_url"], "url", f"{path}[{i}].image_url")
 
     def check_calls(self, calls, path: str):
         wrong = f"Invalid '{path}': empty array. Expected an array with minimum length 1.", path, "empty_array"
@@ -744,11 +749,27 @@ class Chat(OpenAI):
         return None, self.frame(reply, "chat.completion.chunk") | {"choices": [choice]}
 
 
-def check_image(url, path: str):
-    need(isinstance(url, str), f"Missing required parameter: '{path}.image_url'.", path, "missing_required_parameter")
-    good = re.match(r"https?://|data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+$", url)
-    message = f"Invalid '{path}.image_url': expected a URL or a base64 data URL of a png, jpeg, gif or webp image."
-    need(good, message, f"{path}.image_url", "invalid_value")
+def check_image(part: dict, key: str, path: str):
+    """What OpenAI says of a picture: an address, or a data URL whose bytes are what they begin as."""
+    url, detail = part.get(key), part.get("detail", "auto")
+    need(isinstance(url, str), f"Missing required parameter: '{path}.{key}'.", path, "missing_required_parameter")
+    need(detail in ("auto", "low", "high", "original"), f"Invalid value: '{detail}'.", f"{path}.detail")
+    if re.match("https?://", url):
+        return
+    message = f"Invalid '{path}.{key}'. Expected a base64-encoded data URL with an image MIME type."
+    data = re.fullmatch(r"data:image/(png|jpeg|gif|webp);base64,([A-Za-z0-9+/]+=*)", url)
+    need(data, message, path, "invalid_value")
+    message = "The image data you provided does not represent a valid image. Please check your input and try again."
+    need(kind_of(data[2]), message, path, "invalid_image")
+
+
+def kind_of(data: str) -> str:
+    """What the bytes are that stand there in base64; '' for none that a vendor takes."""
+    try:
+        raw = binascii.a2b_base64(data, strict_mode=True)
+    except binascii.Error:
+        return ""
+    return next((kind for kind, start in IMAGE_STARTS.items() if raw.startswith(start)), "")
 
 
 # ===== 3. Responses ===========================================================
@@ -922,8 +943,10 @@ class Responses(OpenAI):
             need(kind in ITEM_PARTS[role], message, f"{path}[{i}]", "invalid_value")
             if kind.endswith("_text"):
                 check_text(part.get("text"), f"{path}[{i}].text")
-            if kind == "input_image" and "file_id" not in part:
-                check_image(part.get("image_url"), f"{path}[{i}]")
+            if kind == "input_image":
+                check_keys(part, {"type", "image_url", "file_id", "detail"}, f"{path}[{i}]")
+                if "file_id" not in part:
+                    check_image(part, "image_url", f"{path}[{i}]")
 
     def check_pairs(self, items: list):
         calls, answered = [], []
@@ -1337,8 +1360,16 @@ class Messages:
         need(source.get("type") == "base64", f"{path}.source: Input should be of type 'base64' or 'url'")
         kinds = ("image/png", "image/jpeg", "image/gif", "image/webp")
         need(source.get("media_type") in kinds, f"{path}.source.base64.media_type: Input should be one of {kinds}")
+        for key in source:
+            need(key in ("type", "media_type", "data"), f"{path}.source.base64.{key}: Extra inputs are not permitted")
         good = isinstance(source.get("data"), str) and re.fullmatch(r"[A-Za-z0-9+/]+=*", source["data"])
         need(good, f"{path}.source.base64: invalid base64 data")
+        message = f"image exceeds 10 MB maximum: {len(source['data'])} bytes > {IMAGE_LIMIT} bytes"
+        need(len(source["data"]) <= IMAGE_LIMIT, f"{path}.source.base64: {message}")
+        kind = kind_of(source["data"])
+        need(kind, f"{path}.source.base64.data: Could not process image")
+        same = source["media_type"] == f"image/{kind}"
+        need(same, f"{path}.source.base64.data: Image does not match the provided media type {source['media_type']}")
 
     def check_tool_use(self, block: dict, path: str):
         for key in ("id", "name", "input"):
@@ -1497,7 +1528,43 @@ class Messages:
         return "content_block_delta", {"type": "content_block_delta", "index": 0, "delta": delta}
 
 
-# ===== 5. Script ==============================================================
+# ===== 5. Speech ==============================================================
+#
+# POST /audio/transcriptions, as OpenAI has it: a form with a model and a file; the answer is the step's text.
+
+HEARS = re.compile(r"whisper|transcribe")
+SOUNDS = ("flac", "mp3", "mp4", "mpeg", "mpga", "m4a", "ogg", "wav", "webm")
+SPEECH = "/audio/transcriptions"
+SOUND_LIMIT = 25 << 20  # bytes of the whole form
+SPEECH_KEYS = {"file", "model", "language", "prompt", "response_format", "temperature", "stream"}
+
+
+def form_fields(kind: str, raw: bytes) -> dict:
+    """The fields of a form; a file is {"name", "size", "start"}."""
+    boundary = re.fullmatch(r'multipart/form-data; *boundary="?([^";]+)"?', kind)
+    need(boundary, f"Unsupported content type: {kind!r}.", status=415)
+    need(len(raw) <= SOUND_LIMIT, f"Maximum content size limit ({SOUND_LIMIT}) exceeded.", status=413)
+    mark, fields = b"--" + boundary[1].encode(), {}
+    for part in raw.split(mark)[1:-1]:
+        head, _, data = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        named = dict(re.findall(r'(\w+)="([^"]*)"', head.decode()))
+        data = data.removesuffix(b"\r\n")
+        file = {"name": named.get("filename"), "size": len(data), "start": data[:20].decode("latin-1")}
+        fields[named["name"]] = file if "filename" in named else data.decode()
+    return fields
+
+
+def check_speech(fields: dict, step: dict):
+    for key in fields:
+        need(key in SPEECH_KEYS, f"Unknown parameter: '{key}'.", key, "unknown_parameter")
+    file, model = fields.get("file"), fields.get("model", "")
+    need(HEARS.search(model), f"invalid model ID: {model}", "model")
+    need(isinstance(file, dict), "file is a required property", "file")
+    need(file["name"].rpartition(".")[2] in SOUNDS, f"Unrecognized file format. Supported formats: {[*SOUNDS]}", "file")
+    need(file["size"], "Audio file is too short. Minimum audio length is 0.1 seconds.", "file", "audio_too_short")
+
+
+# ===== 6. Script ==============================================================
 #
 # The first queued step that fits answers. It is taken only when the request is
 # sound: a request answered with 4xx by a check leaves the script as it was.
@@ -1573,7 +1640,7 @@ class Script:
             return step
 
 
-# ===== 6. Server ==============================================================
+# ===== 7. Server ==============================================================
 #
 # One thread a connection, blocking sockets, HTTP/1.1 with keep-alive. An answer
 # without pauses leaves in one write.
@@ -1725,14 +1792,14 @@ class Exchange:
         fallback = self.server.formats["/messages" if style else "/chat/completions"]
         self.format = self.server.formats.get(ending, fallback)
         method = "GET" if ending in GETS else "POST"
-        if ending not in GETS and ending not in self.server.formats:
+        if ending not in (*GETS, SPEECH) and ending not in self.server.formats:
             return self.refuse(Wrong(f"Invalid URL ({request.method} {request.path})", status=404))
         if request.method != method:
             return self.refuse(Wrong(f"Not allowed to {request.method} on {request.path}.", status=405))
         try:
             if request.path not in PUBLIC_LISTS:
                 self.format.authorise(request.headers, request.path)
-            self.list_models() if ending in GETS else self.complete()
+            {SPEECH: self.hear, **dict.fromkeys(GETS, self.list_models)}.get(ending, self.complete)()
         except Wrong as wrong:
             self.refuse(wrong)
 
@@ -1743,6 +1810,12 @@ class Exchange:
         ids = step.get("models", MODELS[Messages if isinstance(self.format, Messages) else OpenAI])
         body = self.format.models(ids, bool(step.get("bare")), self.request.query)
         self.send(200, JSON, dump(body), step.get("headers", {}), step)
+
+    def hear(self):
+        fields = self.row["body"] = form_fields(self.request.headers.get("content-type", ""), self.request.raw)
+        step = self.server.script.take(self.request.path, fields.get("model"), lambda step: check_speech(fields, step))
+        if not self.plain(step):
+            self.send(200, JSON, dump({"text": step["text"]}), step.get("headers", {}), step)
 
     def complete(self):
         request, format = self.request, self.format
@@ -1915,33 +1988,58 @@ class Server:
         conn.sendall(head.encode() + body)
 
 
-# ===== 7. Client ==============================================================
+# ===== 8. Client ==============================================================
 #
 # What tests and benchmarks hold in their hands.
 
 
-class ModelServer:
-    """The fake model server as a process of its own: with ModelServer() as model: model.script({"text": "hi"})"""
+class Served:
+    """A fake server as a process of its own, which dies with this one."""
 
-    def __init__(self, *steps):
+    def __init__(self, file: str, *words: str):
         import subprocess
 
         # -I -S: no site-packages, so that it starts quickly
-        command = [sys.executable, "-I", "-S", os.path.abspath(__file__), "model"]
+        command = [sys.executable, "-I", "-S", os.path.join(os.path.dirname(os.path.abspath(__file__)), file), *words]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.origin = self._process.stdout.readline().strip()
         if not self.origin:
-            raise RuntimeError("the fake model server did not start")
-        self.url = self.origin + "/v1"
+            raise RuntimeError("the fake server did not start")
         self.pid = self._process.pid
-        if steps:
-            self.script(*steps)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+    def close(self):
+        with self._process:
+            self._process.kill()
+
+    def _ask(self, method: str, path: str, value=None):
+        import http.client
+
+        connection = http.client.HTTPConnection(self.origin.removeprefix("http://"), timeout=10)
+        try:
+            connection.request(method, path, None if value is None else json.dumps(value))
+            answer = connection.getresponse()
+            value = json.loads(answer.read())
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise ValueError(value["error"])
+        return value
+
+
+class ModelServer(Served):
+    """The fake model server as a process of its own: with ModelServer() as model: model.script({"text": "hi"})"""
+
+    def __init__(self, *steps):
+        super().__init__("fakes.py", "model")
+        self.url = self.origin + "/v1"
+        if steps:
+            self.script(*steps)
 
     def script(self, *steps):
         """Replace the script and clear the record."""
@@ -1969,27 +2067,157 @@ class ModelServer:
             time.sleep(0.01)
         return rows
 
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait(10)
-        self._process.stdout.close()
 
-    def _ask(self, method: str, path: str, value=None):
-        import http.client
+class BotServer(Served):
+    """Telegram's Bot API as a process of its own: with BotServer() as bot: bot.say(42, "hi"); bot.wait(42)
 
-        connection = http.client.HTTPConnection(self.origin.removeprefix("http://"), timeout=10)
-        try:
-            connection.request(method, path, None if value is None else json.dumps(value))
-            answer = connection.getresponse()
-            value = json.loads(answer.read())
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise ValueError(value["error"])
-        return value
+    url and token are what [channels.telegram] wants. Chats and users are made when they are first spoken of: a
+    positive number is a private chat, one below -10**12 a supergroup, any other a group. What says something returns
+    {"update_id", "message_id", "time"}; update_id is None where the bot did not ask for such updates. Times are
+    time.monotonic(), which is the same in all processes.
+    """
+
+    def __init__(self):
+        from botapi import TOKEN
+
+        super().__init__("botapi.py")
+        self.url, self.token = self.origin, TOKEN
+
+    # ---- what users do ----
+
+    def say(self, chat: int, text: str = "", sender=None, **fields) -> dict:
+        """sender: a user's number or object; reply_to: a message_id; any other field becomes the message's."""
+        return self._do("say", chat=chat, text=text, sender=sender, **fields)
+
+    def edit(self, chat: int, message_id: int, text: str, **fields) -> dict:
+        return self._do("edit_by_user", chat=chat, message_id=message_id, text=text, **fields)
+
+    def press(self, chat: int, message_id: int, data: str, sender=None) -> str:
+        """A button of a message; the id of the callback query, see callbacks()."""
+        return self._do("press", chat=chat, message_id=message_id, data=data, sender=sender)
+
+    def document(self, chat: int, data: bytes, name: str = "file.bin", mime: str = "", size=None, **fields) -> dict:
+        """caption, sender and so on as with say(); size: only said, to have a big file cheaply."""
+        return self.album(chat, [self.add_file(data, name, mime, size)], "document", **fields)[0]
+
+    def photo(self, chat: int, data: bytes, **fields) -> dict:
+        return self.album(chat, [self.add_file(data, "photo.jpg")], "photo", **fields)[0]
+
+    def album(self, chat: int, files, kind: str = "photo", caption: str = "", **fields) -> list[dict]:
+        """Files by file_id or as bytes, each in a message of its own; the first has the caption."""
+        name = "photo.jpg" if kind == "photo" else "file.bin"
+        files = [self.add_file(file, name) if isinstance(file, bytes) else file for file in files]
+        return self._do("send_media", chat=chat, files=files, kind=kind, caption=caption, **fields)
+
+    def add_file(self, data: bytes, name: str = "file.bin", mime: str = "", size=None) -> str:
+        """A file_id, for say(document={"file_id": ...})."""
+        data = binascii.b2a_base64(data, newline=False).decode()
+        return self._do("add_file", data=data, name=name, mime=mime, size=size)
+
+    def block(self, chat: int, blocked: bool = True):
+        self._do("block", chat=chat, blocked=blocked)
+
+    def migrate(self, old: int, new: int):
+        """A group becomes a supergroup."""
+        self._do("migrate", old=old, new=new)
+
+    def chat(self, chat: int, **fields) -> dict:
+        """Makes or changes a chat: title, username, type."""
+        return self._do("chat", id=chat, **fields)
+
+    def topic(self, chat: int, thread: int):
+        """Makes a topic in a forum; saying something with message_thread_id does so, too."""
+        self._do("topic", chat=chat, thread=thread)
+
+    # ---- what goes wrong ----
+
+    def update(self, value, once: bool = False) -> int:
+        """Any update, an object (it gets an update_id unless it has one) or raw bytes; once: not delivered again."""
+        if isinstance(value, bytes):
+            return self._do("update", raw=binascii.b2a_base64(value, newline=False).decode(), once=once)
+        return self._do("update", value=value, once=once)
+
+    def next_update(self, number: int):
+        """Updates are numbered from here on."""
+        self._do("next_update", id=number)
+
+    def webhook(self, url: str):
+        """Somebody sets a webhook; "": removes it."""
+        self._do("webhook", url=url)
+
+    def fault(self, method: str, kind: str, times: int = 1, after: int = 0):
+        """See FAULTS in botapi.py. method: "*" for all, "file" for downloads; times: -1 for ever; after: calls."""
+        self._do("fault", method=method, kind=kind, times=times, after=after)
+
+    def limit(self, on: bool = True, chat: float = 1, burst: int = 3, group: int = 20, total: int = 30):
+        """429 for more than so many messages and edits a second in a chat, a minute in a group, a second in all."""
+        self._do("limit", on=on, chat=chat, burst=burst, group=group, total=total)
+
+    def reset(self):
+        """A new world; only the numbers of messages and updates go on."""
+        self._do("reset")
+
+    # ---- what became of it ----
+
+    def sent(self, chat: int | None = None) -> list[dict]:
+        """The bot's messages in order, with what Post.row in botapi.py lists; deleted ones too."""
+        return self._do("sent", chat=chat)["rows"]
+
+    def calls(self, method: str | None = None) -> list[dict]:
+        """method, parameters, time, answered, status (None: no answer), fault."""
+        return self._do("calls", method=method)["rows"]
+
+    def actions(self, chat: int | None = None) -> list[dict]:
+        return [row for row in self.state()["actions"] if chat in (None, row["chat"])]
+
+    def commands(self, scope: str = "default", language: str = "") -> list[dict]:
+        return next(
+            (rows for on, tongue, rows in self.state()["commands"] if (on["type"], tongue) == (scope, language)), []
+        )
+
+    def callbacks(self) -> dict[str, dict]:
+        """{id of a callback query: {} or what answered it: text, alert, time}"""
+        return self.state()["callbacks"]
+
+    def state(self) -> dict:
+        """actions, callbacks, commands, polling, pending (updates), faults, allowed (updates)."""
+        return self._do("state")
+
+    def content(self, file_id: str) -> bytes:
+        return binascii.a2b_base64(self._do("content", file_id=file_id))
+
+    def wait(self, chat: int | None, want=1, timeout: float = 10) -> list[dict]:
+        """sent(chat), once there are so many, or one with this text, or want(rows) is true; without deleted ones."""
+        tests = {int: lambda rows: len(rows) >= want, str: lambda rows: any(want in row["text"] for row in rows)}
+        test = tests.get(type(want), want)
+        return self._wait("sent", test, timeout, chat=chat)
+
+    def wait_calls(self, method: str, count: int = 1, timeout: float = 10) -> list[dict]:
+        """calls(method), once so many were answered."""
+        done = lambda rows: sum(row["status"] is not None for row in rows) >= count  # noqa: E731
+        return self._wait("calls", done, timeout, method=method)
+
+    def wait_state(self, test, timeout: float = 10) -> dict:
+        """state(), once the test is true of it."""
+        return self._wait("state", test, timeout)
+
+    def _wait(self, name: str, test, timeout: float, /, **words):
+        end = time.monotonic() + timeout
+        while True:
+            version = self._do("changed")
+            rows = self._do(name, **words)
+            rows = [row for row in rows["rows"] if not row.get("deleted")] if "rows" in rows else rows
+            if test(rows):
+                return rows
+            if time.monotonic() > end:
+                raise TimeoutError(f"after {timeout} s there is only {rows}")
+            self._do("changed", since=version, timeout=min(1, max(0, end - time.monotonic())))
+
+    def _do(self, name: str, /, **words):
+        return self._ask("POST", "/control/" + name, words)
 
 
-# ===== 8. Command =============================================================
+# ===== 9. Command =============================================================
 
 
 def serve_model(arguments: list[str]):
@@ -2012,7 +2240,7 @@ def serve_model(arguments: list[str]):
     os._exit(0)
 
 
-# ===== 9. Models ==============================================================
+# ===== 10. Models =============================================================
 #
 # A model inside the test's own process, for what needs no HTTP; and a clock.
 

@@ -1,6 +1,7 @@
 """The agent: transcripts that every provider takes, rounds of tools, what fits into the window, what a crash leaves."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from fakes import ScriptedModels
+from fakes import IMAGE_STARTS, ScriptedModels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from openpista import (
     ContextTooLong,
     Decision,
     Gate,
+    Image,
     Message,
     ProviderError,
     Redactor,
@@ -178,10 +180,12 @@ class Desk:
         self.store, self.session, self.folder = store, session, folder
         self.bytes_per_token, self.told = 3.2, []
 
-    def turn(self, answers, text="do it", *, gate=None, window=128_000, system="Be brief.", **settings):
-        return asyncio.run(self.start(answers, text, gate=gate, window=window, system=system, **settings))
+    def turn(self, answers, text="do it", **more):
+        return asyncio.run(self.start(answers, text, **more))
 
-    async def start(self, answers, text="do it", *, gate=None, window=128_000, system="Be brief.", **settings):
+    async def start(
+        self, answers, text="do it", *, gate=None, window=128_000, system="Be brief.", images=(), **settings
+    ):
         self.models = ScriptedModels(answers, window=window)
         bench = Bench(
             ToolsConfig(workdir=str(self.folder)), {"PATH": "/usr/bin:/bin"}, self.folder, Redactor(["canary-1"])
@@ -191,7 +195,7 @@ class Desk:
         )
         self.agent.bytes_per_token = self.bytes_per_token
         session = self.store.session(self.session.name)
-        reply = await self.agent.turn(session, text, gate or Gate("never", None), self.told.append)
+        reply = await self.agent.turn(session, text, gate or Gate("never", None), self.told.append, images=images)
         for request in self.models.requests:
             assert faults(list(request.messages)) == []
         return reply
@@ -538,6 +542,119 @@ def test_the_real_count_of_tokens_is_learnt(desk):
     assert desk.agent.bytes_per_token == pytest.approx(2.3, abs=0.3)
 
 
+# Pictures
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Makes a picture: picture("a.png") -> Image without its bytes, as a channel gives it."""
+
+    def make(name="a.png", size=100):
+        (tmp_path / name).write_bytes(IMAGE_STARTS["png"].ljust(size, b"."))
+        return Image(str(tmp_path / name), "image/png")
+
+    return make
+
+
+def looks(desk):
+    """The words and pictures of the person's messages in each request."""
+    return [
+        [(m.text, [Path(image.path).name for image in m.images]) for m in request.messages if m.role is Role.USER]
+        for request in desk.models.requests
+    ]
+
+
+def test_a_picture_is_loaded_for_each_request_and_stored_as_a_path(desk, picture):
+    shown = picture()
+    desk.turn([asks("true"), said("a cat")], "look", images=[shown])
+    assert desk.stored[0] == user("look")._replace(images=(shown,))
+    assert looks(desk) == [[("look", ["a.png"])]] * 2
+    assert desk.sent()[0].images[0].data == Path(shown.path).read_bytes()
+    desk.turn([said("still a cat")], "again", images=[picture("b.png")])
+    assert looks(desk) == [[("look", ["a.png"]), ("again", ["b.png"])]]
+
+
+GONE = {  # what became of the file
+    "deleted": Path.unlink,
+    "too large": lambda path: path.write_bytes(bytes(5_000_001)),
+    "no picture": lambda path: path.write_text("text"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("change", GONE.values(), ids=GONE)
+def test_a_picture_that_is_gone_is_said_to_be(desk, picture, change):
+    shown = [picture(), picture("b.png")]
+    change(Path(shown[0].path))
+    desk.turn([said("where?")], "look", images=shown)
+    assert looks(desk) == [[(f"look\n(the picture {shown[0].path} is gone)", ["b.png"])]]
+    assert desk.stored[0].text == "look"
+
+
+def test_a_picture_is_what_it_begins_with(desk, picture):
+    shown = picture("a.jpg")._replace(media_type="image/jpeg")
+    desk.turn([said("a cat")], images=[shown])
+    assert desk.sent()[0].images[0].media_type == "image/png"
+
+
+def test_a_picture_weighs_as_much_as_it_costs(picture):
+    shown = picture(size=3_000_000)
+    loaded = openpista.load_image(shown.path)
+    plain = openpista.weight([user("look")])
+    for image in (shown, loaded):
+        assert openpista.weight([user("look")._replace(images=(image,) * 2)]) == plain + 2 * openpista.IMAGE_WEIGHT
+
+
+def test_a_request_has_no_more_pictures_than_vendors_take(desk, picture):
+    small, large = picture("small.png"), picture("large.png", 4_900_000)
+    desk.turn([said("a crowd")], images=[small] * 25)
+    [(words, names)] = looks(desk)[0]
+    assert len(names) == 20 and words.count("no longer shown") == 5
+    desk.turn([said("more")], images=[large] * 3)
+    older, newer = looks(desk)[0]
+    assert (len(older[1]), len(newer[1])) == (0, 3), "the newest first"
+
+
+def test_old_pictures_are_elided_and_the_mark_stays(desk, picture):
+    for number in range(4):
+        desk.turn([said("seen")], f"look {number}", images=[picture(f"{number}.png"), picture("b.png")])
+    desk.turn([said("one")], "first", window=18_000)
+    words, names = looks(desk)[0][0]
+    assert len(desk.models.requests) == 1 and names == [] and words.startswith("look 0\n(the picture ")
+    assert any(names for _, names in looks(desk)[0]), "not all of them"
+    before = desk.sent()
+    desk.turn([said("two")], "next", window=18_000)
+    assert desk.sent()[: len(before)] == before, "a provider's cache would miss"
+    assert len(desk.stored[0].images) == 2, "the database keeps them"
+
+
+def test_the_picture_that_is_worked_on_stays_in_sight(desk, picture):
+    rounds = [asks(f"echo {i}; head -c 6000 /dev/zero | tr '\\0' x", prefix=f"r{i}-") for i in range(8)]
+    desk.turn([*rounds, said("done")], "build this", window=16_000, images=[picture()])
+    assert desk.store.session("main").elided_upto > 1
+    assert looks(desk) == [[("build this", ["a.png"])]] * 9
+
+
+def test_a_summary_is_made_of_the_paths_of_pictures(desk, picture):
+    shown = picture()
+    for number in range(6):
+        desk.turn([said("y" * 6_000)], f"look {number}", images=[shown])
+    desk.turn([said("a summary"), said("fine")], "and now?", window=12_000)
+    [asked] = desk.models.requests[0].messages
+    assert desk.models.requests[0].system == openpista.SUMMARY_PROMPT and asked.images == ()
+    assert f"picture {shown.path}" in asked.text
+
+
+def test_a_turn_that_goes_on_after_another_has_its_picture(desk, picture, session):
+    shown = picture()
+    asked = desk.store.append(session, user("look")._replace(images=(shown,)))
+    desk.turn([said("hello")], "meanwhile")
+    desk.models.answers = [said("a cat")]
+    asyncio.run(desk.agent.resume(session, asked, Gate("never", None), desk.told.append))
+    assert looks(desk)[-1][-1] == (f"{openpista.AGAIN}\nlook", ["a.png"])
+
+
 # Crashes, and stopping
 
 CRASH = """
@@ -779,7 +896,7 @@ def test_a_turn_goes_on_from_its_transcript(desk, cut_off):
     assert resumed(desk, [asks("echo more", prefix="n"), said("all done")], cut_off, record).text == "all done"
     assert written == [("all done", True)]
     texts = [message.text for message in desk.stored if message.role is Role.TOOL]
-    assert texts == ["done", openpista.UNKNOWN, openpista.NOT_BEGUN, "more"]
+    assert texts == ["done", openpista.UNKNOWN, "(no output)", "more"]
     assert [message.text for message in desk.stored if message.role is Role.USER] == ["hi", "do it"]
 
 

@@ -223,6 +223,28 @@ def test_the_remote_list_counts_and_what_it_leaves_open_is_filled_in():
     assert [info.id for info in rest] == ["claude-new", "claude-opus-4-8"] and not rest[1].recommended
 
 
+SEEN = [
+    ({"architecture": {"input_modalities": ["text", "image"]}}, True),
+    ({"architecture": {"input_modalities": ["text"]}}, False),
+    ({"capabilities": {"vision": True}}, True),
+    ({"capabilities": {"vision": False}}, False),
+    ({"capabilities": {"image_input": {"supported": True}}}, True),
+    ({"capabilities": ["vision"]}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize("row, sees", SEEN)
+def test_whether_a_model_sees_is_what_its_provider_says(row, sees, tmp_path):
+    [info] = parse("openrouter", {"id": "m"} | row)
+    assert info.sees is sees
+    c.write_cache(tmp_path / "m.json", c.Cached("http://x", c.utc_now(), [info]))
+    assert c.parse_models("openrouter", (tmp_path / "m.json").read_bytes()) == [info]
+    assert [line for line in c.detail(info) if "pictures" in line] == {
+        True: ["pictures: yes"], False: ["pictures: no"], None: []
+    }[sees]  # fmt: skip
+
+
 # ---- asking ----
 
 

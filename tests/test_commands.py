@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fakes import IMAGE_STARTS
 
 from openpista import COMMANDS, STDIN_LIMIT
 
@@ -121,6 +122,42 @@ def test_an_empty_request(openpista, openai):
     for (words, _), done in together(lambda case: openpista(*case[0], input=case[1], env=openai), EMPTY):
         assert done.returncode == 2 and done.stdout == "", words
         assert one_line(done.stderr) and "nothing to do" in done.stderr and "-e TEXT" in done.stderr
+
+
+# Pictures
+
+
+def test_pictures_are_shown(openpista, model, openai, tmp_path):
+    model.script({"text": "two cats"}, {"text": "the same"})
+    for name, kind in {"a.png": "png", "b c.jpg": "jpeg"}.items():
+        (tmp_path / name).write_bytes(IMAGE_STARTS[kind] + b"x")
+    words = ("run", "-e", "look", "--session", "s")
+    done = openpista(*words, "--image", "a.png", "--image", tmp_path / "b c.jpg", env=openai)
+    assert (done.stdout, done.stderr) == ("two cats\n", "")
+    assert openpista(*words, env=openai).stdout == "the same\n"
+    for body in model.bodies():
+        text, *pictures = body["messages"][1]["content"]
+        assert text["text"] == f"look\n\n(picture {tmp_path}/a.png)\n\n(picture {tmp_path}/b c.jpg)"
+        assert [part["image_url"]["url"][:15] for part in pictures] == ["data:image/png;", "data:image/jpeg"]
+
+
+NO_PICTURES = [  # a file -> what is said
+    ("none.png", r"cannot read \S+/none\.png: No such file or directory"),
+    ("folder", r"\S+/folder is a directory"),
+    ("large.png", r"\S+/large\.png is larger than 5 MB"),
+    ("text.png", r"\S+/text\.png is no picture that models take; make it a JPEG, PNG, GIF or WebP"),
+    ("/dev/null", r"/dev/null is no file"),
+    ("", r"\S+ is a directory"),
+]
+
+
+def test_what_is_no_picture(openpista, openai, model, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "large.png").write_bytes(IMAGE_STARTS["png"].ljust(5_000_001))
+    for (name, text), done in together(lambda case: openpista(*OFFLINE, "hi", "--image", case[0]), NO_PICTURES):
+        assert done.returncode == 2 and one_line(done.stderr), done.stderr
+        assert re.fullmatch(rf"openpista: --image: {text}\n", done.stderr), (name, done.stderr)
 
 
 # Standard input

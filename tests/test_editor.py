@@ -403,6 +403,12 @@ LOOKS = [
     ("--", "--"),
     ("[docs](https://x.org/a_b_(c))!", "docs <dim>(https://x.org/a_b_(c))</>!"),
     ("**[a](b)**", "<bold>a <dim>(b)</></>"),
+    ("[**a**](b) ![c](d)", "<bold>a</> <dim>(b)</> !c <dim>(d)</>"),
+    ("~~old~~ __two words__", "<strike>old</> <bold>two words</>"),
+    ("**a *b***, ***c* d**", "<bold>a <italic>b</></>, <bold><italic>c</> d</>"),
+    ("COUNT(*), *.py, *.js", "COUNT(*), *.py, *.js"),
+    ("+ plus ##", "• plus ##"),
+    ("## C# ##", "<head>C#</>"),
     ("[a] (b) [c](d e)", "[a] (b) [c](d e)"),
     ("| a | **b** |", "| a | <bold>b</> |"),
 ]
@@ -437,7 +443,7 @@ def test_fences(lines):
 ANSWER_LINE = st.text(
     st.one_of(st.sampled_from("*_`[]()#>-~\\ ab가h1/"), st.characters(exclude_categories=["Cc", "Cs"])), max_size=60
 )
-MARKS = re.compile(r"[*_`\[\]()#>\-~\s│•─]")
+MARKS = re.compile(r"[*+_`\[\]()#>\-~\s│•─]")
 
 
 @settings(max_examples=250, deadline=None)

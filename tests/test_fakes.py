@@ -7,9 +7,10 @@ import http.client
 import json
 import socket
 import time
+from base64 import b64encode
 
 import pytest
-from fakes import check_steps
+from fakes import IMAGE_STARTS, check_steps
 
 OPENAI = {"authorization": "Bearer key", "content-type": "application/json"}
 ANTHROPIC = {"x-api-key": "key", "anthropic-version": "2023-06-01", "content-type": "application/json"}
@@ -81,6 +82,13 @@ def chat_result(call_id="c1"):
     return {"role": "tool", "tool_call_id": call_id, "content": "ok"}
 
 
+def chat_picture(url, **more):
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url} | more}]}
+
+
+PNG = f"data:image/png;base64,{b64encode(IMAGE_STARTS['png'] + b'a').decode()}"
+
+
 def tool(**more):
     return [{"type": "function", "function": {"name": "t", "parameters": SCHEMA} | more}]
 
@@ -93,6 +101,11 @@ WRONG_CHAT = [
     ({"messages": [{"role": "user", "content": None}]}, "got null"),
     ({"messages": [USER | {"id": 7}]}, "messages[0].id"),
     ({"messages": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]}, "input_text"),
+    ({"messages": [chat_picture("data:image/bmp;base64,Qk0=")]}, "base64-encoded data URL"),
+    ({"messages": [chat_picture(PNG[:-1])]}, "does not represent a valid image"),
+    ({"messages": [chat_picture(f"data:image/png;base64,{b64encode(b'text').decode()}")]}, "a valid image"),
+    ({"messages": [chat_picture(PNG, name="x")]}, "image_url.name"),
+    ({"model": "blind", "messages": [chat_picture(PNG)]}, "only supported by certain models"),
     ({"messages": [USER, chat_call()]}, "must be followed by tool messages"),
     ({"messages": [USER, chat_call(), USER, chat_result()]}, "must be followed by tool messages"),
     ({"messages": [USER, chat_call(), chat_result(), chat_result()]}, "must be a response to a preceeding"),
@@ -141,6 +154,8 @@ WRONG_RESPONSES = [
     ({"input": [{"role": "tool", "content": "x"}]}, "Invalid value: 'tool'"),
     ({"input": [{"role": "assistant", "content": [{"type": "input_text", "text": "x"}]}]}, "'output_text'"),
     ({"input": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "'input_text'"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": {"url": PNG}}]}]}, "image_url'"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": PNG[:-2]}]}]}, "a valid image"),
     ({"input": [USER, THOUGHT]}, "without its required following item"),
     ({"input": [USER, THOUGHT, CALL, OUTPUT], "store": False}, "not persisted"),
     ({"tools": CHAT_TOOLS}, "tools[0].name"),
@@ -152,6 +167,11 @@ WRONG_RESPONSES = [
 
 def block(role, *blocks):
     return {"role": role, "content": list(blocks)}
+
+
+def picture(data="", kind="image/png", **more):
+    source = {"type": "base64", "media_type": kind, "data": data or PNG.partition(",")[2]}
+    return {"messages": [block("user", {"type": "image", "source": source | more})]}
 
 
 USE = {"type": "tool_use", "id": "t1", "name": "system_run", "input": {}}
@@ -169,6 +189,11 @@ WRONG_MESSAGES = [
     ({"messages": [block("user", {"type": "text", "text": ""})]}, "text content blocks must be non-empty"),
     ({"messages": [block("user", {"type": "text", "text": " \n"})]}, "non-whitespace"),
     ({"messages": [block("user", TEXT | {"id": 1})]}, "text.id: Extra inputs"),
+    (picture(kind="image/jpeg"), "does not match the provided media type"),
+    (picture(kind="image/bmp"), "media_type: Input should be one of"),
+    (picture("Qk0="), "Could not process image"),
+    (picture("A" * ((10 << 20) + 4)), "image exceeds 10 MB maximum"),
+    (picture(path="/x"), "path: Extra inputs"),
     ({"messages": [USER, block("assistant", USE), block("user", TEXT)]}, "without `tool_result` blocks"),
     ({"messages": [USER, block("assistant", USE), block("user", TEXT, RESULT)]}, "must come first"),
     ({"messages": [USER, block("assistant", USE), block("user", RESULT, RESULT)]}, "single result"),
@@ -250,6 +275,9 @@ SOUND = [
     ("chat", {"messages": [USER, chat_call(), chat_result(), {"role": "assistant", "content": "x"}, USER]}),
     ("chat", {"messages": [USER, chat_call(), chat_result(), USER], "tools": CHAT_TOOLS, "tool_choice": "none"}),
     ("chat", {"model": "gpt-5", "max_completion_tokens": 10}),
+    ("chat", {"messages": [chat_picture(PNG, detail="low"), chat_picture("https://example.com/a.png")]}),
+    ("responses", {"input": [block("user", {"type": "input_image", "image_url": PNG, "detail": "auto"})]}),
+    ("messages", picture()),
     ("responses", {"input": [USER, CALL, OUTPUT], "tools": RESPONSES_TOOLS, "instructions": "be brief"}),
     ("responses", {"input": [USER, THOUGHT, CALL, OUTPUT]}),
     ("messages", {"messages": [USER, USER], "system": "be brief", "tools": MESSAGES_TOOLS}),

@@ -43,6 +43,36 @@ def test_now_is_in_utc():
     assert openpista.utc_now().utcoffset() == timedelta(0)
 
 
+BEGINNINGS = [
+    (b"\xff\xd8\xff\xe0", "image/jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"GIF87a", "image/gif"),
+    (b"GIF89a", "image/gif"),
+    (b"RIFF\n\0\0\nWEBPVP8 ", "image/webp"),
+    (b"RIFF\n\0\0\nWAVEfmt ", None),
+    (b"<svg/>", None),
+    (b"BM", None),
+    (b"", None),
+]
+
+
+@pytest.mark.parametrize("data, kind", BEGINNINGS)
+def test_a_picture_is_known_by_its_beginning(tmp_path, data, kind):
+    path = tmp_path / "a.bin"
+    path.write_bytes(data)
+    if kind:
+        assert openpista.load_image(path) == openpista.Image(str(path), kind, data)
+    else:
+        with pytest.raises(openpista.PistaError, match="no picture that models take"):
+            openpista.load_image(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\udcff", "none/there"])
+def test_a_name_that_no_file_has(tmp_path, name):
+    with pytest.raises(openpista.PistaError, match="cannot read"):
+        openpista.read_file(tmp_path / name, 10)
+
+
 CLIPPED = [
     ("", 5, ""),
     ("short", 5, "short"),

@@ -234,7 +234,7 @@ def test_a_watcher_sees_how_it_goes_and_the_answer(house):
             await asyncio.sleep(0.05)
             watching.cancel()
             await until(lambda: "two" in house.post.texts)
-            assert hub._watchers == hub._running == hub._workers == hub._always == {}
+            assert hub._watchers == hub._running == hub._workers == {}
 
     asyncio.run(go())
 

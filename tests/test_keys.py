@@ -170,6 +170,12 @@ def test_half_a_character_waits_longer_than_half_a_sequence():
     assert decoder.feed("é".encode()[1:])[0].text == "é"
 
 
+def test_a_broken_sequence_is_one_key_in_pieces_too():
+    decoder = KeyDecoder()
+    assert [key for byte in b"\x1b[ 1;5" for key in decoder.feed(bytes([byte]))] == []
+    assert [key.name for key in decoder.flush()] == ["unknown"]
+
+
 PIECES = st.sampled_from(
     [b"\x1b", b"[", b"O", b"]", b"P", b"M", b"200~", b"\x1b[200~", b"\x1b[201~", b"1;5", b"~", b"u", b"A", b"\x07"]
     + [b"\\", b"\xed\x95\x9c", b"\xed", b"\x9c", b"\xff", b"a", b"\r", b" ", b"27;2;13", b"$", b"?", b":", b"1" * 70]

@@ -12,6 +12,7 @@ import sys
 from email.utils import format_datetime
 
 import pytest
+from fakes import IMAGE_STARTS
 
 import openpista
 from openpista import (
@@ -24,11 +25,13 @@ from openpista import (
     CredentialError,
     Endpoint,
     HttpProvider,
+    Image,
     Key,
     Login,
     Message,
     Models,
     OfflineProvider,
+    PistaError,
     ProviderError,
     Request,
     Role,
@@ -38,6 +41,7 @@ from openpista import (
     Unavailable,
     Usage,
     resolve,
+    transcribe,
 )
 
 KEY = "sk-1234567890abcdef"
@@ -620,6 +624,150 @@ def test_a_mend_that_does_not_help_ends_with_the_error(model):
     model.script({"status": 400, "body": body, "times": -1})
     assert "neither is supported" in Trial(model.url).fails(ProviderError, ASK._replace(max_tokens=50))
     assert len(model.requests()) <= 1 + len(MENDS)
+
+
+# Pictures
+
+PICTURES = tuple(Image(f"/tmp/{name}.png", "image/png", IMAGE_STARTS["png"] + name.encode()) for name in ("a", "b"))
+LOOK = ASK._replace(messages=(Message(Role.USER, "Look.", images=PICTURES[:1]),))
+LOOK_AGAIN = ASK._replace(messages=(Message(Role.USER, "Look again.", images=PICTURES[1:]),))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_picture_is_sent_as_the_vendor_takes_it(model, format):
+    Trial(model.url, format).ask(LOOK)
+    assert [row["status"] for row in model.requests()] == [200]
+    assert "iVBORw0KGgph" in json.dumps(model.bodies())
+
+
+def last_words(body):
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+REFUSED_ONCE = [  # what vendors say -> whether the model is blind, or only these pictures are at fault
+    (400, "Invalid content type. image_url is only supported by certain models.", True),
+    (404, "No endpoints found that support image input", True),
+    (400, "Failed to deserialize the JSON body: messages[1]: unknown variant `image_url`, expected `text` at 1", True),
+    (400, "'messages.1' : for 'role:user' the following must be satisfied[content must be a string]", True),
+    (400, "llama3.2 is not a multimodal model", True),
+    (400, "Model does not support images. Please use a model that does.", True),
+    (415, "This model has no vision", True),
+    (422, "Input should be a valid string", True),
+    (500, "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj", True),
+    (400, "messages.0.content.0.image.source.base64.data: Could not process image", False),
+    (400, "image exceeds 10 MB maximum: 13474984 bytes > 10485760 bytes", False),
+    (400, "At least one of the image dimensions exceed max allowed size: 8000 pixels", False),
+    (400, "You uploaded an unsupported image. Please make sure your image has one of the following formats", False),
+    (400, "Too many images provided. This model supports up to 5 images", False),
+    (413, "Request Entity Too Large", False),
+]
+
+
+@pytest.mark.parametrize("status, words, blind", REFUSED_ONCE, ids=range(len(REFUSED_ONCE)))
+def test_a_refused_picture_is_left_out_at_once_and_from_then_on(model, status, words, blind):
+    refused = {"status": status, "body": json.dumps({"error": {"message": words}})}
+    model.script(refused, {"text": "Hello.", "times": 3})
+    trial = Trial(model.url)
+    assert [answer.message.text for answer in trial.ask(LOOK, LOOK, LOOK_AGAIN)] == ["Hello."] * 3
+    assert trial.waits == [] and [row["status"] for row in model.requests()] == [status, 200, 200, 200]
+    shown = ["image_url" in json.dumps(body) for body in model.bodies()]
+    assert shown == [True, False, False, not blind]
+    said = "this model cannot see pictures" if blind else "the provider does not take this picture"
+    assert last_words(model.bodies()[2]) == f"Look.\n({said}; /tmp/a.png)"
+    assert [told.text.startswith("openai/m1 refused a picture (") for told in trial.told[:1]] == [True]
+
+
+def test_a_blind_model_is_shown_one_picture(model):
+    trial = Trial(model.url, name="blind")
+    trial.ask(LOOK, LOOK_AGAIN, ASK)
+    assert [row["status"] for row in model.requests()] == [400, 200, 200, 200]
+
+
+@pytest.mark.parametrize("status, words", [(400, "image_url: no"), (500, "image worker crashed"), (401, "no image")])
+def test_what_is_not_about_pictures_is_the_error_it_was(model, status, words):
+    model.script({"status": status, "body": json.dumps({"error": {"message": words}}), "times": -1})
+    with pytest.raises((ProviderError, CredentialError), match=words):
+        Trial(model.url).ask(ASK if status == 400 else LOOK)
+    assert all(("image_url" in json.dumps(body)) is (status != 400) for body in model.bodies())
+
+
+def test_pictures_in_a_transcript_that_is_too_long_are_no_matter_of_pictures(model):
+    model.script({"overflow": True})
+    Trial(model.url).fails(ContextTooLong, LOOK)
+    assert len(model.requests()) == 1
+
+
+def test_offline_ignores_pictures():
+    answer = asyncio.run(OfflineProvider().complete(LOOK, lambda progress: None))
+    assert "offline provider" in answer.message.text
+
+
+# Speech
+
+
+def speech(url, path, provider="openai", **more):
+    endpoint = Endpoint(provider, PROVIDERS[provider], url, "m1", Key(KEY, "$OPENAI_API_KEY"), "responses")
+    return asyncio.run(transcribe(endpoint, path, **more))
+
+
+@pytest.fixture
+def sound(tmp_path):
+    path = tmp_path / "my voice.oga"
+    path.write_bytes(b"OggS" + bytes(2_000))
+    return path
+
+
+@pytest.mark.parametrize("provider", ["openai", "groq", "mistral"])
+def test_speech_becomes_text(model, sound, provider):
+    model.script({"path": "/audio/transcriptions", "text": " 안녕하세요. \n"})
+    assert speech(model.url, sound, provider) == "안녕하세요."
+    [row] = model.requests()
+    assert row["body"]["model"] == PROVIDERS[provider].hears
+    assert row["body"]["file"] == {"name": "speech.ogg", "size": 2_004, "start": "OggS" + "\0" * 16}
+    assert row["headers"]["authorization"] == f"Bearer {KEY}"
+
+
+def test_speech_is_not_sent_where_nobody_listens(model, sound, tmp_path):
+    with pytest.raises(
+        ProviderError, match="anthropic does not turn speech into text; these do: openai, groq, mistral"
+    ):
+        speech(model.url, sound, "anthropic")
+    with pytest.raises(PistaError, match="No such file"):
+        speech(model.url, tmp_path / "none.ogg")
+    with pytest.raises(PistaError, match="is a directory"):
+        speech(model.url, tmp_path)
+    with sound.open("r+b") as file:
+        file.truncate(25_000_001)
+    with pytest.raises(PistaError, match="larger than 25 MB"):
+        speech(model.url, sound)
+    assert model.requests() == []
+
+
+UNHEARD = [
+    ({"status": 401}, CredentialError, "refused the key …cdef"),
+    ({"status": 503}, Unavailable, "answered 503"),
+    ({"status": 404, "body": "not found"}, ProviderError, "is base_url right?"),
+    ({"body": "<html>hello</html>"}, ProviderError, "sent no text: 'hello'"),
+    ({"body": "[]"}, ProviderError, "sent no text"),
+    ({"body": '{"text": 7}'}, ProviderError, "sent no text"),
+    ({"refuse": True}, Unavailable, "broke"),
+    ({"delay": 5}, Unavailable, "0.3 s"),
+]
+
+
+@pytest.mark.parametrize("step, kind, words", UNHEARD, ids=range(len(UNHEARD)))
+def test_speech_that_the_server_does_not_understand(model, sound, caplog, step, kind, words):
+    model.script({"path": "/audio/transcriptions", **step})
+    with caplog.at_level("DEBUG"), pytest.raises(kind) as caught:
+        speech(model.url, sound, timeout=0.3 if "delay" in step else 10)
+    assert words in str(caught.value) and KEY not in str(caught.value) + caplog.text
+
+
+def test_speech_of_a_kind_that_the_server_does_not_take(model, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text")
+    with pytest.raises(ProviderError, match="Unrecognized file format"):
+        speech(model.url, tmp_path / "a.txt")
 
 
 def test_groqs_failed_generation_is_tried_again_each_time(model):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from launcher import Process
 
 import openpista
-from openpista import Message, Role, Store, StoreError, ToolCall, ToolResult, Usage
+from openpista import Image, Message, Role, Store, StoreError, ToolCall, ToolResult, Usage
 
 ROOT = Path(openpista.__file__).parent
 
@@ -482,6 +482,7 @@ any_message = st.builds(
     any_id,
     st.booleans(),
     st.none() | json_objects,
+    st.lists(st.builds(Image, any_text, any_text, st.just(b"")), max_size=2).map(tuple),
 )
 
 
@@ -496,6 +497,25 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def test_of_a_picture_its_path_is_stored_and_not_its_bytes(store, session):
+    shown = Image("/tmp/a.png", "image/png", b"canary")
+    store.append(session, user("look")._replace(images=(shown,)))
+    assert messages(store, session) == [user("look")._replace(images=(shown._replace(data=b""),))]
+    assert "canary" not in repr(shown) and b"canary" not in store.path.with_name("memory.db-wal").read_bytes()
+    row = store.db.execute("SELECT images FROM messages").fetchone()
+    assert row == ('[{"media_type":"image/png","path":"/tmp/a.png"}]',)
+    store.append(session, user("nothing to see"))
+    assert store.db.execute("SELECT count(images) FROM messages").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[1]", '[{"name": "x"}]', "7"])
+def test_pictures_that_are_damaged_are_our_error(store, session, damaged):
+    store.append(session, user("look"))
+    store.db.execute("UPDATE messages SET images = ?", (damaged,))
+    with pytest.raises(StoreError, match="message 1 in .* is damaged"):
+        messages(store, session)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

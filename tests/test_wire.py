@@ -13,6 +13,7 @@ from openpista import (
     FORMATS,
     Completion,
     ContextTooLong,
+    Image,
     Message,
     PistaError,
     ProviderError,
@@ -23,6 +24,7 @@ from openpista import (
     ToolSpec,
     Unavailable,
     Usage,
+    described,
     encode_chat,
     encode_messages,
     encode_responses,
@@ -335,6 +337,49 @@ def test_only_the_prefix_and_the_last_block_are_marked_for_the_cache_and_nothing
         assert request == before
     raw = json.dumps(encode_messages(conversation(*TALK)))
     assert raw.count("cache_control") == 2
+
+
+PICTURE = Image("/tmp/a.png", "image/png", b"\x89PNG")
+LOOK = Message(Role.USER, "Look.", images=(PICTURE, PICTURE._replace(media_type="image/webp")))
+PNG, WEBP = "data:image/png;base64,iVBORw==", "data:image/webp;base64,iVBORw=="
+BASE64 = {"type": "base64", "media_type": "image/png", "data": "iVBORw=="}
+
+
+def test_pictures_stand_beside_the_words():
+    request = conversation(USER, LOOK, note="Be quick.")
+    words = "Look.\n\n[openpista: Be quick.]"
+    assert encode_chat(request)["messages"][2]["content"] == [
+        {"type": "text", "text": words},
+        {"type": "image_url", "image_url": {"url": PNG}},
+        {"type": "image_url", "image_url": {"url": WEBP}},
+    ]
+    assert encode_responses(request)["input"][1]["content"] == [
+        {"type": "input_text", "text": words},
+        {"type": "input_image", "image_url": PNG, "detail": "auto"},
+        {"type": "input_image", "image_url": WEBP, "detail": "auto"},
+    ]
+    assert encode_messages(request)["messages"][0]["content"] == [
+        {"type": "text", "text": "Who am I?"},
+        {"type": "image", "source": BASE64},
+        {"type": "image", "source": BASE64 | {"media_type": "image/webp"}},
+        {"type": "text", "text": words, "cache_control": {"type": "ephemeral"}},
+    ]
+
+
+def test_a_picture_without_words():
+    request = conversation(Message(Role.USER, " ", images=(PICTURE,)))
+    assert [part["type"] for part in encode_chat(request)["messages"][1]["content"]] == ["image_url"]
+    assert [part["type"] for part in encode_responses(request)["input"][0]["content"]] == ["input_image"]
+    [block] = encode_messages(request)["messages"][0]["content"]
+    assert block == {"type": "image", "source": BASE64, "cache_control": {"type": "ephemeral"}}
+
+
+def test_words_in_the_place_of_pictures():
+    second = LOOK.images[1]
+    assert described(LOOK, "gone: {}") is LOOK
+    assert described(LOOK, "gone: {}", second) == LOOK._replace(text="Look.\n(gone: /tmp/a.png)", images=(PICTURE,))
+    empty = Message(Role.USER, "", images=(Image("/tmp/{0}", "image/png"),))
+    assert described(empty, "gone: {}", *empty.images) == Message(Role.USER, "(gone: /tmp/{0})")
 
 
 @pytest.mark.parametrize("format", FORMATS)
