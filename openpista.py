@@ -55,7 +55,7 @@ Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
 Add a setting:    a field in Config, a line in config.example.toml.
 Add a command:    a function under @command; in the chat a row in CHAT_COMMANDS.
-Add a check:      a function that yields findings, a row in CHECKS or INQUIRIES.
+Add a check:      a function that yields findings, a row in CHECKS.
 
 Heavy packages have a door each: httpx `open_http`, aioquic `open_quic`, cryptography
 `open_crypto`, so that a command that needs none stays quick; parts of the standard
@@ -1188,7 +1188,7 @@ SQLITE_SAYS = (  # words of SQLite's -> what that means, and what to do
     (
         "not a database|malformed",
         "{path} is damaged or no database: {text}",
-        "move it away, or name another in [database] url",
+        "`openpista restore FILE` puts a backup in its place; else move it away, or name another in [database] url",
     ),
     (
         "full|disk I/O",
@@ -1235,10 +1235,11 @@ def open_database(path: Path) -> Iterator[sqlite3.Connection]:
         yield db
 
 
-def damage(db: sqlite3.Connection) -> str:
-    """What SQLite finds wrong with the file; '' if it is whole."""
+def see_whole(db: sqlite3.Connection) -> None:
+    """sqlite3.DatabaseError, in words as SQLite's own, if the file is damaged."""
     found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    return "" if found == "ok" else clip(found, 200)
+    if found != "ok":
+        raise sqlite3.DatabaseError(f"malformed: {clip(found, 200)}")
 
 
 class Store:
@@ -1318,6 +1319,7 @@ class Store:
             over = "SELECT id FROM inbox WHERE session = ? AND done_at IS NOT NULL"  # what waits is still answered
             self._run(f"DELETE FROM outbox WHERE state NOT IN ('waiting', 'sending') AND inbox_id IN ({over})", name)
             self._run(f"UPDATE inbox SET text = '', sender = '', metadata = '{{}}' WHERE id IN ({over})", name)
+            self._run(f"DELETE FROM approvals WHERE inbox_id IN ({over})", name)
             self._run("DELETE FROM grants WHERE session = ?", name)
             self._run("DELETE FROM sessions WHERE id = ?", session.id)
 
@@ -15524,7 +15526,6 @@ BACKUP_HEAD = b"openpista backup 1\n"
 BACKUP_PIECE = 1 << 20  # bytes, and 16 more when it is sealed
 SECRET_FILES = ("credentials.toml", "environment", "gateway.pem", "telegram.token", "known_gateways", "history")
 BACKED_UP = ("config.toml", *SECRET_FILES)
-MOST_SKILLS = 64 << 20  # bytes; larger ones hold data that has its own backup
 
 
 def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
@@ -15533,9 +15534,18 @@ def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
     return stuff[32:], open_crypto().aead().AESGCM(stuff[:32])
 
 
-def piece_nonce(number: int, last: bool) -> bytes:
-    """What a piece is sealed with; the key is another one in each file, so a number is enough."""
-    return number.to_bytes(11, "big") + bytes([last])
+def numbered(file: Any, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """A file in pieces, each with what it is sealed with: its number, and whether it is the last.
+
+    The key is another one in each backup, so that a number is enough.
+    """
+    piece = file.read(size)
+    for number in itertools.count():
+        following = file.read(size)
+        yield number.to_bytes(11, "big") + bytes([not following]), piece
+        if not following:
+            return
+        piece = following
 
 
 def seal(plain: Any, sealed: Any, passphrase: str) -> None:
@@ -15543,13 +15553,8 @@ def seal(plain: Any, sealed: Any, passphrase: str) -> None:
     salt = os.urandom(16)
     proof, cipher = backup_cipher(passphrase, salt)
     sealed.write(BACKUP_HEAD + salt + proof)
-    piece = plain.read(BACKUP_PIECE)
-    for number in itertools.count():
-        following = plain.read(BACKUP_PIECE)
-        sealed.write(cipher.encrypt(piece_nonce(number, not following), piece, None))
-        if not following:
-            return
-        piece = following
+    for nonce, piece in numbered(plain, BACKUP_PIECE):
+        sealed.write(cipher.encrypt(nonce, piece, None))
 
 
 def unseal(sealed: Any, plain: Any, passphrase: str) -> None:
@@ -15561,46 +15566,27 @@ def unseal(sealed: Any, plain: Any, passphrase: str) -> None:
     wanted, cipher = backup_cipher(passphrase, salt)
     if wanted != proof:
         raise CredentialError(f"this is not the passphrase of {sealed.name}")
-    piece = sealed.read(BACKUP_PIECE + 16)
-    for number in itertools.count():
-        following = sealed.read(BACKUP_PIECE + 16)
+    for nonce, piece in numbered(sealed, BACKUP_PIECE + 16):
         try:
-            plain.write(cipher.decrypt(piece_nonce(number, not following), piece, None))
+            plain.write(cipher.decrypt(nonce, piece, None))
         except (open_crypto().exceptions.InvalidTag, ValueError):
-            raise PistaError(f"{sealed.name} is damaged or cut off, at piece {number + 1}") from None
-        if not following:
-            return
-        piece = following
+            number = int.from_bytes(nonce[:11], "big") + 1
+            raise PistaError(f"{sealed.name} is damaged or cut off, at piece {number}") from None
 
 
 # ---- making one ----
 
 
-class Kept(NamedTuple):
-    """A file in a backup."""
-
-    name: str
-    path: Path  # what it is made from, or where it goes
-    size: int
-
-
-def to_back_up(ctx: Context) -> list[Kept]:
-    """What goes into a backup beside the database; skills that are too large are left out, and that is said."""
+def to_back_up(ctx: Context) -> dict[str, Path]:
+    """What goes into a backup beside the database: the name in it, and the file."""
+    skills = ctx.workspace / "skills"
     paths = {name: ctx.home / name for name in BACKED_UP}
     paths["config.toml"] = read_config(ctx.args.config, ctx.environ)[1] or paths["config.toml"]
-    found = [Kept(name, path, path.stat().st_size) for name, path in paths.items() if path.is_file()]
-    root = ctx.workspace / "skills"
-    files = (
-        path for path in sorted(root.rglob("*")) if path.is_file() and not path.is_symlink()
-    )  # a link leads anywhere
-    skills = [Kept(f"skills/{path.relative_to(root)}", path, path.stat().st_size) for path in files]
-    if sum(kept.size for kept in skills) > MOST_SKILLS:
-        log.warning("%s holds more than %d MiB and is left out", root, MOST_SKILLS >> 20)
-        skills = []
-    for name in ("tls_cert", "tls_key"):
-        if path := getattr(ctx.config.gateway, name):
-            log.warning("[gateway] %s is left out: %s", name, path)
-    return found + skills
+    inside = (path for path in sorted(skills.rglob("*")) if not path.is_symlink())  # a link leads anywhere
+    paths |= {f"skills/{path.relative_to(skills)}": path for path in inside}
+    if ctx.config.gateway.tls_cert:
+        log.warning("[gateway] tls_cert and tls_key are not openpista's, and left out")
+    return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def copy_database(path: Path, target: Path) -> None:
@@ -15608,26 +15594,21 @@ def copy_database(path: Path, target: Path) -> None:
     with open_database(path) as db, contextlib.closing(sqlite3.connect(target)) as copy:
         db.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")  # all in one file
-        if found := damage(copy):
-            raise StoreError(f"{path} is damaged: {found}", "see `openpista doctor`")
+        see_whole(copy)
 
 
-def is_backup(path: Path) -> bool:
-    """Whether a file is one, by its first line."""
-    with path.open("rb") as file:
-        return file.read(len(BACKUP_HEAD)) == BACKUP_HEAD
-
-
-def write_backup(ctx: Context, path: Path, passphrase: str) -> list[Kept]:
-    """Write a backup, in place of an older one or of nothing; what is in it."""
-    if path.exists() and not (path.is_file() and is_backup(path)):
-        raise PistaError(f"{path} is there, and is no backup", "choose another name")
+def write_backup(ctx: Context, path: Path, passphrase: str) -> list[str]:
+    """Write a backup, in place of an older one or of nothing; the parts of it."""
+    if path.exists():
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:
+            if file.read(len(BACKUP_HEAD)) != BACKUP_HEAD:
+                raise PistaError(f"{path} is there, and is no backup", "choose another name")
     kept, fresh = to_back_up(ctx), path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.ExitStack() as stack:
         if ctx.database.is_file():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".backup-", dir=ctx.database.parent)))
-            copy_database(ctx.database, copy := folder / "memory.db")
-            kept.insert(0, Kept(copy.name, copy, copy.stat().st_size))
+            copy_database(ctx.database, folder / "memory.db")
+            kept = {"memory.db": folder / "memory.db"} | kept
         if not kept:
             raise PistaError(f"there is nothing to back up in {ctx.home}")
         stack.callback(fresh.unlink, missing_ok=True)
@@ -15639,10 +15620,15 @@ def write_backup(ctx: Context, path: Path, passphrase: str) -> list[Kept]:
             out.flush()
             os.fsync(out.fileno())
         fresh.replace(path)
-    return kept
+        return tops_of(kept)
 
 
-def pack(plain: Any, kept: Iterable[Kept]) -> None:
+def tops_of(kept: Iterable[str]) -> list[str]:
+    """The names of what is in a backup; the skills are one."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in kept))
+
+
+def pack(plain: Any, kept: Mapping[str, Path]) -> None:
     """Write the files into an archive, behind a note about where and when."""
     import tarfile
 
@@ -15651,19 +15637,19 @@ def pack(plain: Any, kept: Iterable[Kept]) -> None:
         entry, text = tarfile.TarInfo("about.json"), to_json(note).encode()
         entry.size = len(text)
         tar.addfile(entry, io.BytesIO(text))
-        for one in kept:
-            tar.add(one.path, one.name, recursive=False)
+        for name, path in kept.items():
+            tar.add(path, name, recursive=False)
     plain.seek(0)
 
 
 # ---- the way back ----
 
 
-def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], list[Kept]]:
+def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], dict[str, Path]]:
     """All of a backup in a folder, and whole: (the note about it, its files)."""
     import tarfile
 
-    kept = []
+    kept: dict[str, Path] = {}
     with path.open("rb") as sealed, tempfile.TemporaryFile(dir=folder) as plain:
         unseal(sealed, plain, passphrase)
         plain.seek(0)
@@ -15672,26 +15658,25 @@ def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], l
                 top, *more = Path(entry.name).parts
                 if not entry.isreg() or ".." in more or top not in ("about.json", "memory.db", "skills", *BACKED_UP):
                     raise PistaError(f"{path} holds {clip(entry.name, 80)!r}, which no backup does")
-                target = folder.joinpath(top, *more)
+                target = kept[entry.name] = folder.joinpath(top, *more)
                 make_private(target.parent)
                 with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600 | entry.mode & 0o100), "wb") as out:
                     shutil.copyfileobj(tar.extractfile(entry), out)
-                kept.append(Kept(entry.name, target, entry.size))
-    return json.loads((folder / "about.json").read_text()), kept[1:]
+    return json.loads(kept.pop("about.json").read_text()), kept
 
 
 def calm(path: Path) -> int:
     """Bring a copy of the database to date; what was under way in it ends, since that may have been done since.
 
-    How many messages that leaves without an answer.
+    How many messages that leaves without an answer. How far Telegram was read stays: what comes twice is known.
     """
     with open_database(path) as db:
-        if found := damage(db):
-            raise StoreError(f"the database in the backup is damaged: {found}")
+        see_whole(db)
     with Store(path) as store, store.atomic():
         count = sum(Inbox(store).waiting().values())
         store._run(f"UPDATE outbox SET state = 'unknown', error = 'restored' WHERE {Outbox.OPEN}")
         store._run(f"UPDATE inbox SET state = 'stopped', done_at = ? WHERE {Inbox.OPEN}", iso(store.now()))
+        store._run("UPDATE approvals SET state = 'withdrawn' WHERE state = 'waiting'")
         store._run("DELETE FROM tickets")  # each is good for once, and may have been used
     return count
 
@@ -15729,14 +15714,14 @@ def put_in(news: Mapping[Path, Path], stamp: str) -> list[Path]:
 
 def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
     """Put what is in a backup in the place of what is there; say what, and where the old is. PistaError: nothing is."""
+    if not dry_run:
+        make_home(ctx.home)
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=ctx.home if ctx.home.is_dir() else None) as name:
         folder = Path(name)
         note, kept = unpack(path, passphrase, folder)
         open_ones, where = calm(folder / "memory.db") if (folder / "memory.db").exists() else 0, places(ctx, folder)
         print(printable(f"made {note['made_at'][:16].replace('T', ' ')} UTC by {note['version']} on {note['machine']}"))
-        tops = dict.fromkeys(Path(one.name).parts[0] for one in kept)
-        sizes = {top: sum(one.size for one in kept if Path(one.name).parts[0] == top) for top in tops}
-        print_table([("FILE", "BYTES", "PLACE"), *((top, f"{sizes[top]:,}", str(where[top])) for top in tops)])
+        print_table([("FILE", "PLACE"), *((name, str(where[name])) for name in tops_of(kept))])
         if dry_run:
             print("whole; nothing was changed (--dry-run)")
             return
@@ -15744,7 +15729,7 @@ def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
         for_database = where["memory.db"].with_name(f"{where['memory.db'].name}.pid")
         said = "openpista runs, pid {}, and would go on with the old files"
         with held(ctx.home / PID_FILE, said), held(for_database, said):
-            asides = put_in({folder / top: where[top] for top in tops}, f"{utc_now():%Y%m%d-%H%M%S}")
+            asides = put_in({folder / name: where[name] for name in tops_of(kept)}, f"{utc_now():%Y%m%d-%H%M%S}")
     print("restored" + "".join(f"; what was there is in {aside}" for aside in asides))
     if open_ones:
         print(f"{plural(open_ones, 'message')} had no answer yet: ask again, if that is still wanted")
@@ -15752,9 +15737,9 @@ def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
 
 # ===== 32. Doctor =============================================================
 #
-# A check is a function that yields what it finds. CHECKS look at this machine, one
-# after the other; those of INQUIRIES wait for somebody, and so run side by side. None
-# changes anything: what is safe to mend comes along as a function, for --fix.
+# A check is a function that yields what it finds, given the models' endpoints, if there
+# are any. Those that look at this machine never wait, and so are through before the
+# others, which run side by side, have begun. None changes anything.
 
 
 class Finding(NamedTuple):
@@ -15763,7 +15748,7 @@ class Finding(NamedTuple):
     level: str  # ok, warning, problem; fixed
     what: str
     mend: str = ""  # what to do about it
-    fix: Callable[[], Any] | None = None  # does it
+    exposed: tuple[Path, ...] = ()  # what others must not be able to open
 
 
 PATIENCE, ANSWER = 10.0, 8.0  # seconds for a check that asks somebody, and for one answer
@@ -15772,9 +15757,10 @@ LITTLE_ROOM = 200 << 20  # bytes; a tenth of it is a problem
 SKEWS = ((300, "problem"), (30, "warning"), (0, "ok"))  # seconds that a clock is off
 
 
-def finding_of(error: PistaError, level: str = "problem", mend: str = "") -> Finding:
+def finding_of(error: Exception, level: str = "problem") -> Finding:
     """An error as a finding."""
-    return Finding(level, error.args[0], mend or error.hint)
+    known = isinstance(error, PistaError)
+    return Finding(level, error.args[0] if known else str(error) or repr(error), error.hint if known else "")
 
 
 def is_open_to_others(path: Path) -> bool:
@@ -15782,39 +15768,28 @@ def is_open_to_others(path: Path) -> bool:
     return os.name == "posix" and bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
 
 
-def make_own(paths: Iterable[Path]) -> None:
-    """Take away what others may do with them."""
-    for path in paths:
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o700)
-
-
-def check_python(ctx: Context) -> Iterator[Finding]:
+async def check_python(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """The interpreter, the packages, and where all of it lies."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    try:
-        for door in (open_quic, open_crypto, functools.partial(open_http, "http://", 1.0)):
-            door()
-    except (MissingPackage, ConfigError) as error:
-        yield finding_of(error)
-    where = Path(__file__).parent
+    version, where = ".".join(map(str, sys.version_info[:3])), Path(__file__).parent
     yield Finding("ok", f"Python {version}, SQLite {sqlite3.sqlite_version}; openpista {__version__} in {where}")
+    for door in (open_quic, open_crypto, functools.partial(open_http, "http://", 1.0)):
+        door()
 
 
-def check_config(ctx: Context) -> Iterator[Finding]:
+async def check_configuration(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """The configuration, and where it comes from."""
     try:
         path = read_config(ctx.args.config, ctx.environ)[1]
     except ConfigError as error:
-        yield finding_of(error, mend=error.hint or "mend it there; all else here is looked at as if there were none")
+        yield Finding("problem", error.args[0], error.hint or "mend it; the rest is looked at as if there were none")
         return
     above = [name for key in ENVIRONMENT if (name := variable(key, ctx.environ)[1])]
     yield Finding("ok", f"{path or 'no file, all as by default'}{''.join(f'; ${name} wins' for name in above)}")
     if path and any(load_config(path, {}).secrets()) and is_open_to_others(path):
-        mend = f"chmod 600 {path}"
-        yield Finding("problem", f"{path} holds a key, and others can read it", mend, lambda: make_own([path]))
+        yield Finding("problem", f"{path} holds a key, and others can read it", f"chmod 600 {path}", (path,))
 
 
-def check_home(ctx: Context) -> Iterator[Finding]:
+async def check_home(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """The home folder: whose it is, who may enter, and how much room there is."""
     folder = ctx.home
     if not folder.is_dir():
@@ -15822,52 +15797,43 @@ def check_home(ctx: Context) -> Iterator[Finding]:
         return
     if os.name == "posix" and folder.stat().st_uid != os.getuid():
         yield Finding("problem", f"{folder} belongs to another user", f"sudo chown -R $(id -un) {folder}")
-    names = (*SECRET_FILES, "local.token", LOG_FILE)
-    inside = [ctx.database, *(folder / name for name in names)]
+    inside = [ctx.database, *(folder / name for name in (*SECRET_FILES, "local.token", LOG_FILE))]
     reachable = [path for path in inside if path.exists() and is_open_to_others(path.parent)]
     found = [path for path in [*([folder] if is_own_home(folder) else []), *reachable] if is_open_to_others(path)]
     if found:
         mend = f"chmod go-rwx {' '.join(map(str, found))}; `openpista doctor --fix` does that"
-        shown = ", ".join(path.name for path in found)
-        yield Finding("problem", f"open to others: {shown}", mend, lambda: make_own(found))
+        yield Finding("problem", f"open to others: {', '.join(path.name for path in found)}", mend, tuple(found))
     free = shutil.disk_usage(folder).free
     level = "ok" if free > LITTLE_ROOM else "warning" if free > LITTLE_ROOM / 10 else "problem"
     mend = "" if level == "ok" else "make room on the disk: what cannot be written down is not done"
     yield Finding(level, f"{folder}, {free >> 20:,} MiB free", mend)
 
 
-def check_database(ctx: Context) -> Iterator[Finding]:
+async def check_database(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """The database: whether it is ours, whole, and of which schema."""
     path, known = ctx.database, len(migration_steps(read_asset("migrations.sql")))
     if not path.exists():
         yield Finding("ok", f"{path} is made when it is needed")
         return
-    mend = "`openpista stop`, then `openpista restore FILE` from a backup; or move it away to begin anew"
-    end = time.monotonic() + CHECK_DISK
-    try:
-        with open_database(path) as db:
-            [version], [number] = (
-                db.execute(f"PRAGMA {name}").fetchone() for name in ("user_version", "application_id")
-            )
-            db.set_progress_handler(lambda: time.monotonic() > end, 100_000)
-            found = damage(db)
-    except StoreError as error:
-        if "interrupted" not in str(error):
-            yield finding_of(error, mend=mend)
-            return
-        found = ""
-    if found:
-        yield Finding("problem", f"{path} is damaged: {found}", mend)
-    elif version and number != APPLICATION_ID:
+    end, read = time.monotonic() + CHECK_DISK, "whole"
+    with open_database(path) as db:
+        version, number = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id"))
+        db.set_progress_handler(lambda: time.monotonic() > end, 100_000)
+        try:
+            see_whole(db)
+        except sqlite3.OperationalError as error:
+            if "interrupted" not in str(error):
+                raise
+            read = f"not read to its end within {CHECK_DISK:g} s"
+    if version and number != APPLICATION_ID:
         yield Finding("problem", f"{path} is another program's database", "name another file in [database] url")
     elif version > known:
         yield Finding("problem", f"{path} is of a newer openpista (schema {version})", "use the newer openpista.pyz")
     else:
-        read = "whole" if time.monotonic() < end else f"not read to its end within {CHECK_DISK:g} s"
         yield Finding("ok", f"{path}, {read}, {path.stat().st_size:,} bytes, schema {version} of {known}")
 
 
-def check_skills(ctx: Context) -> Iterator[Finding]:
+async def check_skills(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """Skills that cannot be used, or not as they were meant."""
     skills, problems = load_skills(ctx.workspace)
     for line in [*problems, *(f"{skill.name}: {warning}" for skill in skills for warning in skill.warnings)]:
@@ -15875,28 +15841,30 @@ def check_skills(ctx: Context) -> Iterator[Finding]:
     yield Finding("ok", f"{plural(len(skills), 'skill')} in {ctx.workspace / 'skills'}")
 
 
-def check_jobs(ctx: Context) -> Iterator[Finding]:
-    """Jobs that mean nothing any more, or do not fire."""
-    now, zone, count = utc_now(), local_zone(ctx.environ), 0
+def rows_of(path: Path, table: str, columns: str, where: str) -> list[tuple[Any, ...]]:
+    """Rows of a database as it is; none if there is no such table, or no database, yet."""
+    if not path.exists():
+        return []
+    with open_database(path) as db:
+        known = db.execute(f"PRAGMA table_info({table})").fetchone()
+        return db.execute(f"SELECT {columns} FROM {table} WHERE {where}").fetchall() if known else []
+
+
+async def check_jobs(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Jobs that mean nothing any more."""
+    now, zone = utc_now(), local_zone(ctx.environ)
     for number, table in enumerate(ctx.config.cron, 1):
         try:
             configured_job(table, number, now, zone)
         except ConfigError as error:
             yield finding_of(error)
-    if ctx.database.exists():
-        with open_database(ctx.database) as db:
-            sql = "SELECT name, schedule, tz, next_at FROM jobs WHERE state = 'active'"
-            rows = db.execute(sql).fetchall() if db.execute("PRAGMA table_info(jobs)").fetchone() else []
-        count = len(rows)
-        for name, schedule, tz, due in rows:
-            try:
-                next_time(Job(0, name, schedule, tz, "", "", "", {}, "", "", "", due), now, zone)
-            except CronError as error:
-                yield Finding("problem", f"the job {name}: {error}", f"`openpista cron remove {name}`, and add it anew")
-        late = iso(now - timedelta(minutes=10))
-        if os.name == "posix" and holder(ctx.home / PID_FILE) and any(due and due < late for *_, due in rows):
-            yield Finding("problem", "a job is late, although openpista runs", "`openpista stop`, and start it again")
-    yield Finding("ok", f"{plural(count, 'active job')}")
+    rows = rows_of(ctx.database, "jobs", "name, schedule, tz, next_at", "state = 'active'")
+    for name, schedule, tz, due in rows:
+        try:
+            next_time(Job(0, name, schedule, tz, "", "", "", {}, "", "", "", due), now, zone)
+        except CronError as error:
+            yield Finding("problem", f"the job {name}: {error}", f"`openpista cron remove {name}`, and add it anew")
+    yield Finding("ok", plural(len(rows), "active job"))
 
 
 UNITS = {
@@ -15906,7 +15874,7 @@ UNITS = {
 }
 
 
-def check_service(ctx: Context) -> Iterator[Finding]:
+async def check_service(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """Whether the installed unit is what `service print` prints now, but for what its owner changed."""
     installed = {kind: path for kind, name in UNITS.items() if (path := user_path(name)).is_file()}
     for kind, path in installed.items():
@@ -15938,6 +15906,11 @@ def place_of(url: str) -> tuple[str, int]:
 
     parts = urlsplit(url if "://" in url else f"http://{url}")
     return parts.hostname or "", parts.port or {"https": 443, "socks5": 1080, "socks5h": 1080}.get(parts.scheme, 80)
+
+
+def servers(endpoints: Iterable[Endpoint]) -> list[tuple[str, int]]:
+    """Host and port of each model's server."""
+    return list(dict.fromkeys(place_of(endpoint.base_url) for endpoint in endpoints if endpoint.base_url))
 
 
 def own_proxies() -> dict[str, str]:
@@ -15977,7 +15950,7 @@ async def check_proxy(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncItera
 
 async def check_dns(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """Whether the names of the model servers mean something."""
-    for host in dict.fromkeys(place_of(endpoint.base_url)[0] for endpoint in endpoints):
+    for host in dict.fromkeys(host for host, _ in servers(endpoints)):
         started = time.monotonic()
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -15993,9 +15966,9 @@ async def check_dns(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterato
 
 async def check_ipv6(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """Whether IPv6 swallows connections instead of carrying or refusing them."""
-    host, port = place_of(endpoints[0].base_url)
-    families = (socket.AF_INET6, socket.AF_INET)
-    yield ipv6_finding(host, *await asyncio.gather(*(refusal_of(host, port, family) for family in families)))
+    for place in servers(endpoints)[:1]:
+        tried = (refusal_of(*place, family) for family in (socket.AF_INET6, socket.AF_INET))
+        yield ipv6_finding(place[0], *await asyncio.gather(*tried))
 
 
 def ipv6_finding(host: str, six: str, four: str) -> Finding:
@@ -16010,41 +15983,41 @@ async def check_clock(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncItera
     """This clock beside that of the model's server."""
     from email.utils import parsedate_to_datetime
 
-    endpoint, started = endpoints[0], utc_now()
-    host = place_of(endpoint.base_url)[0]
-    try:
-        response, _ = await fetch_url("GET", list_url(endpoint), ANSWER, 1, headers=key_headers(endpoint))
-        theirs = parsedate_to_datetime(response.headers["date"])
-    except (PistaError, KeyError, ValueError) as error:
-        yield Finding("ok", f"not compared: {host} tells no time ({error})")
-        return
-    off = (theirs - started - (utc_now() - started) / 2).total_seconds()
-    level = next(level for least, level in SKEWS if abs(off) >= least)
-    which = f"{plural(round(abs(off)), 'second')} {'behind' if off > 0 else 'ahead of'} {host}"
-    mend = "jobs fire at the wrong time, and certificates fail: timedatectl set-ntp true" if level != "ok" else ""
-    yield Finding(level, which, mend)
+    for endpoint in [endpoint for endpoint in endpoints if endpoint.base_url][:1]:
+        host, started = place_of(endpoint.base_url)[0], utc_now()
+        try:
+            response, _ = await fetch_url("GET", list_url(endpoint), ANSWER, 1, headers=key_headers(endpoint))
+            theirs = parsedate_to_datetime(response.headers["date"])
+        except (PistaError, KeyError, ValueError) as error:
+            yield Finding("ok", f"not compared: {host} tells no time ({error})")
+            return
+        off = (theirs - started - (utc_now() - started) / 2).total_seconds()
+        level = next(level for least, level in SKEWS if abs(off) >= least)
+        which = f"{plural(round(abs(off)), 'second')} {'behind' if off > 0 else 'ahead of'} {host}"
+        mend = "jobs fire at the wrong time, and certificates fail: timedatectl set-ntp true" if level != "ok" else ""
+        yield Finding(level, which, mend)
 
 
 async def check_provider(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """The main model and its stand-ins: whether the key is good, and the model is there."""
-    for endpoint in endpoints or chosen_endpoints(ctx):
-        name, key = endpoint.name, endpoint.key
-        if endpoint.provider == "offline":
-            yield Finding("ok", "offline: no model and no network")
-            continue
-        try:
-            await try_key(endpoint, ANSWER)
-            models = {info.id for info in await fetch_models(endpoint, ANSWER)}
-            if endpoint.model not in models and not await has_model(endpoint):
-                hint = "`openpista models list` lists them; [agent] model, or --model"
-                yield Finding("problem", f"{name}: no such model{near(endpoint.model, models)}", hint)
-                continue
-        except (CredentialError, Unavailable) as error:
-            yield finding_of(error)
-        except ProviderError as error:
-            yield finding_of(error, "warning")
-        else:
-            yield Finding("ok", f"{name}" + (f", with the key {key.masked} from {key.source}" if key.value else ""))
+    for found in asyncio.as_completed([look_at_model(endpoint) for endpoint in endpoints or chosen_endpoints(ctx)]):
+        yield await found  # what has come stays, if another one is silent
+
+
+async def look_at_model(endpoint: Endpoint) -> Finding:
+    """What its provider says of a model, and of the key."""
+    name, key = endpoint.name, endpoint.key
+    if not endpoint.base_url:
+        return Finding("ok", f"{name}: no model and no network")
+    try:
+        await try_key(endpoint, ANSWER)
+        models = {info.id for info in await fetch_models(endpoint, ANSWER)}
+        if endpoint.model not in models and not await has_model(endpoint):
+            hint = "`openpista models list` lists them; [agent] model, or --model"
+            return Finding("problem", f"{name}: no such model{near(endpoint.model, models)}", hint)
+    except PistaError as error:
+        return finding_of(error, "warning" if type(error) is ProviderError else "problem")
+    return Finding("ok", name + (f", with the key {key.masked} from {key.source}" if key.value else ""))
 
 
 async def has_model(endpoint: Endpoint) -> bool:
@@ -16056,35 +16029,45 @@ async def has_model(endpoint: Endpoint) -> bool:
     return response.status_code == 200
 
 
-async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
-    """The bot, if there is to be one."""
-    config = ctx.config.channels.telegram
-    if not config.enabled:
+async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint], poll: int = 5) -> AsyncIterator[Finding]:
+    """The bot, if there is to be one: whether it works, who else receives for it, and who may speak to it."""
+    settings = ctx.config.channels.telegram
+    if not settings.enabled:
         yield Finding("ok", "off ([channels.telegram] enabled)")
-    elif not config.token:
-        yield Finding("problem", "no token for the bot", "@BotFather gives one; set TELEGRAM_BOT_TOKEN")
-    else:
-        yield Finding("warning", "enabled, but this version has no Telegram yet")
-
-
-async def bot_findings(ask: Callable[..., Awaitable[Any]], running: bool) -> AsyncIterator[Finding]:
-    """What Telegram says of the bot; ask("getMe") gives the result, or raises a ChannelError.
-
-    A poll would end that of the daemon, so that is left out while it runs.
-    """
-    me, hook = await ask("getMe"), await ask("getWebhookInfo")
-    yield Finding("ok", f"the bot is @{me.get('username', '?')}")
+        return
+    if not ctx.bot_token:
+        yield Finding("problem", "it is on, but there is no token of a bot", "openpista telegram setup")
+        return
+    let_in = rows_of(ctx.database, "people", "id", "channel = 'telegram' AND state = 'allowed'")
+    if "*" in settings.allowed_users:
+        mend = "put ids in its place; `openpista pair approve CODE` lets in who writes to the bot"
+        yield Finding("warning", "everybody who finds the bot may run commands here: allowed_users has '*'", mend)
+    elif not (settings.allowed_users or let_in):
+        yield Finding("warning", "nobody may speak to the bot", "write to it, then `openpista pair approve CODE`")
+    me, hook = await look_at_bot(ctx)
+    yield Finding("ok", f"the bot is @{me.get('username')}")
     if url := hook.get("url"):
-        mend = "another program serves this bot: end it, or remove its hook with the API's deleteWebhook"
+        mend = "end the program it belongs to; `openpista telegram setup` removes it"
         yield Finding("problem", f"a webhook takes the bot's messages: {place_of(url)[0]}", mend)
-    elif not running:
-        try:
-            await ask("getUpdates", timeout=0, limit=1)
-        except ChannelError as error:
-            if getattr(error, "code", 0) != 409:
-                raise
-            mend = "end the other one, or revoke the token with @BotFather if you know of none"
-            yield Finding("problem", "another program takes the bot's messages", mend)
+    elif os.name == "posix" and holder(ctx.home / PID_FILE):
+        with contextlib.suppress(PistaError):  # the line about the gateway says it
+            if problem := ((await daemon_status(ctx))["telegram"] or {}).get("problem"):
+                yield Finding("problem", problem, "openpista goes on trying")
+    else:
+        # Of two polls Telegram ends the older one: ours waits some seconds for another program to come back.
+        async with Bot(ctx.bot_token, settings.base_url) as bot:
+            await bot.call("getUpdates", ANSWER, timeout=poll, limit=1)  # confirms nothing
+
+
+async def look_at_bot(ctx: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Who the bot is, and how updates reach it."""
+    async with Bot(ctx.bot_token, ctx.config.channels.telegram.base_url) as bot:
+        return await bot.call("getMe", ANSWER), await bot.call("getWebhookInfo", ANSWER)
+
+
+async def daemon_status(ctx: Context) -> dict[str, Any]:
+    """What the daemon says of itself. GatewayError if it cannot be asked."""
+    return (await ask_daemon(ctx.home, ctx.config.gateway, {"type": "status"}, 5.0))["status"]
 
 
 async def check_gateway(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
@@ -16102,77 +16085,38 @@ async def check_gateway(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIte
     else:
         started = time.monotonic()
         try:
-            found = (await ask_daemon(home, config, {"type": "status"}, PATIENCE / 2))["status"]
+            found = await daemon_status(ctx)
         except WrongServer as error:
             mend = "`openpista stop`, and start it again; if it is still so, another program has its port"
-            yield Finding("problem", f"the gateway shows another certificate than its file: {error.seen}", mend)
-            return
+            raise GatewayError(f"the gateway shows another certificate than its file: {error.seen}", mend) from None
         took, line = (time.monotonic() - started) * 1_000, gateway_line(**found["gateway"])
         yield Finding("ok", f"answers within {took:.0f} ms: {line}")
         if found["version"] != __version__:
             yield Finding("warning", f"{found['version']} runs, this is {__version__}", "stop it, and start it again")
 
 
-Check = Callable[[Context], Iterator[Finding]]
-CHECKS: dict[str, Check] = {
-    "python": check_python,
-    "configuration": check_config,
-    "home": check_home,
-    "database": check_database,
-    "skills": check_skills,
-    "jobs": check_jobs,
-    "service": check_service,
-}
-AT_START = ("configuration", "home", "skills", "service")  # quick, and not said by what follows
-INQUIRIES = {
-    "proxy": check_proxy,
-    "dns": check_dns,
-    "ipv6": check_ipv6,
-    "clock": check_clock,
-    "provider": check_provider,
-    "telegram": check_telegram,
-    "gateway": check_gateway,
-}
+HERE = (check_python, check_configuration, check_home, check_database, check_skills, check_jobs, check_service)
+AWAY = (check_proxy, check_dns, check_ipv6, check_clock, check_provider, check_telegram, check_gateway)
+CHECKS = (*HERE, *AWAY)
+AT_START = (check_configuration, check_home, check_skills, check_service)  # quick, and not said by what follows
 
 
-def looked(name: str, ctx: Context) -> Iterator[tuple[str, Finding]]:
-    """What a check of this machine finds; an error is a finding too."""
+async def examine(ctx: Context, checks: Iterable[Any], endpoints: Sequence[Endpoint] = ()) -> list[tuple[str, Finding]]:
+    """What checks find: (name, finding)."""
+    return list(itertools.chain(*await asyncio.gather(*(findings_of(check, ctx, endpoints) for check in checks))))
+
+
+async def findings_of(check: Any, ctx: Context, endpoints: Sequence[Endpoint]) -> list[tuple[str, Finding]]:
+    """What a check finds, within its time; an error is a finding too."""
+    found: list[Finding] = []
     try:
-        for finding in CHECKS[name](ctx):
-            yield name, finding
-    except (PistaError, OSError) as error:
-        yield name, finding_of(error) if isinstance(error, PistaError) else Finding("problem", str(error))
-
-
-async def ask_around(name: str, ctx: Context, endpoints: Sequence[Endpoint]) -> list[tuple[str, Finding]]:
-    """What a check that asks somebody finds, within its time."""
-    found: list[tuple[str, Finding]] = []
-    if name in ("dns", "ipv6", "clock") and not endpoints:
-        return [(name, Finding("ok", "not looked at: no model's server is chosen"))]
-    try:
-        async with asyncio.timeout(PATIENCE), contextlib.aclosing(INQUIRIES[name](ctx, endpoints)) as findings:
+        async with asyncio.timeout(PATIENCE), contextlib.aclosing(check(ctx, endpoints)) as findings:
             async for finding in findings:
-                found.append((name, finding))
-    except TimeoutError:
-        found.append((name, Finding("problem", f"no end within {PATIENCE:g} s", "see the lines about the network")))
-    except PistaError as error:
-        found.append((name, finding_of(error)))
-    return found
-
-
-async def examine(ctx: Context) -> list[tuple[str, Finding]]:
-    """All checks: (name, finding)."""
-    found = list(itertools.chain(*(looked(name, ctx) for name in CHECKS)))
-    endpoints: list[Endpoint] = []
-    with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the provider
-        endpoints = chosen_endpoints(ctx)
-    servers = [endpoint for endpoint in endpoints if endpoint.base_url]
-    asked = [
-        ask_around(name, ctx, some)  # each model by itself: one that is silent must not hide the others
-        for name in INQUIRIES
-        for some in (([[one] for one in endpoints] or [[]]) if name == "provider" else [servers])
-    ]
-    return [*found, *itertools.chain(*await asyncio.gather(*asked))]
+                found.append(finding)
+    except (PistaError, OSError) as error:
+        late = Finding("problem", f"no end within {PATIENCE:g} s", "see the lines about the network")
+        found.append(late if isinstance(error, TimeoutError) and not str(error) else finding_of(error))
+    return [(check.__name__.removeprefix("check_"), finding) for finding in found]
 
 
 # ===== 33. Commands ===========================================================
@@ -16268,7 +16212,7 @@ def cmd_start(ctx: Context) -> int:
     if os.name != "posix":
         raise PistaError("start needs Linux or macOS", "on Windows start openpista inside WSL")
     make_home(ctx.home)
-    for name, finding in itertools.chain(*(looked(name, ctx) for name in AT_START)):
+    for name, finding in asyncio.run(examine(ctx, AT_START)):
         if finding.level != "ok":
             log.warning("%s: %s", name, "; ".join(filter(None, (finding.what, finding.mend))))
     return detach(ctx) if ctx.args.detach else asyncio.run(serve(ctx))
@@ -16306,7 +16250,7 @@ def cmd_status(ctx: Context) -> int:
     pid, gateway, found = running_daemon(ctx).pid, ctx.config.gateway, {}
     if gateway.port:
         try:
-            found = asyncio.run(ask_daemon(ctx.home, gateway, {"type": "status"}, 5.0))["status"]
+            found = asyncio.run(daemon_status(ctx))
         except GatewayError as error:
             hint = "was [gateway] changed since it started?"
             raise GatewayError(f"openpista runs, pid {pid}, but cannot be asked: {error.args[0]}", hint) from None
@@ -16352,40 +16296,36 @@ def cmd_doctor(ctx: Context) -> int:
 
 async def consult(ctx: Context) -> int:
     """Look, say what was found, and mend what is wanted; the exit code."""
-    found = await examine(ctx)
-    if ctx.args.fix:
-        found = [(name, fixed(finding)) for name, finding in found]
-    clean = [(name, f._replace(what=ctx.redact(f.what), mend=ctx.redact(f.mend))) for name, f in found]
+    endpoints: list[Endpoint] = []
+    with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the provider
+        endpoints = chosen_endpoints(ctx)
+    found = [(name, fixed(one) if ctx.args.fix else one) for name, one in await examine(ctx, CHECKS, endpoints)]
+    rows = [(name, level, ctx.redact(what), ctx.redact(mend)) for name, (level, what, mend, _) in found]
+    levels = [level for _, level, *_ in rows]
     if ctx.args.json:
-        print_json([{"check": name, "level": f.level, "what": f.what, "mend": f.mend} for name, f in clean])
+        print_json([dict(zip(("check", "level", "what", "mend"), row, strict=True)) for row in rows])
     else:
-        print_findings(clean, Style(sys.stdout.isatty() and not ctx.environ.get("NO_COLOR")))
+        style = Style(sys.stdout.isatty() and not ctx.environ.get("NO_COLOR"))
+        width = max(len(name) for name, *_ in rows)
+        for name, level, what, mend in rows:
+            print(f"{style(f'{level:<8}', LOOKS[level])} {name:<{width}}  {one_line(printable(what))}")
+            if mend:
+                print(f"{'':<{width + 11}}{style(one_line(printable(mend)), 'bold')}")
+        print(", ".join(plural(levels.count(level), level) for level in ("problem", "warning")))
     sys.stdout.flush()  # a name that is still being looked up may hold up the end
-    return int(any(finding.level == "problem" for _, finding in clean))
+    return int("problem" in levels)
 
 
 def fixed(finding: Finding) -> Finding:
-    """The finding, once it was mended if that is safe."""
-    if finding.level == "ok" or not finding.fix:
+    """The finding, once it was mended if that is safe: modes of files."""
+    if not finding.exposed:
         return finding
     try:
-        finding.fix()
+        for path in finding.exposed:
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o700)
     except OSError as error:
         return finding._replace(what=f"{finding.what}; it cannot be mended: {error.strerror}")
     return Finding("fixed", finding.what)
-
-
-def print_findings(found: Sequence[tuple[str, Finding]], style: Style) -> None:
-    """A line for each, what to do below it."""
-    width = max(len(name) for name, _ in found)
-    for name, finding in found:
-        print(
-            f"{style(f'{finding.level:<8}', LOOKS[finding.level])} {name:<{width}}  {one_line(printable(finding.what))}"
-        )
-        if finding.mend:
-            print(f"{'':<{width + 11}}{style(one_line(printable(finding.mend)), 'bold')}")
-    counts = [sum(finding.level == level for _, finding in found) for level in ("problem", "warning")]
-    print(f"{plural(counts[0], 'problem')}, {plural(counts[1], 'warning')}")
 
 
 # ---- backup ----
@@ -16393,13 +16333,13 @@ def print_findings(found: Sequence[tuple[str, Finding]], style: Style) -> None:
 PASSPHRASE_FILE = arg("--passphrase-file", metavar="FILE", help="the passphrase is in its first line; else it is asked")
 
 
-def read_passphrase(args: argparse.Namespace, new: bool) -> str:
+def read_passphrase(ctx: Context, new: bool) -> str:
     """From the file, from a pipe, or typed without echo, twice if it is a new one."""
-    if args.passphrase_file:
+    if path := ctx.args.passphrase_file:
         try:
-            text = user_path(args.passphrase_file).read_text("utf-8").partition("\n")[0].strip()
+            text = user_path(path).read_text("utf-8").partition("\n")[0].strip()
         except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read the passphrase from {args.passphrase_file}: {error}") from None
+            raise UsageError(f"cannot read the passphrase from {path}: {error}") from None
     else:
         text = secret_line("Passphrase: ")
         if new and sys.stdin.isatty() and secret_line("The same again: ") != text:
@@ -16407,17 +16347,16 @@ def read_passphrase(args: argparse.Namespace, new: bool) -> str:
     if not text or (new and len(text) < 8):
         hint = "type it, or give it on standard input or with --passphrase-file FILE"
         raise UsageError("a passphrase has 8 letters at least" if text else "no passphrase", hint)
+    ctx.redact.add(text)
     return text
 
 
 @command("backup", arg("file", metavar="FILE"), PASSPHRASE_FILE)
 def cmd_backup(ctx: Context) -> int:
     """Write all that openpista knows into one file, sealed with a passphrase."""
-    passphrase, path = read_passphrase(ctx.args, new=True), user_path(ctx.args.file)
-    ctx.redact.add(passphrase)
-    kept = write_backup(ctx, path, passphrase)
-    tops = ", ".join(dict.fromkeys(Path(one.name).parts[0] for one in kept))
-    print(f"wrote {path}, {path.stat().st_size:,} bytes: {tops}")
+    path = user_path(ctx.args.file)
+    kept = write_backup(ctx, path, read_passphrase(ctx, new=True))
+    print(f"wrote {path}, {path.stat().st_size:,} bytes: {', '.join(kept)}")
     return 0
 
 
@@ -16432,11 +16371,7 @@ def cmd_restore(ctx: Context) -> int:
     path = user_path(ctx.args.file)
     if not path.is_file():
         raise UsageError(f"no file {path}")
-    passphrase = read_passphrase(ctx.args, new=False)
-    ctx.redact.add(passphrase)
-    if not ctx.args.dry_run:
-        make_home(ctx.home)
-    restore(ctx, path, passphrase, ctx.args.dry_run)
+    restore(ctx, path, read_passphrase(ctx, new=False), ctx.args.dry_run)
     return 0
 
 
@@ -17213,7 +17148,7 @@ def cmd_telegram_status(ctx: Context) -> int:
     running = {}
     with contextlib.suppress(PistaError):
         running_daemon(ctx)
-        running = asyncio.run(ask_daemon(ctx.home, ctx.config.gateway, {"type": "status"}, 5.0))["status"]
+        running = asyncio.run(daemon_status(ctx))
     polls = running.get("telegram") or {}
     if hook.get("url"):
         problem = "a webhook is set: openpista cannot receive; `openpista telegram setup` can remove it"
@@ -17235,13 +17170,6 @@ def cmd_telegram_status(ctx: Context) -> int:
         for name, text in rows.items():
             print(printable(f"{name:<14}{text}"))
     return 1 if problem else 0
-
-
-async def look_at_bot(ctx: Context) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Who the bot is, and how updates reach it."""
-    async with Bot(ctx.bot_token, ctx.config.channels.telegram.base_url) as bot:
-        ctx.redact.add(ctx.bot_token)
-        return await bot.call("getMe"), await bot.call("getWebhookInfo")
 
 
 @command("pair list", arg("--json", action="store_true", help="for scripts"))
@@ -17309,9 +17237,10 @@ _openpista() {{
 }}
 complete -o default -F _openpista openpista openpista.pyz
 """
-ZSH = (
-    "# In ~/.zshrc, behind compinit: source <(openpista completion zsh)\nautoload -U +X bashcompinit && bashcompinit\n"
-)
+ZSH = """\
+# In ~/.zshrc, behind compinit: source <(openpista completion zsh)
+autoload -U +X bashcompinit && bashcompinit
+"""
 FISH = """\
 # In ~/.config/fish/completions/openpista.fish
 function __openpista_at
@@ -17330,16 +17259,11 @@ def words_after() -> dict[str, dict[str, str]]:
     given = {action.option_strings[0]: action.help or "" for action in global_options(Parser(add_help=False))._actions}
     table: dict[str, dict[str, str]] = {"": given | {"--help": "explain", "--version": "show the version"}}
     for name, entry in COMMANDS.items():
-        first, _, second = name.partition(" ")
-        if second:
-            table[""].setdefault(first, "…")
-            table.setdefault(first, {})[second] = summary(entry)
-        else:
-            table[""][first] = summary(entry)
+        at, _, word = name.rpartition(" ")
+        table[""].setdefault(at or word, "…")
+        table.setdefault(at, {})[word] = summary(entry)
         options = {names[-1]: settings.get("help", "") for names, settings in entry.options if names[0][0] == "-"}
-        choices = (
-            word for names, settings in entry.options if names[0][0] != "-" for word in settings.get("choices", ())
-        )
+        choices = (word for names, more in entry.options if names[0][0] != "-" for word in more.get("choices", ()))
         table[name] = dict.fromkeys(choices, "") | options | given | {"--help": "explain it"}
     return table
 
@@ -17347,9 +17271,9 @@ def words_after() -> dict[str, dict[str, str]]:
 def values_of() -> dict[str, Sequence[str]]:
     """The options that take a value, with the words that it may be; none: a file, or whatever one likes."""
     rows = [row for entry in COMMANDS.values() for row in entry.options]
-    taking = {name: s for names, s in rows for name in names if name[0] == "-" and "action" not in s}
-    found = {name: tuple(settings.get("choices", ())) for name, settings in taking.items()}
-    return found | {"--provider": tuple(PROVIDERS), "--log-level": LEVELS, "--config": ()}
+    taking = ((name, more) for names, more in rows for name in names if name[0] == "-" and "action" not in more)
+    given = {"--provider": tuple(PROVIDERS), "--log-level": LEVELS, "--config": ()}
+    return {name: tuple(more.get("choices", ())) for name, more in taking} | given
 
 
 def shell_word(text: str) -> str:
@@ -17366,17 +17290,15 @@ def bash_completion() -> str:
 
 def fish_completion() -> str:
     """The script for fish."""
-    lines, values = [], values_of()
+    lines = []
+    takes = {word: f" -x -a {shell_word(' '.join(may))}" if may else " -r" for word, may in values_of().items()}
     for at, row in words_after().items():
         when = f"complete -c openpista -n {shell_word(f'__openpista_at {chr(34)}{at}{chr(34)}')}"
         if at not in COMMANDS:
             lines.append(f"{when} -f")
         for word, what in row.items():
             option = f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" if word[0] == "-" else f"-a {word}"
-            takes = (
-                f" -x -a {shell_word(' '.join(values[word]))}" if values.get(word) else " -r" if word in values else ""
-            )
-            lines.append(f"{when} {option}{takes} -d {shell_word(what)}")
+            lines.append(f"{when} {option}{takes.get(word, '')} -d {shell_word(what)}")
     return FISH.format(known=known_words(" "), words="\n".join(lines))
 
 

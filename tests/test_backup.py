@@ -34,7 +34,12 @@ def lived_in(home):
     with o.Store(home / "memory.db") as store:
         session = store.session("main")
         store.append(session, o.Message(o.Role.USER, "hello"))
-        o.Inbox(store).add(o.Event("job", "1", "main", "waits"))
+        waits = o.Inbox(store).add(o.Event("job", "1", "main", "waits"))
+        o.Approvals(store).ask(waits.id, o.ToolCall("a", "system.run", {"command": "rm x"}), "rm deletes", 60)
+        o.Grants(store, "main").add("[]")
+        o.People(store, "telegram").decide("42", "allowed", "Ada")
+        o.Chats(store).turn_to("telegram:42", "main")
+        o.Chats(store).advance("telegram:7", 100)
         o.Outbox(store).add("telegram:1", {}, ["unsent"])
         store.db.execute("INSERT INTO tickets VALUES ('00', '{}', '2100')")
     return home
@@ -82,6 +87,10 @@ def test_there_and_back(lived_in, backup, openpista, tmp_path):
             "what may have been done is not done again"
         )
         assert not store.db.execute("SELECT * FROM tickets").fetchall()
+        assert o.Approvals(store).get(1).state == "withdrawn", "its turn is over"
+        assert o.Grants(store, "main").list() == ["[]"] and o.People(store, "telegram").allowed() == ["42"]
+        chats = o.Chats(store)
+        assert chats.session("telegram:42") == "main" and chats.position("telegram:7")[0] == 100
 
 
 def test_what_is_there_is_put_aside(lived_in, backup, openpista, tmp_path):

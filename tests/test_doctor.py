@@ -62,7 +62,9 @@ def only(ills, name, level="problem"):
 def test_all_is_well(doctor):
     rows = doctor(code=0)
     assert {row["level"] for row in rows} == {"ok"} and doctor.stderr == ""
-    assert list(dict.fromkeys(row["check"] for row in rows)) == [*o.CHECKS, *o.INQUIRIES]
+    assert list(dict.fromkeys(row["check"] for row in rows)) == [
+        check.__name__.removeprefix("check_") for check in o.CHECKS
+    ]
     said = {row["check"]: row["what"] for row in rows}
     assert said["provider"] == "openai/gpt-4o, with the key …3456 from $OPENAI_API_KEY"
     assert not (doctor.home / "memory.db").exists() and not (doctor.home / "gateway.pem").exists(), "it changes nothing"
@@ -273,41 +275,115 @@ def test_ipv6():
     assert [o.ipv6_finding("host", *answers).level for answers, _ in cases] == [level for _, level in cases]
 
 
-class Bot:
-    """The Bot API, as far as the doctor asks it."""
-
-    def __init__(self, hook="", conflict=False):
-        self.hook, self.conflict, self.asked = hook, conflict, []
-
-    async def __call__(self, method, **parameters):
-        self.asked.append(method)
-        if method == "getUpdates" and self.conflict:
-            error = o.ChannelError("Conflict: terminated by other getUpdates request")
-            error.code = 409
-            raise error
-        return {"getMe": {"username": "pista_bot"}, "getWebhookInfo": {"url": self.hook}}.get(method, [])
+def telegram(bot, **settings):
+    """The lines of a configuration with this bot."""
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in ({"base_url": bot.url} | settings).items()]
+    return f'[channels.telegram]\nenabled = true\ntoken = "{bot.token}"\n{"".join(lines)}'
 
 
-def findings(bot, running=False):
-    async def gather():
-        return [finding async for finding in o.bot_findings(bot, running)]
+@pytest.fixture
+def look(bot, home):
+    """What the check of Telegram finds: [(level, what, mend)]"""
+    home.mkdir(mode=0o700)
 
-    return o.asyncio.run(gather())
+    def look(poll=0, other=None, **settings):
+        settings = {"token": bot.token, "base_url": bot.url} | settings
+        channels = o.ChannelsConfig(telegram=o.TelegramConfig(True, **settings))
+        ctx = o.Context(None, o.Config()._replace(channels=channels), home, {}, o.Redactor())
+
+        async def ask():
+            task = o.asyncio.create_task(other()) if other else None
+            if other:
+                await o.asyncio.to_thread(bot.wait_state, lambda state: state["polling"])
+            check = o.functools.partial(o.check_telegram, poll=poll)
+            check.__name__ = "check_telegram"
+            found = await o.findings_of(check, ctx, ())
+            if task:
+                task.cancel()
+            return [finding[:3] for _, finding in found]
+
+        return o.asyncio.run(ask())
+
+    return look
 
 
-def test_the_bot():
-    assert [finding.level for finding in findings(Bot())] == ["ok"]
-    [_, hook] = findings(Bot(hook="https://example.com/secret"))
-    assert hook.level == "problem" and "example.com" in hook.what and "secret" not in hook.what
-    [_, other] = findings(Bot(conflict=True))
-    assert other.level == "problem" and "another program" in other.what
-    bot = Bot(conflict=True)
-    assert len(findings(bot, running=True)) == 1 and "getUpdates" not in bot.asked, "that would end our own"
+def test_the_bot(look, bot, home):
+    bot.say(42, "hi")  # what waits ends a poll at once
+    [bad, good] = look()
+    assert bad[:2] == ("warning", "nobody may speak to the bot") and "pair approve" in bad[2]
+    assert good[:2] == ("ok", "the bot is @openpista_test_bot")
+    assert [finding[0] for finding in look(allowed_users=(42,))] == ["ok"]
+    [bad, good] = look(allowed_users=("*",))
+    assert bad[0] == "warning" and "everybody" in bad[1] and bad[2]
+    with o.Store(home / "memory.db") as store:
+        o.People(store, "telegram").decide("42", "allowed", "Ada")
+    assert [finding[0] for finding in look()] == ["ok"]
+    assert bot.state()["pending"] == 1, "it is still there for openpista"
+
+
+def test_what_telegram_refuses(look, bot):
+    [found] = look(allowed_users=(42,), token="123456:" + "x" * 30)
+    assert found[0] == "problem" and "refuses getMe" in found[1] and "telegram setup" in found[2]
+    assert "xxx" not in str(found)
+    [found] = look(allowed_users=(42,), token="something else")
+    assert found[0] == "problem" and "does not look like one" in found[1]
+    [found] = look(allowed_users=(42,), base_url="http://127.0.0.1:9")
+    assert found[0] == "problem" and "cannot reach http://127.0.0.1:9" in found[1]
+    bot.fault("getMe", "drop")
+    [found] = look(allowed_users=(42,))
+    assert found[0] == "problem" and "broke" in found[1]
+
+
+def test_a_webhook(doctor, bot):
+    bot.webhook("https://example.com/secret")
+    doctor.config(telegram(bot, allowed_users=[42]))
+    (doctor.home / "config.toml").chmod(0o600)
+    what, mend = only(doctor.ills(code=1), "telegram")
+    assert what == "a webhook takes the bot's messages: example.com" and "telegram setup" in mend
+    assert not bot.calls("getUpdates")
+
+
+def test_another_program_polls(look, bot):
+    """Telegram ends the older of two polls, so that the first one to notice is the other."""
+
+    async def other():
+        async with o.Bot(bot.token, bot.url) as theirs:
+            while True:
+                with contextlib.suppress(o.BotError):
+                    await theirs.call("getUpdates", timeout=20)
+
+    [good, bad] = look(poll=5, other=other, allowed_users=(42,))
+    assert good[0] == "ok" and bad[0] == "problem"
+    assert "Conflict" in bad[1] and "another program polls this bot" in bad[2]
+
+
+def test_a_daemon_that_polls(house, openpista, bot):  # noqa: F811
+    port = free_port()
+    text = OFFLINE.replace("port = 0", f'port = {port}\nhost = "127.0.0.1"')
+    house.configure(text + telegram(bot, allowed_users=[42]))
+    (house.home / "config.toml").chmod(0o600)
+    bot.fault("getUpdates", "status:500", -1)
+    daemon = house.start()
+    done = until(lambda: (found := openpista("doctor")).returncode and found)
+    assert re.search(r"^problem +telegram +Telegram: Internal Server Error", done.stdout, re.M)
+    assert {call["parameters"]["timeout"] for call in bot.calls("getUpdates")} == {"50"}, "ours would end its poll"
+    house.end(daemon)
 
 
 def test_telegram_without_a_token(doctor):
     doctor.config("[channels.telegram]\nenabled = true\n")
-    assert "no token" in only(doctor.ills(code=1), "telegram")[0]
+    what, mend = only(doctor.ills(code=1), "telegram")
+    assert "no token" in what and mend == "openpista telegram setup"
+
+
+def test_the_bots_token_is_the_owners(doctor, home, bot):
+    (home / "telegram.token").write_text(bot.token)
+    (home / "telegram.token").chmod(0o644)
+    assert doctor.ills(code=0) == {}, "nobody else can enter the folder"
+    home.chmod(0o755)
+    assert "telegram.token" in only(doctor.ills(code=1), "home")[0]
+    doctor("--fix", code=0)
+    assert (home / "telegram.token").stat().st_mode & 0o777 == 0o600
 
 
 def test_start_says_what_matters(house):  # noqa: F811

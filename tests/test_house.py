@@ -52,6 +52,21 @@ def test_old_sessions_are_forgotten(store, clock):
     assert names(store) == {"new"}
 
 
+def test_what_was_granted_and_asked_goes_with_a_session(store, clock):
+    for name in ("old", "telegram:7"):
+        fill(store, name)
+        o.Grants(store, name).add("[]")
+    inbox = o.Inbox(store)
+    number = inbox.add(o.Event("telegram:7", "1", "old", "hi")).id
+    o.Approvals(store).ask(number, o.ToolCall("a", "system.run", {"command": "rm x"}), "rm deletes", 60)
+    store.db.execute("UPDATE inbox SET state = 'done', done_at = ?", [store.now().isoformat()])
+    clock.advance(o.timedelta(days=31))
+    while o.Upkeep(store).forget_sessions(30):
+        pass
+    assert names(store) == {"telegram:7"}
+    assert not o.Grants(store, "old").list() and o.Grants(store, "telegram:7").list() and not o.Approvals(store).get(1)
+
+
 def test_a_long_session_goes_some_at_a_time(store, clock):
     session = fill(store, "old", 25)
     clock.advance(o.timedelta(days=31))
