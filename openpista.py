@@ -532,6 +532,16 @@ def printable(text: str) -> str:
     return ESCAPES_AND_CONTROLS.sub("", text)
 
 
+HIDDEN = Pattern(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """The text with what cannot be seen written out, as \\x1b: for a person who must know all of it."""
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def shown_url(url: str) -> str:
     """The address without a user and password, which some have in them."""
     return re.sub(r"//[^/?#]*@", "//…@", url)
@@ -932,13 +942,17 @@ def distrust(path: Path, config: Config, own_workspace: Path) -> None:
     said, hint = "", f"if you trust it, name it: --config {path}"
     if os.name == "posix" and path.stat().st_uid not in (0, os.getuid()):
         raise ConfigError(f"{path} belongs to another user", hint)
-    agent, tools = config.agent, config.tools
+    agent, tools, telegram = config.agent, config.tools, config.channels.telegram
     if agent.base_url and not is_loopback(agent.base_url):
         said = "sends your key to another address (agent.base_url)"
     elif tools.approval == "never":
         said = "lets commands run unasked (tools.approval)"
     elif tools.keep_env:
         said = "shows secrets of the environment to commands (tools.keep_env)"
+    elif telegram.base_url != TelegramConfig().base_url and not is_loopback(telegram.base_url):
+        said = "sends your bot's token to another address (channels.telegram.base_url)"
+    elif telegram.token or telegram.allowed_users or telegram.allowed_groups:
+        said = "lets others have commands run (channels.telegram)"
     elif config.skills.workspace and user_path(config.skills.workspace) != own_workspace:
         said = "brings programs that run unasked (skills.workspace)"
     if said:
@@ -990,7 +1004,7 @@ def load_config(path: Path | None, environ: Mapping[str, str], named: bool = Tru
 def check_users(users: Iterable[int | str]) -> None:
     """Refuse names in the place of ids: a name can be taken by somebody else."""
     for user in users:
-        if not re.fullmatch(r"\d{1,18}|\*", str(user)):
+        if not re.fullmatch(r"[0-9]{1,18}|\*", str(user)):
             hint = "a numeric id, which `openpista pair list` shows once the person has written to the bot; or '*'"
             raise ConfigError(f"channels.telegram.allowed_users must have ids, not {clip(str(user), 40)!r}", hint)
 
@@ -999,26 +1013,29 @@ def set_setting(path: Path, table: str, name: str, value: str) -> None:
     """Write one setting, given as TOML, into a file, and leave all else in it as it is."""
     import tomllib
 
-    text = path.read_text("utf-8") if path.exists() else ""
+    text = path.read_text("utf-8-sig") if path.exists() else ""
     head = re.search(rf"^[ \t]*\[{re.escape(table)}\][^\n]*$", text, re.MULTILINE)
     if head:
         end = re.search(r"^[ \t]*\[", text[head.end() :], re.MULTILINE)
         stop = head.end() + end.start() if end else len(text)
         body, count = re.subn(
-            rf"^([ \t]*{name}[ \t]*=).*$", rf"\1 {value}", text[head.end() : stop], flags=re.MULTILINE
+            rf"^([ \t]*{name}[ \t]*=)[^#\n]*?(?=[ \t]*(?:#|$))",
+            rf"\1 {value}",
+            text[head.end() : stop],
+            flags=re.MULTILINE,
         )
         changed = text[: head.end()] + (body if count else f"\n{name} = {value}{body}") + text[stop:]
     else:
         changed = f"{text.rstrip()}\n\n[{table}]\n{name} = {value}\n".lstrip()
     try:
-        found: Any = tomllib.loads(changed)
-        for key in (*table.split("."), name):
-            found = found[key]
-        if found != tomllib.loads(f"x = {value}")["x"]:
+        wanted: dict[str, Any] = tomllib.loads(text)
+        inner = functools.reduce(lambda found, key: found.setdefault(key, {}), table.split("."), wanted)
+        inner[name] = tomllib.loads(f"x = {value}")["x"]
+        if tomllib.loads(changed) != wanted:
             raise ValueError(name)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         raise ConfigError(f"{path} is written in a way that openpista does not change", f"set {table}.{name}") from None
-    write_private(path, changed)
+    write_private(path.resolve(), changed)
 
 
 def read_config(chosen: str | None, environ: Mapping[str, str]) -> tuple[Config, Path | None]:
@@ -1651,7 +1668,7 @@ class Person(NamedTuple):
     name: str
     state: str  # asked, allowed, denied
     code: str
-    asked_at: str
+    asked_at: str  # or when it was decided
     expires_at: str | None
 
 
@@ -1775,7 +1792,7 @@ class Inbox(Table):
     def album(self, channel: str, name: str) -> Item | None:
         """The event of a channel that an album began, while its turn has not."""
         where = "channel = ? AND state = 'waiting' AND message_id IS NULL AND json_extract(metadata, '$.album') = ?"
-        return self._one(f"{where} ORDER BY id DESC LIMIT 1", channel, name)
+        return self._one(f"{where} ORDER BY id DESC LIMIT 1", channel, storable(name))
 
     def rewrite(self, number: int, text: str, metadata: Mapping[str, Any]) -> bool:
         """Put other words in the place of an event's; False if its turn has begun."""
@@ -1786,12 +1803,6 @@ class Inbox(Table):
         """Note which message of the channel shows the progress."""
         with self.store.unsynced():
             self._run("UPDATE inbox SET shown = ? WHERE id = ?", name, number)
-
-    def move(self, old: str, new: str) -> None:
-        """A channel has another name from now on."""
-        with self.atomic():
-            for table in ("inbox", "outbox", "jobs"):
-                self._run(f"UPDATE OR IGNORE {table} SET channel = ? WHERE channel = ?", new, old)
 
     def waiting(self) -> dict[str, int]:
         """The sessions with events that have no answer, and how many."""
@@ -1940,7 +1951,8 @@ class Approvals(Table):
 
     def decide(self, number: int, state: str, by: str = "") -> bool:
         """Note a decision; False if there is one, or the time for it is over."""
-        in_time = "expires_at > ?" if state in list(Decision) else "? != ''"
+        is_open = f"inbox_id IN (SELECT id FROM inbox WHERE {Inbox.OPEN})"
+        in_time = f"expires_at > ? AND {is_open}" if state in list(Decision) else "? != ''"
         sql = f"UPDATE approvals SET state = ?, decided_by = ? WHERE id = ? AND state = 'waiting' AND {in_time}"
         return self._run(sql, state, storable(by), number, self.stamp()).rowcount == 1
 
@@ -1998,6 +2010,11 @@ class People(Table):
         """The ids of those who were let in, the first one first."""
         return [person.id for person in self.list() if person.state == "allowed"]
 
+    def state(self, who: str) -> str:
+        """What became of somebody; '' if they never asked."""
+        row = self._run("SELECT state FROM people WHERE channel = ? AND id = ?", self.channel, who).fetchone()
+        return row[0] if row else ""
+
     def ask(self, who: str, name: str, code: str) -> bool:
         """Give somebody a code to show to the owner; False if they had one, or too many have."""
         with self.atomic():
@@ -2013,8 +2030,9 @@ class People(Table):
     def decide(self, who: str, state: str, name: str = "") -> None:
         """Let somebody in, or keep them out."""
         known = {person.id: person for person in self.list()}
-        found = known.get(who, Person(who, name, state, "", self.stamp(), None))
-        self._write(found._replace(state=state, code="", expires_at=None))
+        found = known.get(who, Person(who, name, state, "", "", None))
+        # Since when it holds: who asked before the owner was let in must not become the owner.
+        self._write(found._replace(state=state, code="", asked_at=self.stamp(), expires_at=None))
 
     def remove(self, who: str) -> bool:
         """Forget somebody; False if nothing was known of them."""
@@ -2050,10 +2068,11 @@ class Chats(Table):
     def move(self, old: str, new: str) -> None:
         """A group has become another: its session, and what waits for it, move along."""
         with self.atomic():
-            self.turn_to(new, self.session(old))
+            self._run("INSERT OR IGNORE INTO chats (place, session) VALUES (?, ?)", new, self.session(old))
             self._run("INSERT OR IGNORE INTO chats (place) VALUES (?)", old)
             self._run("UPDATE chats SET moved_to = ? WHERE place = ?", new, old)
-            Inbox(self.store).move(old, new)
+            for table in ("inbox", "outbox", "jobs"):
+                self._run(f"UPDATE OR IGNORE {table} SET channel = ? WHERE channel = ?", new, old)
 
     def former(self, place: str) -> list[str]:
         """What a place was before."""
@@ -2397,8 +2416,13 @@ def wire_id(request: Request, call_id: str) -> str:
 
 def marked(message: Message) -> str:
     """A tool's output between marks that its author cannot guess, so that data stays data."""
-    mark = hashlib.sha256(message.call_id.encode()).hexdigest()[:6]
-    return f"<data {mark}>\n{message.text}\n</data {mark}>"
+    return as_data(message.text, message.call_id)
+
+
+def as_data(text: str, seed: str) -> str:
+    """A text between marks that its author cannot guess, since they depend on a seed."""
+    mark = hashlib.sha256(storable(seed).encode()).hexdigest()[:6]
+    return f"<data {mark}>\n{text}\n</data {mark}>"
 
 
 def content_of(request: Request, message: Message) -> str:
@@ -6305,6 +6329,9 @@ class Outlet(NamedTuple):
     approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
     prepare: Callable[[Item], Awaitable[None]] | None = None  # before a turn: what an event needs
     split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
+    ready: Callable[[Delivery], Awaitable[None]] | None = (
+        None  # waits until it may go out: a kill meanwhile is no doubt
+    )
     repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
 
 
@@ -6351,6 +6378,7 @@ class Courier:
     def __init__(self, outbox: Outbox, outlets: Mapping[str, Outlet], closing: asyncio.Event, patience: Patience):
         self.outbox, self.outlets, self.closing, self.patience = outbox, outlets, closing, patience
         self.alive: dict[str, str] = {}  # kind of channel -> when it last brought or took something
+        self.closed = False
         self._tasks: dict[str, asyncio.Task[None]] = {}  # channel -> who carries for it
         self._places = asyncio.Semaphore(self.SIDE_BY_SIDE)
 
@@ -6377,13 +6405,14 @@ class Courier:
     def wake(self, channel: str) -> None:
         """Something lies there for this channel."""
         outlet = self.outlet(channel)
-        if outlet and outlet.send and channel not in self._tasks:
+        if outlet and outlet.send and channel not in self._tasks and not self.closed:
             self._tasks[channel] = asyncio.create_task(self._carry(channel, outlet))
 
     async def close(self, seconds: float) -> None:
         """Send what can be sent within so many seconds; the rest stays for the next start."""
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=seconds)
+        self.closed = True
         for task in (rest := list(self._tasks.values())):
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
@@ -6408,11 +6437,21 @@ class Courier:
         seconds = min(self._until(delivery.next_at), self.patience.longest)
         if seconds > 0 and await paused(self.closing, seconds):
             return False
-        async with self._places:
-            if not self.outbox.start(delivery.id):
-                return False
-            (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
+        (fault,) = await asyncio.gather(self._get_ready(delivery, outlet), return_exceptions=True)
+        if fault is None:
+            async with self._places:
+                if not self.outbox.start(delivery.id):
+                    return False
+                (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
         return await surely(lambda: self._note(delivery, outlet, fault), self.closing)
+
+    async def _get_ready(self, delivery: Delivery, outlet: Outlet) -> None:
+        try:
+            async with asyncio.timeout(self.patience.sending):
+                if outlet.ready:
+                    await outlet.ready(delivery)
+        except OSError as error:  # TimeoutError too: nothing has gone out
+            raise ChannelBusy(f"not ready: {error!r}") from None
 
     async def _attempt(self, delivery: Delivery, outlet: Outlet) -> None:
         async with asyncio.timeout(self.patience.sending):
@@ -6432,7 +6471,7 @@ class Courier:
             self.outbox.sent(number)
         elif in_doubt and not outlet.repeats:
             self._doubt(number, channel, outlet, repr(fault))
-        elif not (in_doubt or isinstance(fault, (ChannelBusy, Unavailable))) or self._is_hopeless(delivery):
+        elif not (in_doubt or isinstance(fault, (ChannelBusy, StoreError, Unavailable))) or self._is_hopeless(delivery):
             self._drop(number, channel, fault)
         else:
             seconds = self._pause(delivery.attempts + 1, getattr(fault, "retry_after", None))
@@ -6558,6 +6597,11 @@ class Hub:
     def running(self) -> dict[str, int]:
         """The sessions that are in a turn, or wait for a place for one, and the inbox row that it answers."""
         return {session: run.item.id for session, run in self._running.items()}
+
+    @property
+    def runs(self) -> list[Run]:
+        """The turns that run, or wait for a place."""
+        return list(self._running.values())
 
     # ---- what channels call ----
 
@@ -6712,15 +6756,15 @@ class Hub:
 
     async def _turn(self, run: Run) -> Reply:
         item, outlet = run.item, self.courier.outlet(run.item.event.channel)
+        if item.attempts >= self.ATTEMPTS:
+            raise PistaError(f"given up: openpista ended {item.attempts} times in the middle of it", "see the log")
+        self.inbox.attempt(item.id)
         if outlet and outlet.prepare and item.message_id is None:
             await outlet.prepare(item)
-            item = self.inbox.get(item.id)  # its words may be others now
         async with Place(self._places) as place:
-            if item.attempts >= self.ATTEMPTS:
-                raise PistaError(f"given up: openpista ended {item.attempts} times in the middle of it", "see the log")
+            item = self.inbox.get(item.id)  # its words may be others now
             if item.state == "running" and item.message_id is None:
                 raise StoreError("given up: its session was deleted while openpista was not running", "say it again")
-            self.inbox.attempt(item.id)
             ASKED_IN.set(item.event)  # this turn is a task of its own, and so are its tools
             session = self.store.session(item.event.session)
             gate = Gate(self.approval, self._approve(item, place), Grants(self.store, session.name))
@@ -10022,7 +10066,8 @@ SHOW = {
 
 def title(call: ToolCall) -> str:
     """A call in a few words: the command line itself, where there is one."""
-    what = call.arguments.get("command") or call.arguments.get("name") or ""
+    what = next((call.arguments[name] for name in ("command", "name", "path") if call.arguments.get(name)), "")
+    what = visible(str(what).replace("\n", " "))
     return printable(clip(f"{'' if call.name == 'system.run' else call.name} {what}".strip() or call.name, 200))
 
 
@@ -10041,7 +10086,7 @@ def whole_call(call: ToolCall) -> str:
         what += "\nin the background"
     if variables := command and call.arguments.get("env"):
         what += "\nwith " + " ".join(f"{name}={value}" for name, value in variables.items())
-    return what
+    return visible(what)
 
 
 def took(reply: Reply, seconds: float) -> str:
@@ -10874,9 +10919,10 @@ class Local:
         """The names of the sessions, as far as they are known without asking."""
         return [session.name for session in self.app.store.sessions(200)]
 
-    def known_models(self) -> list[str]:
-        """The ids of the models of the provider that answers, as far as they are known without asking."""
-        return [model.id for model in known_models(listed_endpoint(self.ctx, self.provider)[0], self.ctx.model_lists)]
+    def known_models(self, provider: str = "") -> list[str]:
+        """The ids of the models of a provider, or of the one that answers, as far as they are known without asking."""
+        endpoint = listed_endpoint(self.ctx, provider or self.provider)[0]
+        return [model.id for model in known_models(endpoint, self.ctx.model_lists)]
 
     async def tools(self) -> list[tuple[str, str]]:
         """The name of each tool, and what it does."""
@@ -13502,7 +13548,7 @@ def source(piece: Sequence[Row]) -> str:
 LONGEST_CALL = 30.0  # seconds for a call that neither waits for updates nor carries a file
 MOST_ANSWERED = 64 << 20  # bytes of one answer
 MOST_FETCHED, MOST_UPLOADED = 20 << 20, 50 << 20  # bytes of a file that the Bot API carries
-BOT_TOKEN = Pattern(r"\d+:[A-Za-z0-9_-]{10,}")
+BOT_TOKEN = Pattern(r"[0-9]+:[A-Za-z0-9_-]{10,}")
 
 
 def check_token(token: str) -> str:
@@ -13553,7 +13599,8 @@ class Bot:
             if answer["ok"]:
                 return answer["result"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ChannelBusy(f"{self.place} answered {method} with {response.status_code} and no JSON") from None
+            done = ConnectionError if response.status_code == 200 else ChannelBusy  # with 200 it may have been done
+            raise done(f"{self.place} answered {method} with {response.status_code} and no JSON") from None
         raise bot_refusal(method, response.status_code, answer)
 
     @contextlib.asynccontextmanager
@@ -13579,7 +13626,7 @@ class Bot:
         found = await self.call("getFile", file_id=file_id)
         source = str(found.get("file_path") or "")
         make_private(path.parent)
-        part = path.with_name(f".{path.name[:200]}.part")
+        part = path.with_name(f".{path.name}.part")
         try:
             if source.startswith("/"):  # a Bot API server of one's own names its own files
                 await asyncio.to_thread(shutil.copyfile, source, part)
@@ -13587,8 +13634,6 @@ class Bot:
                 await self._download(source, part)
             part.chmod(0o600)
             part.replace(path)
-        except OSError as error:
-            raise ChannelError(f"the file could not be stored: {error.strerror or error}") from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -13610,7 +13655,8 @@ def connect_fault(error: Exception) -> str:
     """Why there is no connection, in words without an address."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return "its certificate is not trusted (see SSL_CERT_FILE)"
-    return re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    why = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    return "connection refused" if "All connection attempts" in why else why
 
 
 def bot_refusal(method: str, status: int, answer: Mapping[str, Any]) -> ChannelError:
@@ -13620,16 +13666,17 @@ def bot_refusal(method: str, status: int, answer: Mapping[str, Any]) -> ChannelE
     more = more if isinstance(more, dict) else {}
     if status == 429 or status >= 500:
         seconds = more.get("retry_after")
-        return ChannelBusy(f"Telegram: {said}", float(seconds) if isinstance(seconds, int | float) else None)
-    hint = REFUSED.get(status if "webhook" not in said else 0, "")
+        is_sane = isinstance(seconds, int | float) and 0 <= seconds < 1e6
+        return ChannelBusy(f"Telegram: {said}", float(seconds) if is_sane else None)
+    hint = REFUSED.get(0 if "webhook" in said.lower() else status, "")
     moved = more.get("migrate_to_chat_id")
     return BotError(f"Telegram refuses {method}: {said}", hint, status, moved if isinstance(moved, int) else 0)
 
 
 REFUSED = {  # HTTP status of a refusal -> what to do; 0: a webhook is in the way
     0: "`openpista telegram setup` can remove the webhook",
-    401: "the token was revoked or is wrong: `openpista telegram setup` takes a new one",
-    404: "the token is wrong: `openpista telegram setup` takes a new one",
+    401: "the token was revoked or is wrong: `openpista telegram setup` takes a new one, unless a setting has it",
+    404: "the token is wrong: `openpista telegram setup` takes a new one, unless a setting has it",
     409: "another program polls this bot: stop it, or take a bot of its own from @BotFather",
 }
 
@@ -13705,7 +13752,7 @@ class Paces:
 # comes from the outbox; a View shows the turn until then. Who may speak is the
 # Door's to say, what is asked before a risky call the Questions'.
 
-LONGEST_TEXT = 4096  # UTF-16 units of a message, tags not counted
+LONGEST_PIECE = TELEGRAM_TEXT - 200  # with room for a remark
 MANY_PIECES = 5  # an answer of more goes as a document
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # of a pairing code: none that looks like another
 GROUPS = ("group", "supergroup")
@@ -13770,7 +13817,7 @@ def read_said(raw: Mapping[str, Any], bot: Mapping[str, Any]) -> Said | None:
     mention = re.compile(rf"@{re.escape(ours)}\b", re.IGNORECASE) if ours else None
     to_us = bool(
         private
-        or command
+        or (command and (at or command in TELEGRAM_COMMANDS))
         or (mention and mention.search(text))
         or (answered.get("from") or {}).get("id") == bot.get("id", 0)
     )
@@ -13783,7 +13830,7 @@ def read_said(raw: Mapping[str, Any], bot: Mapping[str, Any]) -> Said | None:
         int(raw["message_id"]),
         sender["id"],
         clip(printable(storable(str(name))), 64),
-        said if private or not said else f"{name}: {said}",
+        said if private or not said else f"{clip(printable(storable(str(name))), 64)}: {said}",
         int(raw.get("message_thread_id") or 0) if raw.get("is_topic_message") else 0,
         tuple(files_in(raw)),
         str(raw.get("media_group_id") or ""),
@@ -13807,7 +13854,7 @@ def quoted(raw: Mapping[str, Any], answered: Mapping[str, Any], bot: Mapping[str
     words = str(answered.get("text") or answered.get("caption") or "")
     if words:
         whose = "your message" if (answered.get("from") or {}).get("id") == bot.get("id", 0) else "this message"
-        parts.append(f"\n(In answer to {whose}:\n<data>\n{clip(storable(words), 1_000)}\n</data>)")
+        parts.append(f"\n(In answer to {whose}:\n{as_data(clip(storable(words), 1_000), words)}\n)")
     for kind, shape in UNSEEN_KINDS.items():
         if isinstance(found := raw.get(kind), dict):
             parts.append(f"\n({shape.format_map(collections.defaultdict(str, found))})")
@@ -13852,7 +13899,13 @@ def files_in(raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def safe_name(name: str) -> str:
     """A file name that stays in its folder and needs no quotes."""
-    return re.sub(r"[^\w.+-]+", "_", storable(printable(name))).lstrip(".")[-100:] or "file"
+    safe = re.sub(r"[^\w.+-]+", "_", storable(printable(name))).lstrip(".")
+    return safe.encode()[-150:].decode("utf-8", "ignore") or "file"  # of 255 bytes; behind a date and a number
+
+
+def code_span(text: str) -> str:
+    """The text as code in a line of Markdown."""
+    return "`" + text.replace("`", "'") + "`"
 
 
 def short(name: str) -> str:
@@ -13875,14 +13928,16 @@ class View:
     LONGEST = 7_200.0  # seconds of typing
     SILENT = 10.0  # seconds until it is said that there is nothing to show
     FAULTS = 5  # edits that failed, until nothing more is shown
+    PAUSES = (0.0, 0.5, 2.0)  # seconds before each attempt to delete
 
-    def __init__(self, post: Post, item: Item, first: float = 2.5):
+    def __init__(self, post: Post, item: Item, first: float):
         self.post, self.item, self.first = post, item, first
         self.chat, self.message = chat_of(item.event.channel), item.shown
         self._begun = time.monotonic()
         self._said, self._notice, self._shown = "", "", ""
         self._calls: dict[str, tuple[str, float]] = {}  # call -> its title, and when it began
         self._faults = 0
+        self.asking = False  # a question of the turn waits for an answer
         self._news, self._ending = asyncio.Event(), asyncio.Event()
         self._showing = asyncio.create_task(self._show())
         self._typing = asyncio.create_task(self._type())
@@ -13895,13 +13950,18 @@ class View:
         elif progress.kind == "again":
             self._said = ""
         elif progress.kind == "tool_started":
-            self._calls[progress.call.id] = (title(progress.call), time.monotonic())
+            self._calls[progress.call.id] = (self.post.title(progress.call), time.monotonic())
         elif progress.kind == "tool_finished":
             self._calls.pop(progress.call.id, None)
             self._said = ""
         if progress.kind in ("notice", "again"):
             self._notice = progress.text
         self._news.set()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the turn was shown first."""
+        return time.monotonic() - self._begun
 
     async def close(self) -> str:
         """Show nothing more; the message that is there."""
@@ -13916,13 +13976,29 @@ class View:
     async def leave(self) -> None:
         """What is shown next is a new message, below others that came meanwhile."""
         former, self.message, self._shown = self.message, "", ""
-        if former:
-            self.post.hub.inbox.show(self.item.id, "")
-            with contextlib.suppress(ChannelError, OSError):
-                await self.post.bot.call("deleteMessage", chat_id=self.chat, message_id=int(former))
+        if not former:
+            return
+        for seconds in self.PAUSES:
+            await asyncio.sleep(seconds)
+            with contextlib.suppress(ChannelBusy, OSError):
+                with contextlib.suppress(BotError):  # it is not there any more, or stays for ever
+                    await self.post.bot.call("deleteMessage", chat_id=self.chat, message_id=int(former))
+                break
+        else:
+            self.message = self.message or former
+        with contextlib.suppress(StoreError):  # now: after a kill it would else be left standing
+            self.post.hub.inbox.show(self.item.id, self.message)
+
+    @property
+    def _works(self) -> bool:
+        """Whether the turn has begun, and waits for nobody."""
+        return not self.asking and self.post.hub.running.get(self.item.event.session) == self.item.id
 
     async def _type(self) -> None:
         while time.monotonic() - self._begun < self.LONGEST:
+            if not self._works:
+                await asyncio.sleep(0.2)
+                continue
             with contextlib.suppress(ChannelError, OSError):
                 thread = self.item.event.reply_to.get("thread")
                 await self.post.bot.call("sendChatAction", chat_id=self.chat, action="typing", message_thread_id=thread)
@@ -13952,12 +14028,11 @@ class View:
         said = redact(self._said.removesuffix(redact.half(self._said)))
         if len(said) > 3_000:
             said = "…" + said[-2_500:]
-        lines = [f"`▶ {what.replace('`', chr(39))}`{seconds_of(at)}" for what, at in self._calls.values()]
+        lines = [f"▶ {what}{seconds_of(at)}" for what, at in self._calls.values()]
         if self._notice:
             lines.append(f"_{redact(self._notice)}_")
-        if not (said or lines) and time.monotonic() - self._begun > self.SILENT:
-            waits = self.post.hub.running.get(self.item.event.session) != self.item.id
-            lines.append(f"_{'waiting for the message before it' if waits else 'thinking'}{seconds_of(self._begun)}_")
+        if not (said or lines) and self._works and time.monotonic() - self._begun > self.SILENT:
+            lines.append(f"_thinking{seconds_of(self._begun)}_")
         return "\n\n".join(filter(None, [said and f"{said} …", *lines])) or (self._shown and "…")
 
     async def _put(self, text: str) -> None:
@@ -13978,6 +14053,11 @@ class View:
                     self.post.hub.inbox.show(self.item.id, put)
 
 
+def place_of(event: Event) -> str:
+    """The chat, or the topic in it, that an event came from."""
+    return f"{event.channel}/{event.reply_to['thread']}" if event.reply_to.get("thread") else event.channel
+
+
 def chat_of(channel: str) -> int:
     """The chat of telegram:CHAT. ChannelError if it names none."""
     number = channel.partition(":")[2]
@@ -13989,19 +14069,32 @@ def chat_of(channel: str) -> int:
 class Post:
     """What goes out to chats."""
 
+    LOUD = 60.0  # seconds of a turn, from which on its answer is a new message
+
     def __init__(self, hub: Hub, bot: Bot, redact: Redactor):
         self.hub, self.bot, self.redact, self.paces = hub, bot, redact, Paces()
         self.views: dict[int, View] = {}  # inbox row -> what is shown of its turn
         self.chats, self.approvals = Chats(hub.store), Approvals(hub.store)
 
+    def title(self, call: ToolCall) -> str:
+        """A call in a few words, as code; masked before it is cut."""
+        return code_span(title(call._replace(arguments=told(call.arguments, self.redact))))
+
     def say(self, channel: str, reply_to: Mapping[str, Any], note: Note, **metadata: Any) -> None:
         """Have something said; it goes out when it can."""
-        *before, last = pieces(note.text, LONGEST_TEXT) or [note.text]
+        *before, last = pieces(note.text, LONGEST_PIECE) or [note.text]
         self.hub.outbox.add(channel, reply_to, before)
         self.hub.outbox.add(
             channel, reply_to, [last], {"buttons": note.buttons} | metadata if note.buttons else metadata
         )
         self.hub.courier.wake(channel)
+
+    async def ready(self, delivery: Delivery) -> None:
+        """Wait until nothing more is shown of a delivery's turn, and Telegram allows a message."""
+        if view := self.views.get(delivery.inbox_id):
+            await view.close()
+        if "decided" not in delivery.metadata:
+            await self.paces.wait(chat_of(delivery.channel))
 
     async def send(self, delivery: Delivery) -> None:
         """Bring one piece out of the outbox to its chat."""
@@ -14020,22 +14113,27 @@ class Post:
             raise
 
     async def _send(self, delivery: Delivery) -> None:
-        known, text, shown = delivery.metadata, self.redact(delivery.text), ""
+        known, text, shown, view = delivery.metadata, self.redact(delivery.text), "", None
         if "decided" in known:
             return await self._close_question(delivery.channel, int(known["decided"]), text)
         if delivery.inbox_id and not delivery.piece and "asks" not in known:
             view = self.views.pop(delivery.inbox_id, None)
             item = self.hub.inbox.get(delivery.inbox_id)
             shown = (await view.close() if view else "") or (item.shown if item else "")
-        await self.paces.wait(chat_of(delivery.channel))
         text = f"⚠️ {text}" if known.get("is_error") else text
         if delivery.in_doubt and not shown:
             text += "\n\n_(It is not certain that this was delivered before.)_"
-        if units(text) > LONGEST_TEXT and len(pieces(text)) > 1:  # see answer_pieces
+        if units(text) > TELEGRAM_TEXT and len(pieces(text)) > 1:  # see answer_pieces
             return await self._put_document(delivery, text)
+        # An edit makes no sound: after a long turn the person no longer looks.
+        former, shown = (shown, "") if view and view.age > self.LOUD else ("", shown)
         message = await self.put(delivery.channel, text, shown, delivery.reply_to, buttons=known.get("buttons"))
+        if former:
+            with contextlib.suppress(ChannelError, OSError):
+                await self.bot.call("deleteMessage", chat_id=chat_of(delivery.channel), message_id=int(former))
         if "asks" in known:
-            self.approvals.show(int(known["asks"]), message)
+            with contextlib.suppress(StoreError):  # it was sent
+                self.approvals.show(int(known["asks"]), message)
 
     async def put(
         self,
@@ -14054,7 +14152,7 @@ class Post:
             "reply_markup": buttons
             and {"inline_keyboard": [[{"text": a, "callback_data": b} for a, b in row] for row in buttons]},
         }
-        shapes = [{"text": html, "parse_mode": "HTML"}, {"text": clipped(text, LONGEST_TEXT) or "…"}]
+        shapes = [{"text": html, "parse_mode": "HTML"}, {"text": clipped(text, TELEGRAM_TEXT) or "…"}]
         for parts in shapes if html.strip() else shapes[1:]:
             try:
                 if message and (put := await self._edit(message, shape | parts)):
@@ -14098,7 +14196,6 @@ class Post:
         self, channel: str, reply_to: Mapping[str, Any], kind: str, file: tuple[str, Any, str], caption: str
     ) -> None:
         """Send a file: its name, its bytes or the open file, its media type."""
-        await self.paces.wait(chat_of(channel))
         await self.bot.call(
             {"photo": "sendPhoto", "document": "sendDocument"}[kind],
             seconds=240.0,
@@ -14107,6 +14204,11 @@ class Post:
             caption=clipped(caption, 1024) or None,
             message_thread_id=reply_to.get("thread"),
         )
+
+    async def drop_buttons(self, channel: str, message: int) -> None:
+        """Take the buttons of a message away, if it can be done."""
+        with contextlib.suppress(ChannelError, OSError):
+            await self.bot.call("editMessageReplyMarkup", chat_id=chat_of(channel), message_id=message)
 
     async def _close_question(self, channel: str, number: int, text: str) -> None:
         """Show what became of a question, and take its buttons away."""
@@ -14123,8 +14225,8 @@ class Door:
 
     def allows(self, user: int) -> bool:
         """Whether this person is served."""
-        listed = {str(known) for known in self.settings().allowed_users}
-        return "*" in listed or str(user) in listed or str(user) in self.people.allowed()
+        listed, known = set(map(str, self.settings().allowed_users)), self.people.state(str(user))
+        return str(user) in listed or known == "allowed" or ("*" in listed and known != "denied")
 
     @property
     def owner(self) -> int:
@@ -14142,8 +14244,13 @@ class Door:
 
     def knock(self, said: Said) -> str:
         """A code for a stranger, once; '' for silence."""
-        code = "".join(random.SystemRandom().choice(CODE_LETTERS) for _ in range(8))
+        code = new_code()
         return code if self.people.ask(str(said.sender), said.name, code) else ""
+
+
+def new_code() -> str:
+    """A code that nobody can guess."""
+    return "".join(random.SystemRandom().choice(CODE_LETTERS) for _ in range(8))
 
 
 def shown_code(code: str) -> str:
@@ -14157,7 +14264,7 @@ class Questions:
     EXPIRES = Hub.ASKING - 10.0  # seconds; before the hub itself gives up
 
     def __init__(self, post: Post, door: Door):
-        self.post, self.door, self.table = post, door, post.approvals
+        self.post, self.door, self.table, self.expires = post, door, post.approvals, self.EXPIRES
         self._answered: dict[int, asyncio.Event] = {}
 
     def approver(self, item: Item) -> Approve:
@@ -14168,13 +14275,15 @@ class Questions:
         if self.table.denied(item.id):
             return Decision.DENY
         with self.table.atomic():
-            question, is_new = self.table.ask(item.id, call, danger, self.EXPIRES)
+            question, is_new = self.table.ask(item.id, call, danger, self.expires)
             if is_new:
                 self.post.say(item.event.channel, item.event.reply_to, question_note(question), asks=question.id)
-        if view := self.post.views.get(item.id):
-            await view.leave()
-        answered = self._answered[question.id] = asyncio.Event()
+        answered, view = asyncio.Event(), self.post.views.get(item.id)
+        self._answered[question.id] = answered
         try:
+            if view:
+                view.asking = True
+                await view.leave()
             seconds = (datetime.fromisoformat(question.expires_at) - self.table.store.now()).total_seconds()
             if self.table.get(question.id).state == "waiting":
                 await paused(answered, max(0.0, seconds))
@@ -14184,6 +14293,8 @@ class Questions:
             raise
         finally:
             del self._answered[question.id]
+            if view:
+                view.asking = False
         self.decide(question, "expired")  # nothing, if it is decided
         self.table.use(question.id)
         state = self.table.get(question.id).state
@@ -14191,7 +14302,7 @@ class Questions:
 
     def may_decide(self, user: int, question: Approval) -> bool:
         """Only who asked, or the owner; what a job asks, also whose chat it is."""
-        whose = question.sender or question.channel.removeprefix("telegram:")
+        whose = question.sender if question.sender.isdecimal() else question.channel.removeprefix("telegram:")
         return user == self.door.owner or (str(user) == whose and self.door.allows(user))
 
     def decide(self, question: Approval, state: str, by: str = "") -> bool:
@@ -14199,7 +14310,8 @@ class Questions:
         with self.table.atomic():
             if not self.table.decide(question.id, state, by):
                 return False
-            what = f"{VERDICTS[state]}{f' by {by}' if by else ''}: {title(question.call)}"
+            named = f" by {written([(by, ())])}" if by else ""  # as a text: a name may be a link
+            what = f"{VERDICTS[state]}{named}: {self.post.title(question.call)}"
             self.post.say(question.channel, {}, Note(what), decided=question.id)
         if question.id in self._answered:
             self._answered[question.id].set()
@@ -14218,12 +14330,13 @@ DECISION_WORDS = {"": "once", "yes": "once", "ok": "once", "no": "deny"} | {word
 
 def question_note(question: Approval) -> Note:
     """The whole call, why it is risky, and the buttons."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", whole_call(question.call))), default=0))
+    what = head_and_tail(whole_call(question.call), 12_000)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", what)), default=0))
     text = (
-        f"🔐 May I run this? ({printable(question.danger)})\n\n{fence}\n{whole_call(question.call)}\n{fence}\n\n"
+        f"🔐 May I run this? ({printable(question.danger)})\n\n{fence}\n{what}\n{fence}\n\n"
         f"Or write /approve {question.id}, /approve {question.id} always, /approve {question.id} deny"
     )
-    labels = (("Once", Decision.ONCE), ("Always in this session", Decision.ALWAYS), ("No", Decision.DENY))
+    labels = (("Once", Decision.ONCE), ("This command always", Decision.ALWAYS), ("No", Decision.DENY))
     return Note(text, [[(label, f"a:{question.id}:{word}") for label, word in labels]])
 
 
@@ -14234,19 +14347,31 @@ class Telegram:
     TICK = 2.0  # seconds between two looks at the clock
     JUMP = 30.0  # seconds that the clock may run away from the monotonic one; more: the machine slept
     FORGOTTEN = timedelta(days=2)  # Telegram keeps updates for one
+    REST, AGAIN = 60.0, 1.0  # seconds at most between two attempts to receive; until what was not taken is asked for
+    FIRST = 2.5  # seconds until a turn's progress is shown
 
     def __init__(
-        self, hub: Hub, bot: Bot, poller: Bot, *, desk: Local, status: Callable[[], dict[str, Any]], poll: int = POLL
+        self,
+        hub: Hub,
+        bot: Bot,
+        poller: Bot,
+        *,
+        desk: Local,
+        status: Callable[[], dict[str, Any]],
+        poll: int = POLL,
+        clock: Callable[[], float] = time.time,
     ):
         self.hub, self.store, self.bot, self.poller, self.desk, self.status = hub, hub.store, bot, poller, desk, status
-        self.poll = poll
+        self.poll, self.clock = poll, clock
         self.me: dict[str, Any] = {}
         self.problem, self.polled_at = "", ""
         self.post = Post(hub, bot, desk.ctx.redact)
         self.chats, self.people = self.post.chats, People(hub.store, "telegram")
         self.door = Door(self.people, lambda: desk.ctx.config.channels.telegram, self.chats)
         self.questions = Questions(self.post, self.door)
-        hub.outlets["telegram"] = Outlet(self.post.send, self.questions.approver, self._prepare, answer_pieces)
+        hub.outlets["telegram"] = Outlet(
+            self.post.send, self.questions.approver, self._prepare, answer_pieces, self.post.ready
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._limit: asyncio.Timeout | None = None
 
@@ -14282,11 +14407,11 @@ class Telegram:
 
     async def _tick(self) -> None:
         """Notice that the machine slept, and what other processes put into the outbox."""
-        drift = time.time() - time.monotonic()
+        drift = self.clock() - time.monotonic()
         while True:
             await asyncio.sleep(self.TICK)
-            if abs(time.time() - time.monotonic() - drift) > self.JUMP:
-                drift = time.time() - time.monotonic()
+            if abs(self.clock() - time.monotonic() - drift) > self.JUMP:
+                drift = self.clock() - time.monotonic()
                 with contextlib.suppress(RuntimeError):  # it has just ended
                     if self._limit:
                         self._limit.reschedule(0.0)
@@ -14315,15 +14440,16 @@ class Telegram:
         faults = 0
         while True:
             try:
-                async with asyncio.timeout(self.poll + self.SLACK) as self._limit:
+                async with asyncio.timeout(self.poll + self.SLACK + 1.0) as self._limit:  # else the call ends before
                     await (self._poll() if self.me else self._greet())
-            except (BotError, CredentialError, ConfigError) as error:
+            except (BotError, CredentialError, ConfigError, MissingPackage) as error:
                 faults += 1
-                await self._rest(str(error), 60.0 if getattr(error, "code", 0) in (401, 404) else 2.0**faults)
+                await self._rest(str(error), 60.0 if getattr(error, "code", 0) in (401, 404) else 2.0 ** min(faults, 6))
             except (ChannelError, StoreError, OSError) as error:
                 faults += 1
                 await self.poller.renew()
-                await self._rest(str(error) or repr(error), getattr(error, "retry_after", None) or 0.5 * 2.0**faults)
+                seconds = getattr(error, "retry_after", None) or 2.0 ** min(faults - 1, 6)
+                await self._rest(str(error) or "the poll was ended, since the clock jumped", seconds)
             else:
                 faults = 0
                 if self.problem:
@@ -14335,7 +14461,7 @@ class Telegram:
         if problem != self.problem:
             log.warning("telegram: %s", problem)
         self.problem = problem
-        await asyncio.sleep(min(seconds, 60.0) * random.uniform(0.8, 1.0))
+        await asyncio.sleep(min(seconds, self.REST) * random.uniform(0.8, 1.0))
 
     async def _greet(self) -> None:
         """Learn who we are; tell Telegram our commands."""
@@ -14364,6 +14490,7 @@ class Telegram:
             position = (
                 0  # after a week without updates Telegram may count anew; what comes twice is known by its identity
             )
+        start = position
         found = await self.poller.call(
             "getUpdates",
             seconds=self.poll + self.SLACK,
@@ -14373,11 +14500,14 @@ class Telegram:
         )
         for update in found if isinstance(found, list) else []:
             number = update.get("update_id") if isinstance(update, dict) else None
-            if isinstance(number, int) and number >= position:
+            if isinstance(number, int) and position <= number < 1 << 62:
                 if not self._take(number, update):
-                    await asyncio.sleep(1.0)
-                    return
+                    break
                 position = number + 1
+        else:
+            if not found or position != start:
+                return
+        await asyncio.sleep(self.AGAIN)  # it comes again at once
 
     def _take(self, number: int, update: dict[str, Any]) -> bool:
         """Do what an update says, and note that it was done, at once; False if it must come again."""
@@ -14388,8 +14518,10 @@ class Telegram:
                         return False
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ChannelError) as error:
                 log.warning("telegram: update %d is not understood: %r", number, error)
-            except StoreError:
-                raise
+            except StoreError as error:
+                if isinstance(error.__cause__, sqlite3.Error):
+                    raise
+                log.warning("telegram: update %d is not taken: %s", number, error)
             except Exception:  # an update that always fails must not stop all that come after it
                 log.exception("telegram: update %d failed", number)
             self.chats.advance(self.cursor, number + 1)
@@ -14400,9 +14532,10 @@ class Telegram:
         said = read_said(raw, self.me)
         if said is None:
             return True
+        chat_of(said.channel)  # what is none would be an error at each start
         if said.moved_to:
             self.chats.move(said.channel, f"telegram:{said.moved_to}")
-        elif not self.door.serves(said):
+        elif not self.door.serves(said) and not self._goes_on(said):
             self._turn_away(said)
         elif said.command in TELEGRAM_COMMANDS:
             self._command(said)
@@ -14412,6 +14545,11 @@ class Telegram:
         elif said.text or said.files:
             return self._submit(number, said)
         return True
+
+    def _goes_on(self, said: Said) -> bool:
+        """Whether a message is a part of an album whose first one was taken: only that one has the mention."""
+        first = said.album and self.hub.inbox.album(said.channel, said.album)
+        return bool(first) and first.event.sender == str(said.sender) and self.door.allows(said.sender)
 
     def _submit(self, number: int, said: Said) -> bool:
         """Words for the agent; False if they must come again."""
@@ -14446,7 +14584,7 @@ class Telegram:
         """Show how a turn goes."""
         item = self.hub.inbox.get(number)
         if item and item.state in ("waiting", "running") and not item.event.identity.startswith("job:"):
-            self.post.views[number] = view = View(self.post, item)
+            self.post.views[number] = view = View(self.post, item, self.FIRST)
             self.begin(self._watch(number, view))
 
     async def _watch(self, number: int, view: View) -> None:
@@ -14478,11 +14616,12 @@ class Telegram:
         )
         self.post.say(said.channel, {}, Note(text))
         who = f"{said.name} (id {said.sender})"
+        named = written([(who, ())])  # as a text: a stranger's name may be a link
         log.warning("telegram: %s asks to be let in: `openpista pair approve %s`", who, shown_code(code))
         if owner := self.door.owner:
             buttons = [[("Let in", f"p:{said.sender}:allowed"), ("No", f"p:{said.sender}:denied")]]
             asks = Note(
-                f"{who} asks to be let in, with the code `{shown_code(code)}`. They could run commands.", buttons
+                f"{named} asks to be let in, with the code `{shown_code(code)}`. They could run commands.", buttons
             )
             self.post.say(f"telegram:{owner}", {}, asks)
 
@@ -14494,8 +14633,8 @@ class Telegram:
         if state in ("member", "administrator") and chat["type"] in GROUPS and self.door.allows(by):
             settings = self.door.settings()
             if chat["id"] not in settings.allowed_groups:
-                text = f"I am in the group {where} now. To be served there, put {chat['id']} into [channels.telegram] "
-                self.post.say(f"telegram:{by}", {}, Note(text + "allowed_groups."))
+                text = f"I am in the group {written([(where, ())])} now. To be served there, put {chat['id']} into "
+                self.post.say(f"telegram:{by}", {}, Note(f"{text}[channels.telegram] allowed_groups."))
         return True
 
     # ---- buttons and commands ----
@@ -14554,38 +14693,46 @@ class Telegram:
 
     async def _prepare(self, item: Item) -> None:
         """Fetch the files of an event, and name them in its words; an album is waited for until it is whole."""
-        count = -1
-        while item.event.metadata.get("album") and count != len(item.event.metadata["files"]):
-            count = len(item.event.metadata["files"])
-            await asyncio.sleep(1.0)
-            item = self.hub.inbox.get(item.id)
-        known = dict(item.event.metadata)
-        if "images" in known or not known.get("files"):
-            return
-        lines, images = [], []
-        for file in known["files"]:
-            line, image = await self._take_file(item, file)
-            lines.append(line)
-            images += [image] if image else []
-        text = "\n".join(filter(None, [item.event.text, *lines]))
-        self.hub.inbox.rewrite(item.id, text, known | {"images": images})
+        while (files := item.event.metadata.get("files")) and "images" not in item.event.metadata:
+            if item.event.metadata.get("album"):
+                await asyncio.sleep(1.0)
+            lines, images = [], []
+            for number, file in enumerate(files):
+                line, image = await self._take_file(item, number, file)
+                lines.append(line)
+                images += [image] if image else []
+            former, item = item, self.hub.inbox.get(item.id)
+            if item.event == former.event:  # else it was corrected, or more of the album has come
+                text = "\n".join(filter(None, [item.event.text, *lines]))
+                self.hub.inbox.rewrite(item.id, text, {**item.event.metadata, "images": images})
+                return
 
-    async def _take_file(self, item: Item, file: Mapping[str, Any]) -> tuple[str, dict[str, str] | None]:
+    async def _take_file(self, item: Item, number: int, file: Mapping[str, Any]) -> tuple[str, dict[str, str] | None]:
         """What the agent is told of a file; a picture also as a picture."""
         name, kind, size = file["name"], file["media_type"], file["size"]
-        path = self.desk.ctx.workspace / "inbox" / f"{self.store.now():%Y%m%d}-{item.id}-{name}"
+        place = f"{item.id}-{number}" if number else str(item.id)
+        path = self.desk.ctx.workspace / "inbox" / f"{item.received_at[:10]}-{place}-{name}"
         if size > MOST_FETCHED:
             return f"(The file {name} was not fetched: {size / 2**20:.0f} MB, bots get at most 20.)", None
         try:
-            await self.bot.fetch(file["file_id"], path)
+            if not path.exists():  # or it was fetched before a restart
+                await self._fetch(file["file_id"], path)
         except (ChannelError, OSError) as error:
             return f"(The file {name} could not be fetched: {error})", None
         with contextlib.suppress(PistaError):  # it is none, or too large for a model
             image = await asyncio.to_thread(load_image, path)
             return f"(picture: {path})", {"path": image.path, "media_type": image.media_type}
-        if file["kind"] in ("voice", "audio", "video_note"):
+        if file["kind"] in ("voice", "video_note"):
             return await self._hear_voice(item, file, path), None
         return f"(file: {path}, {kind}, {path.stat().st_size:,} bytes)", None
+
+    async def _fetch(self, file_id: str, path: Path) -> None:
+        for seconds in (1.0, 4.0):
+            try:
+                return await self.bot.fetch(file_id, path)
+            except (ChannelBusy, OSError):
+                await asyncio.sleep(seconds)
+        return await self.bot.fetch(file_id, path)
 
     async def _hear_voice(self, item: Item, file: Mapping[str, Any], path: Path) -> str:
         """What is said in a recording, or how long it is; PistaError if it is all there is and nobody can hear it."""
@@ -14609,7 +14756,7 @@ HANDLED: dict[str, Callable[[Telegram, int, dict[str, Any]], bool]] = {  # kind 
 
 def answer_pieces(text: str) -> list[str]:
     """An answer as messages; a very long one as its beginning and a document."""
-    found = pieces(text, LONGEST_TEXT - 200)
+    found = pieces(text, LONGEST_PIECE)
     return found if len(found) <= MANY_PIECES else [f"{found[0]}\n\n(The whole answer is in the file.)", text]
 
 
@@ -14635,7 +14782,14 @@ def begin_session(telegram: Telegram, said: Said) -> Note:
 
 def stop_turn(telegram: Telegram, said: Said) -> Note | None:
     """/stop: the turn's own answer says what was stopped."""
-    return None if telegram.hub.halt(telegram.session(said)) else Note("Nothing is running.")
+    here = [run.item.event for run in telegram.hub.runs if place_of(run.item.event) == said.place]
+    sessions = dict.fromkeys([*(event.session for event in here), telegram.session(said)])
+    runs = [run for run in map(telegram.hub.halt, sessions) if run]
+    if not runs:
+        return Note("Nothing is running.")
+    telegram.hub.courier.wake(said.channel)  # before the command has ended, which may take a while
+    elsewhere = [run.stopped for run in runs if run.item.event.channel != said.channel]
+    return Note("\n".join(elsewhere)) if elsewhere else None
 
 
 def say_status(telegram: Telegram, said: Said) -> Note:
@@ -14661,11 +14815,17 @@ def turn_to_model(telegram: Telegram, name: str, chosen: str) -> str:
     return f"This conversation is answered by {model}" + (" now." if chosen else ", as configured.")
 
 
+def provider_of(telegram: Telegram, name: str) -> str:
+    """Whose model answers a session. CredentialError, ConfigError if nobody can."""
+    return telegram.desk.named(telegram.store.session(name).model).partition("/")[0]
+
+
 def say_model(telegram: Telegram, said: Said) -> Note | Awaitable[Note]:
     """/model [NAME|reset]"""
     name = telegram.session(said)
     if said.rest:
-        wanted = said.rest if "/" in said.rest or said.rest == "reset" else f"{telegram.desk.provider}/{said.rest}"
+        is_whole = "/" in said.rest or said.rest == "reset"
+        wanted = said.rest if is_whole else f"{provider_of(telegram, name)}/{said.rest}"
         return Note(turn_to_model(telegram, name, "" if wanted == "reset" else wanted))
     return list_chat_models(telegram, said._replace(rest=""))
 
@@ -14693,12 +14853,14 @@ MODEL_BUTTONS = 12
 
 def press_model(telegram: Telegram, said: Said, data: str) -> str:
     """A model's button."""
-    provider = telegram.desk.provider
-    known = {short(f"{provider}/{name}"): f"{provider}/{name}" for name in telegram.desk.known_models()}
-    if data and data not in known:
-        return "This list is old; /models shows another."
+    name, known = telegram.session(said), {"": ""}
     try:
-        text = turn_to_model(telegram, telegram.session(said), known.get(data, ""))
+        if data:
+            provider = provider_of(telegram, name)
+            known = {short(f"{provider}/{one}"): f"{provider}/{one}" for one in telegram.desk.known_models(provider)}
+        if data not in known:
+            return "This list is old; /models shows another."
+        text = turn_to_model(telegram, name, known[data])
     except (CredentialError, ConfigError) as error:
         text = f"⚠️ {error}"
     telegram.post.say(said.channel, said.reply_to, Note(text))
@@ -14753,23 +14915,37 @@ def say_approve(telegram: Telegram, said: Said) -> Note:
     number, _, word = said.rest.partition(" ")
     if number == "reset":
         count = Grants(telegram.store, telegram.session(said)).clear()
-        return Note(f"{plural(count, 'command')} will be asked about again.")
+        return Note(
+            f"{plural(count, 'command')} will be asked about again." if count else "Nothing was allowed for good."
+        )
     if number:
         return Note(
-            press_approval(telegram, said, f"{number.lstrip('#')}:{DECISION_WORDS.get(word.strip().lower(), '')}")
+            decide_approval(telegram, said, f"{number.lstrip('#')}:{DECISION_WORDS.get(word.strip().lower(), '')}")
         )
-    waiting = [f"{q.id}: `{title(q.call)}` ({q.danger})" for q in telegram.post.approvals.waiting(said.channel)]
-    granted = [f"`{clip(call, 200)}`" for call in Grants(telegram.store, telegram.session(said)).list()]
-    text = "\n".join(waiting) or "Nothing waits for an answer."
+    post = telegram.post
+    waiting = [f"{q.id}: {post.title(q.call)} ({q.danger})" for q in post.approvals.waiting(said.channel)]
+    calls = Grants(telegram.store, telegram.session(said)).list()
+    granted = [post.title(ToolCall("", *json.loads(call))) for call in calls]
+    how = "\nAnswer with /approve NUMBER, and once, always or deny." if waiting else ""
+    text = ("\n".join(waiting) or "Nothing waits for an answer.") + how
     if granted:
         text += "\n\nNot asked about in this conversation (/approve reset ends that):\n" + "\n".join(granted)
     return Note(text)
 
 
 def press_approval(telegram: Telegram, said: Said, data: str) -> str:
+    """A button of a question; one under another message was made by somebody else who has the token."""
+    number = data.partition(":")[0]
+    question = telegram.post.approvals.get(int(number)) if re.fullmatch(r"[0-9]{1,15}", number) else None
+    if question and question.state == "waiting" and question.shown not in ("", str(said.message)):
+        return "This is not the question."
+    return decide_approval(telegram, said, data)
+
+
+def decide_approval(telegram: Telegram, said: Said, data: str) -> str:
     """An answer to a question."""
     number, _, word = data.partition(":")
-    question = telegram.post.approvals.get(int(number)) if re.fullmatch(r"\d{1,15}", number) else None
+    question = telegram.post.approvals.get(int(number)) if re.fullmatch(r"[0-9]{1,15}", number) else None
     if question is None or question.channel != said.channel:
         return "There is no such question in this chat."
     if not telegram.questions.may_decide(said.sender, question):
@@ -14786,6 +14962,9 @@ def press_pairing(telegram: Telegram, said: Said, data: str) -> str:
     who, _, state = data.partition(":")
     if said.sender != telegram.door.owner or state not in ("allowed", "denied"):
         return "Only the owner may do that."
+    if telegram.people.state(who) != "asked":  # decided already, or the button is another's work
+        return "This was decided, or is long ago: see `openpista pair list`."
+    telegram.begin(telegram.post.drop_buttons(said.channel, said.message))
     return settle_person(telegram.store, who, state)
 
 
@@ -14821,6 +15000,9 @@ PRESSES: dict[str, Callable[[Telegram, Said, str], str]] = {  # what stands befo
 }
 
 
+PHOTOS, LARGEST_PHOTO = (".jpg", ".jpeg", ".png", ".webp"), 10 << 20  # what Telegram shows as a picture
+
+
 class FileSend(Tool):
     """file.send: a file of this machine, to the chat that the turn answers."""
 
@@ -14838,34 +15020,54 @@ class FileSend(Tool):
         """What reading the file would be."""
         import shlex
 
-        path, own = self._path(arguments), self.bench.home.resolve()
+        try:
+            path, own = self._path(arguments), self.bench.home.resolve()
+        except ToolError:
+            return ""  # `run` says it to the model; here it would end the turn
         if own in path.parents and path.relative_to(own).parts[0] not in ("workspace", "jobs"):
             return "sends a file of openpista's own"
         return risk(f"cat {shlex.quote(str(path))}")
 
     def _path(self, arguments: dict[str, Any]) -> Path:
-        return (self.bench.folder() / user_path(arguments["path"])).resolve()
+        try:
+            return (self.bench.folder() / user_path(arguments["path"])).resolve()
+        except (PistaError, OSError, ValueError, RuntimeError) as error:  # ~nobody, a NUL, links in a circle
+            raise ToolError(f"{arguments['path']!r} is no path: {error}") from None
 
     async def run(self, arguments: dict[str, Any]) -> ToolResult:
         """That it was sent."""
         event, path = ASKED_IN.get(), self._path(arguments)
         if event is None or not event.channel.startswith("telegram:"):
             raise ToolError("this conversation takes no files", "say where the file is")
+        caption = self.bench.redact(arguments.get("caption") or "")
         try:
-            with path.open("rb") as file:
+            with open(
+                path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+            ) as file:  # no FIFO waits
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= MOST_UPLOADED:
                     raise ToolError(f"{path} is no file, is empty, or has more than {MOST_UPLOADED >> 20} MB")
-                small = found.st_size <= 10 << 20  # more, and it is no photo for Telegram
-                kind = "photo" if small and path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else "document"
-                media_type = "image/jpeg" if kind == "photo" else "application/octet-stream"
-                caption = self.bench.redact(arguments.get("caption") or "")
-                await self.post.upload(event.channel, event.reply_to, kind, (path.name, file, media_type), caption)
+                is_photo = path.suffix.lower() in PHOTOS and found.st_size <= LARGEST_PHOTO
+                await self._upload(
+                    event, path.name, file, ("photo", "document") if is_photo else ("document",), caption
+                )
         except ChannelError as error:
             raise ToolError(f"not sent: {error}") from None
         except OSError as error:
             raise ToolError(f"{path}: {error.strerror or error}") from None
         return ToolResult("", f"sent {path.name}, {found.st_size:,} bytes")
+
+    async def _upload(self, event: Event, name: str, file: Any, kinds: Sequence[str], caption: str) -> None:
+        """Send it as the first of the kinds that Telegram takes it as."""
+        await self.post.paces.wait(chat_of(event.channel))
+        for kind in kinds:
+            file.seek(0)
+            try:
+                parts = (name, file, "application/octet-stream")
+                return await self.post.upload(event.channel, event.reply_to, kind, parts, caption)
+            except BotError as error:  # such as a picture of a size that Telegram does not show
+                if kind == kinds[-1] or error.code != 400:
+                    raise
 
 
 # ===== 30. Daemon =============================================================
@@ -15900,7 +16102,7 @@ def unit_programs(text: str) -> list[str]:
 # ---- checks that ask somebody ----
 
 
-def place_of(url: str) -> tuple[str, int]:
+def server_of(url: str) -> tuple[str, int]:
     """Host and port of an address."""
     from urllib.parse import urlsplit
 
@@ -15910,7 +16112,7 @@ def place_of(url: str) -> tuple[str, int]:
 
 def servers(endpoints: Iterable[Endpoint]) -> list[tuple[str, int]]:
     """Host and port of each model's server."""
-    return list(dict.fromkeys(place_of(endpoint.base_url) for endpoint in endpoints if endpoint.base_url))
+    return list(dict.fromkeys(server_of(endpoint.base_url) for endpoint in endpoints if endpoint.base_url))
 
 
 def own_proxies() -> dict[str, str]:
@@ -15940,7 +16142,7 @@ async def check_proxy(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncItera
         yield Finding("ok", "none in the environment")
     for url in dict.fromkeys(proxies.values()):
         try:
-            why = await refusal_of(*place_of(url))
+            why = await refusal_of(*server_of(url))
         except ValueError as error:
             why = str(error)
         names = " or ".join(f"{scheme.upper()}_PROXY" for scheme in proxies if proxies[scheme] == url)
@@ -15984,7 +16186,7 @@ async def check_clock(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncItera
     from email.utils import parsedate_to_datetime
 
     for endpoint in [endpoint for endpoint in endpoints if endpoint.base_url][:1]:
-        host, started = place_of(endpoint.base_url)[0], utc_now()
+        host, started = server_of(endpoint.base_url)[0], utc_now()
         try:
             response, _ = await fetch_url("GET", list_url(endpoint), ANSWER, 1, headers=key_headers(endpoint))
             theirs = parsedate_to_datetime(response.headers["date"])
@@ -16048,7 +16250,7 @@ async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint], poll: int 
     yield Finding("ok", f"the bot is @{me.get('username')}")
     if url := hook.get("url"):
         mend = "end the program it belongs to; `openpista telegram setup` removes it"
-        yield Finding("problem", f"a webhook takes the bot's messages: {place_of(url)[0]}", mend)
+        yield Finding("problem", f"a webhook takes the bot's messages: {server_of(url)[0]}", mend)
     elif os.name == "posix" and holder(ctx.home / PID_FILE):
         with contextlib.suppress(PistaError):  # the line about the gateway says it
             if problem := ((await daemon_status(ctx))["telegram"] or {}).get("problem"):
@@ -17058,14 +17260,15 @@ def cmd_telegram_setup(ctx: Context) -> int:
         raise PistaError(
             f"openpista, pid {running.pid}, would read the message that pairs you", "`openpista stop` first"
         )
-    known = ctx.bot_token
-    token = check_token(known or secret_line("The bot's token, which @BotFather gives (not shown): "))
-    ctx.redact.add(token)
+    given, stored = ctx.config.channels.telegram.token, ctx.bot_token
+    keep = "; Enter keeps the stored one" if stored else ""
+    token = given or secret_line(f"The bot's token, which @BotFather gives (not shown{keep}): ") or stored
+    ctx.redact.add(check_token(token))
     path = find_config(ctx.args.config, ctx.environ) or ctx.home / "config.toml"
     make_home(ctx.home)
     with Store(ctx.database) as store, telegram_errors():
         asyncio.run(set_up_telegram(ctx, store, token))
-    if not known:
+    if not given:
         write_private(ctx.home / TOKEN_FILE, token + "\n")
     set_setting(path, "channels.telegram", "enabled", "true")
     print(f"Telegram is on in {path}. Now: openpista start")
@@ -17088,11 +17291,12 @@ async def set_up_telegram(ctx: Context, store: Store, token: str) -> None:
     async with Bot(token, ctx.config.channels.telegram.base_url) as bot:
         me = await bot.call("getMe")
         if hook := (await bot.call("getWebhookInfo")).get("url"):
-            print(f"This bot has a webhook, {clip(printable(shown_url(hook)), 200)}: another program may use it.")
+            where = ctx.redact(clip(printable(shown_url(hook)), 200))
+            print(f"This bot has a webhook, {where}: another program may use it.", flush=True)
             if not said_yes("Remove it?"):
                 raise PistaError("the webhook stays, and openpista cannot receive", "take another bot from @BotFather")
             await bot.call("deleteWebhook")
-        code = "".join(random.SystemRandom().choice(CODE_LETTERS) for _ in range(8))
+        code = new_code()
         print(f"@{me['username']} works. Open https://t.me/{me['username']}?start={code} and press Start.", flush=True)
         try:
             async with asyncio.timeout(SETUP_SECONDS):
@@ -17103,7 +17307,10 @@ async def set_up_telegram(ctx: Context, store: Store, token: str) -> None:
             People(store, "telegram").decide(str(said.sender), "allowed", said.name)
             Chats(store).advance(f"telegram:{me['id']}", number + 1)
         print(f"paired with {said.name} (id {said.sender})")
-        await bot.call("sendMessage", chat_id=said.chat, text="Paired. Start openpista, and say what you want done.")
+        with contextlib.suppress(ChannelError, OSError):  # it is only a courtesy
+            await bot.call(
+                "sendMessage", chat_id=said.chat, text="Paired. Start openpista, and say what you want done."
+            )
 
 
 SETUP_SECONDS = 600.0
@@ -17144,12 +17351,14 @@ def cmd_telegram_status(ctx: Context) -> int:
     with telegram_errors():
         me, hook = asyncio.run(look_at_bot(ctx))
     with Store(ctx.database) as store:
-        allowed = [*map(str, settings.allowed_users), *People(store, "telegram").allowed()]
-    running = {}
+        allowed = list(dict.fromkeys([*map(str, settings.allowed_users), *People(store, "telegram").allowed()]))
+    running, idle = {}, "does not run"
     with contextlib.suppress(PistaError):
         running_daemon(ctx)
+        idle = "runs without Telegram, or cannot be asked"
         running = asyncio.run(daemon_status(ctx))
     polls = running.get("telegram") or {}
+    idle = "has not polled yet" if polls else idle
     if hook.get("url"):
         problem = "a webhook is set: openpista cannot receive; `openpista telegram setup` can remove it"
     elif not settings.enabled:
@@ -17158,7 +17367,7 @@ def cmd_telegram_status(ctx: Context) -> int:
     now = utc_now()
     rows = {
         "bot": f"@{me.get('username')}, id {me.get('id')}",
-        "daemon": f"polled {since(polls['polled_at'], now)} ago" if polls.get("polled_at") else "does not poll now",
+        "daemon": f"polled {since(polls['polled_at'], now)} ago" if polls.get("polled_at") else idle,
         "waiting": plural(hook.get("pending_update_count") or 0, "update"),
         "people": ", ".join(allowed) or "nobody may speak: write to the bot, then `openpista pair approve CODE`",
         "groups": ", ".join(map(str, settings.allowed_groups)) or "none",
@@ -17205,6 +17414,16 @@ def cmd_pair_approve(ctx: Context) -> int:
 def cmd_pair_deny(ctx: Context) -> int:
     """Keep somebody out, who then hears nothing more."""
     return settle_pairing(ctx, "denied")
+
+
+@command("pair remove", arg("id", metavar="ID", help="as `openpista pair list` shows it"))
+def cmd_pair_remove(ctx: Context) -> int:
+    """Forget somebody: they are served no more, and may ask again."""
+    with Store(ctx.database) as store:
+        if not People(store, "telegram").remove(ctx.args.id):
+            raise UsageError(f"nobody here has the id {clip(ctx.args.id, 20)!r}", "see `openpista pair list`")
+    print(f"removed {printable(ctx.args.id)}")
+    return 0
 
 
 def settle_pairing(ctx: Context, state: str) -> int:

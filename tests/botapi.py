@@ -1187,6 +1187,11 @@ def fault(world: World, method, kind, times=1, after=0):
     world.faults.append({"method": method, "kind": kind, "times": times, "after": after})
 
 
+def calm(world: World):
+    """No faults any more."""
+    world.faults.clear()
+
+
 def sent(world: World, chat=None):
     """What the bot wrote, in one chat or in all, in order; what it deleted too."""
     chats = world.posts.values() if chat is None else [world.posts.get(chat, {})]
@@ -1251,7 +1256,7 @@ def topic(world: World, chat, thread):
 CONTROL = {
     one.__name__: one
     for one in (
-        say, edit_by_user, press, update, add_file, send_media, block, migrate, fault, sent, calls, content, limit,
+        say, edit_by_user, press, update, add_file, send_media, block, migrate, fault, calm, sent, calls, content, limit,
         state, changed, webhook, next_update, chat, topic,
     )
 }  # fmt: skip

@@ -2149,6 +2149,10 @@ class BotServer(Served):
         """See FAULTS in botapi.py. method: "*" for all, "file" for downloads; times: -1 for ever; after: calls."""
         self._do("fault", method=method, kind=kind, times=times, after=after)
 
+    def calm(self):
+        """No faults any more."""
+        self._do("calm")
+
     def limit(self, on: bool = True, chat: float = 1, burst: int = 3, group: int = 20, total: int = 30):
         """429 for more than so many messages and edits a second in a chat, a minute in a group, a second in all."""
         self._do("limit", on=on, chat=chat, burst=burst, group=group, total=total)

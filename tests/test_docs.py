@@ -16,6 +16,7 @@ import tomllib
 
 import pyte
 import pytest
+from botapi import BOT
 
 import openpista as pista
 
@@ -24,7 +25,7 @@ README, KOREAN, EXAMPLE = (
     (ROOT / name).read_text("utf-8") for name in ("README.md", "README_ko.md", "config.example.toml")
 )
 GUIDES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-CHAT, DAEMON, SETTINGS = (GUIDES[f"{name}.md"] for name in ("chat", "daemon", "settings"))
+CHAT, DAEMON, SETTINGS, TELEGRAM = (GUIDES[f"{name}.md"] for name in ("chat", "daemon", "settings", "telegram"))
 PAGES = {"README.md": README, **GUIDES}
 GLOBAL = {"--config", "--log-level", "--debug", "--version", "--help"}
 BUILDER = {"--universal"}
@@ -144,7 +145,8 @@ def test_provider_table():
 
 def test_every_variable_is_named():
     names = {f"OPENPISTACRAB_{name}" for name in (*pista.ENVIRONMENT, "API_KEY")}
-    names |= {"OPENPISTACRAB_TOKEN", "OPENPISTA_HOME", "OPENPISTA_CONFIG", "OPENPISTA_CACHE", "TELEGRAM_BOT_TOKEN"}
+    names |= {"OPENPISTACRAB_TOKEN", "OPENPISTA_HOME", "OPENPISTA_CONFIG", "OPENPISTA_CACHE"}
+    names |= {"TELEGRAM_BOT_TOKEN", "TELEGRAM_ALLOWED_USERS"}
     names |= {name for spec in pista.PROVIDERS.values() for name in (*spec.key_env, spec.url_env) if name}
     assert {name for name in names if name not in SETTINGS and name not in EXAMPLE} == set()
 
@@ -171,13 +173,42 @@ def test_page_has_each_chat_command_and_no_other():
 
 
 def test_no_other_page_has_chat_commands_that_do_not_exist():
-    assert set().union(*map(chat_commands, PAGES.values())) == {*pista.CHAT_COMMANDS}
+    pages = [text for name, text in PAGES.items() if name != "telegram.md"]
+    assert set().union(*map(chat_commands, pages)) == {*pista.CHAT_COMMANDS}
 
 
 def test_page_says_which_commands_work_during_a_turn():
     [said] = re.findall(r"^(`/help`.*) work during a turn", CHAT, re.M)
     same = {"exit"}  # the other name of /quit
     assert chat_commands(said) | same == {name for name, entry in pista.CHAT_COMMANDS.items() if entry.at_once}
+
+
+# docs/telegram.md
+
+
+def test_page_has_each_command_of_telegram_and_no_other():
+    assert re.findall(r"^\| `/(\w+)` \|", TELEGRAM, re.M) == [*pista.TELEGRAM_COMMANDS]
+    assert chat_commands(TELEGRAM) - {"newbot"} == {*pista.TELEGRAM_COMMANDS}  # which is @BotFather's
+
+
+def test_page_has_each_setting_of_telegram_and_no_other():
+    table = TELEGRAM[TELEGRAM.index("| Setting | Meaning |") :]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == [*pista.TelegramConfig._fields]
+
+
+def test_page_shows_a_question_as_it_is():
+    call = pista.ToolCall("1", "system.run", {"command": "rm -r build"})
+    values = {"id": 1, "call": call, "danger": "rm deletes files"}
+    note = pista.question_note(pista.Approval(*map(values.get, pista.Approval._fields)))
+    assert ("text", note.text.replace("```\n", "").replace("\n```", "") + "\n") in blocks(TELEGRAM)
+    assert [label for row in note.buttons for label, _ in row if f'"{label}"' not in TELEGRAM] == []
+
+
+def test_limits_of_the_page():
+    assert (pista.MOST_FETCHED, pista.MOST_UPLOADED) == (20 << 20, 50 << 20)
+    assert (pista.People.MINUTES, pista.People.MOST, pista.People.KEPT_HOURS) == (10, 20, 24)
+    assert (pista.SETUP_SECONDS, round(pista.Questions.EXPIRES, -2), pista.MANY_PIECES) == (600, 3_600, 5)
+    assert {name for name, spec in pista.PROVIDERS.items() if spec.hears} == {"openai", "groq", "mistral"}
 
 
 # docs/daemon.md
@@ -301,7 +332,8 @@ def looks_like(printed, shown):
 TALK = "$ openpista -s tidy\n"
 CONSOLE = [body for text in PAGES.values() for kind, body in blocks(text) if kind == "console" and body[0] == "$"]
 SERVED = [body for body in CONSOLE if re.search(r"^\$ openpista (start|devices|connect|cron)\b", body, re.M)]
-SHOWN = [body for body in CONSOLE if body not in SERVED and not body.startswith(TALK)]
+BOTS = [body for body in CONSOLE if re.search(r"^\$ openpista (telegram|pair)\b", body, re.M)]
+SHOWN = [body for body in CONSOLE if body not in SERVED + BOTS and not body.startswith(TALK)]
 
 
 @pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.split("-e")[0][2:40].strip())
@@ -450,3 +482,57 @@ def test_chat_is_true(fresh, model):
     assert terminal.end() == 0
     assert looks_like(printed, shown), printed
     assert [path.name for path in logs.iterdir()] == ["app.log"]
+
+
+MINA, BOB = ({"id": 123_456_789, "first_name": "Mina"}, {"id": 987_654_321, "first_name": "Bob"})  # of docs/telegram.md
+
+
+def set_up(env, bot):
+    """What `telegram setup` prints when Mina pairs herself."""
+    terminal = Terminal(["openpista", "telegram", "setup"], env)
+    terminal.wait("not shown")
+    terminal.type(f"{bot.token}\r")
+    terminal.wait(r"press Start\.")
+    bot.say(MINA["id"], f"/start {re.search('start=([A-Z0-9]+)', terminal.text)[1]}", sender=MINA)
+    terminal.wait("Now: openpista start")
+    assert terminal.end() == 0
+    return terminal.text
+
+
+@pytest.fixture
+def telegram(served, bot):
+    """The environment of a person who has a token of a bot, and no more."""
+    with pathlib.Path(served["HOME"], ".openpista/config.toml").open("a") as file:
+        file.write(f'\n[channels.telegram]\nbase_url = "{bot.url}"\n')
+    return served
+
+
+def test_telegram_page_is_true(telegram, bot):
+    setup, *looks = [step for block in BOTS for step in steps(block)]
+    name, home = BOT["username"], telegram["HOME"]
+    shown = setup[1].replace("my_bot", name).replace("/home/you", home)
+    printed = set_up(telegram, bot)
+    assert looks_like("".join(printed.split()), "".join(shown.split())), printed  # the terminal breaks lines
+    bash("openpista start --detach", telegram)
+    bot.wait_state(lambda state: state["polling"], 20)
+    bot.say(BOB["id"], "hi", sender=BOB)
+    code = re.search(r"[A-Z0-9]{4}-[A-Z0-9]{4}", bot.wait(BOB["id"])[0]["text"])[0]
+    for line, shown in looks:
+        printed = bash(line.replace("X3Y5-J7KP", code), telegram).replace(code, "X3Y5-J7KP").replace(name, "my_bot")
+        assert looks_like(printed, shown), f"{line}\n{printed}"
+
+
+def test_a_new_token_takes_the_place_of_one_that_was_revoked(telegram, bot):
+    stored = pathlib.Path(telegram["HOME"], ".openpista/telegram.token")
+    stored.write_text(f"123456:{'A' * 35}\n")
+    assert "`openpista telegram setup` takes a new one" in bash("openpista telegram status", telegram)
+    assert "Enter keeps the stored one" in set_up(telegram, bot)
+    assert stored.read_text() == f"{bot.token}\n"
+    assert re.search(r"daemon +does not run\n", bash("openpista telegram status", telegram))
+
+
+def test_who_is_listed_and_paired_is_shown_once(telegram, bot):
+    set_up(telegram, bot)
+    assert re.search(
+        r"people +123456789\n", bash("TELEGRAM_ALLOWED_USERS=123456789 openpista telegram status", telegram)
+    )

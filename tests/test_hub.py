@@ -536,6 +536,7 @@ SENDING = [  # how the channel fails, may it come twice -> what is sent in the e
     ([2.0], False, ["b"], ("unknown", 1, "TimeoutError()")),
     ([ChannelError("the chat is gone")], True, ["b"], ("dead", 1, "the chat is gone")),
     ([KeyError("a bug")], True, ["b"], ("dead", 1, "'a bug'")),
+    ([StoreError("the disk is full")], True, ["a", "b"], ("sent", 2, "")),
 ]
 
 
@@ -551,6 +552,31 @@ def test_delivery(house, faults, repeats, texts, end):
             assert {d.channel for d in post.got} == {"fake:1"}
             assert post.got[-1].reply_to == {"thread": 5}
             assert outbox_states(store)[0] == end
+
+    asyncio.run(go())
+
+
+def test_what_only_waits_for_its_channel_is_not_in_doubt(house):
+    async def go():
+        post, waits = Post(repeats=False), [2.0, ChannelBusy("later"), 3_600.0]
+
+        async def ready(delivery):
+            fault = waits.pop(0) if waits else 0.0
+            if isinstance(fault, Exception):
+                raise fault
+            await asyncio.sleep(fault)
+
+        post.outlet = post.outlet._replace(ready=ready)
+        with Store(house.folder / "memory.db") as store:
+            openpista.Outbox(store).add("fake:1", {}, ["a"])
+            async with courier(store, post) as first:
+                await until(lambda: not waits)
+                await first.close(0.0)
+            assert outbox_states(store) == [("waiting", 0, "later")], "a restart while it waited"
+            async with courier(store, post):
+                await until(lambda: post.texts == ["a"])
+            assert outbox_states(store) == [("sent", 1, "")]
+            assert not post.got[0].in_doubt
 
     asyncio.run(go())
 

@@ -1,11 +1,14 @@
 """Tortures a real daemon, and counts what is lost, doubled or missing.
 
     python tests/torture.py kill [--kills N] [--short] [--seed N] [--archive PATH]
+    python tests/torture.py telegram [--seconds N] [--short] [--seed N] [--archive PATH]
     python tests/torture.py gateway [--seconds N] [--streams N] [--short] [--seed N] [--archive PATH]
 
 kill       messages come over QUIC and from a job every second while the daemon is killed with -9, at random moments
            and at each named point of its journal, and started again at once. Each message's command writes its id
            into a file.
+telegram   the same with people who write to the bot, press its buttons and send commands, and with a Bot API that
+           breaks off, is silent, refuses, or does what it is told and does not say so.
 gateway    junk, floods, damaged datagrams, half-open connections, slow readers, streams without end and bad frames
            come while an honest client asks.
 
@@ -35,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fakes import ModelServer
+from fakes import BotServer, ModelServer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -89,11 +92,17 @@ sys.exit(o.main())
 PLACES = """Hub.submit Hub.open Hub._begin Hub._answer Hub._announce Inbox.add Inbox.attempt Inbox.begin Inbox.finish
     Store.take_lease Store.add_usage Store.start_call Store.finish_call Child.__init__ Outbox.add Outbox.collected
     Jobs.fire Jobs.note Tickets.add Tickets.pop Listener.put Stream.finish""".split()
-POINTS = [
-    f"{when} {place}"
-    for place in PLACES + ["Store.append user", "Store.append assistant", "Store.append tool"]
-    for when in ("before", "after")
-]
+APPENDS = ["Store.append user", "Store.append assistant", "Store.append tool"]
+CHAT_PLACES = """Telegram._take Telegram._submit Chats.advance Chats.turn_to Inbox.show Outbox.start Outbox.sent
+    Outbox.later Approvals.ask Approvals.show Approvals.decide Approvals.use Hub.halt""".split()
+
+
+def points_of(places: Iterable[str]) -> list[str]:
+    """Before and after each of them."""
+    return [f"{when} {place}" for place in places for when in ("before", "after")]
+
+
+POINTS = points_of(PLACES + APPENDS)
 
 
 def free_port() -> int:
@@ -118,19 +127,21 @@ class House(contextlib.ExitStack):
         port = {port}
         grace = 20
         [tools]
-        approval = "never"
+        approval = "{approval}"
         workdir = "{work}"
         {more}
         """
 
-    def __init__(self, archive: Path | None, devices: Iterable[str], more: str = ""):
+    def __init__(self, archive: Path | None, devices: Iterable[str], more: str = "", approval: str = "never"):
         super().__init__()
         self.folder = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="openpista-torture-")))
         self.home, self.work, self.log = self.folder / "home", self.folder / "work", self.folder / "log"
         self.model, self.port = self.enter_context(ModelServer(MODEL)), free_port()
         self.work.mkdir()
         self.home.mkdir(mode=0o700)
-        (self.home / "config.toml").write_text(self.CONFIG.format(port=self.port, work=self.work, more=more))
+        (self.home / "config.toml").write_text(
+            self.CONFIG.format(port=self.port, work=self.work, more=more, approval=approval)
+        )
         kept = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
         self.env = kept | {"HOME": str(self.folder), "OPENPISTA_HOME": str(self.home)}
         self.env |= {"XDG_CACHE_HOME": str(self.folder), "OPENAI_API_KEY": "test-key-123456"}
@@ -153,7 +164,7 @@ class House(contextlib.ExitStack):
 
     def start(self, point: str = "") -> None:
         """Begin a life of the daemon, which may end at a point."""
-        argv = [sys.executable, "-c", PRELUDE.replace("POINTS", repr(PLACES)), self.packages, point]
+        argv = [sys.executable, "-c", PRELUDE.replace("POINTS", repr(PLACES + CHAT_PLACES)), self.packages, point]
         if self.archive and not point:
             argv = [sys.executable, str(self.archive)]
         with self.log.open("ab") as log:
@@ -308,7 +319,7 @@ class Audit:
     """Looks into the database, into the file of effects and into what the senders heard; what it finds wrong."""
 
     SQL = """
-        SELECT i.id, i.channel, i.identity, i.state, (SELECT count(*) FROM outbox WHERE inbox_id = i.id),
+        SELECT i.id, i.channel, i.identity, i.state, (SELECT count(*) FROM outbox WHERE inbox_id = i.id AND piece = 0),
                (SELECT text FROM outbox WHERE inbox_id = i.id ORDER BY id LIMIT 1),
                (SELECT group_concat(arguments, char(10)) FROM tool_calls c
                  WHERE c.session_id = m.session_id AND c.message_id > m.id AND c.message_id < coalesce(
@@ -317,7 +328,7 @@ class Audit:
                (SELECT count(*) FROM messages WHERE session_id = m.session_id AND role = 'user' AND text = i.text)
           FROM inbox i LEFT JOIN messages m ON m.id = i.message_id ORDER BY i.id"""
 
-    def __init__(self, house: House, mail: Mail, left_out: set[str]):
+    def __init__(self, house: House, mail: Any, left_out: set[str]):
         self.house, self.mail, self.left_out = house, mail, left_out
         self.found: dict[str, list[str]] = {"lost": [], "doubled": [], "missing": [], "unknown": []}
         self.jobs: list[str] = []  # when each was due
@@ -325,12 +336,15 @@ class Audit:
         self.effects = Counter(path.read_text().split() if path.exists() else [])
         with house.store() as store:
             self.rows = store.db.execute(self.SQL).fetchall()
+        self._check()
+        for mark in self.effects:
+            self._note("doubled", f"{mark} ran, and nobody wanted that")
+
+    def _check(self) -> None:
         for row in self.rows:
             self._check_row(*row)
         self._check_mail({row[2]: row[5] for row in self.rows})
         self._check_jobs()
-        for mark in self.effects:
-            self._note("doubled", f"{mark} ran, and nobody wanted that")
 
     def _note(self, what: str, text: str) -> None:
         self.found[what].append(text)
@@ -380,7 +394,7 @@ class Audit:
 class Killer:
     """Kills the daemon again and again, and starts it again."""
 
-    DEVICES = ("anna", "berta", "carl")
+    DEVICES, POINTS, LIVES = ("anna", "berta", "carl"), POINTS, (1,)
     JOB = """
         [[cron]]
         name = "tick"
@@ -391,15 +405,15 @@ class Killer:
     def __init__(self, house: House, dice: random.Random, kills: int, seconds: float):
         self.house, self.dice, self.kills, self.seconds = house, dice, kills, seconds
         self.mail, self.left_out, self.reached, self.fell = Mail(), set(), Counter(), []
-        self.killed, self.life = 0, 1.0
+        self.killed, self.life, self.moments = 0, 1.0, []
 
     async def run(self) -> Audit:
         """The whole torture."""
         self.house.start()
         self.life = await self.house.ready() + 1.5
-        senders = [Sender(self.house, name, self.mail, self.dice) for name in self.DEVICES]
+        senders = self.senders()
         work = asyncio.gather(*(sender.run() for sender in senders))
-        points = itertools.cycle(self.dice.sample(POINTS, len(POINTS)))
+        points = itertools.cycle(self.dice.sample(self.POINTS, len(self.POINTS)))
         end = time.monotonic() + self.seconds
         await self._kill_soon()
         while self.killed < self.kills and time.monotonic() < end:
@@ -413,10 +427,18 @@ class Killer:
         for sender in senders:
             sender.closing.set()
         await self._finish(work)
+        return self.audit()
+
+    def senders(self) -> list[Any]:
+        """Who talks to it: each has run(), and closing, which ends that."""
+        return [Sender(self.house, name, self.mail, self.dice) for name in self.DEVICES]
+
+    def audit(self) -> Audit:
+        """What was wrong."""
         return Audit(self.house, self.mail, self.left_out)
 
     async def _kill_soon(self) -> None:
-        await asyncio.sleep(self.dice.uniform(0.0, self.life))
+        await asyncio.sleep(self.dice.uniform(0.0, self.life) * self.dice.choice(self.LIVES))
         self._count("a random moment", self.house.end())
 
     async def _kill_at(self, point: str) -> None:
@@ -430,6 +452,7 @@ class Killer:
 
     def _count(self, where: str, code: int) -> None:
         self.killed += 1
+        self.moments.append(time.monotonic())
         self.reached[where] += 1
         if code != -signal.SIGKILL:
             self.fell.append(f"the daemon ended by itself with {code}")
@@ -440,12 +463,9 @@ class Killer:
     async def _finish(self, work: asyncio.Future) -> None:
         """Wait until all is answered, and end the daemon kindly."""
         with self.house.store() as store:
-            o.Jobs(store).pause("tick")
             try:
                 async with asyncio.timeout(PATIENCE):
-                    await work
-                    while o.Inbox(store).waiting():
-                        await asyncio.sleep(0.05)
+                    await self.rest(store, work)
             except TimeoutError:
                 self.fell.append(f"not all was answered in {PATIENCE:g} s")
         if code := self.house.end(signal.SIGTERM):
@@ -454,6 +474,30 @@ class Killer:
             f"a traceback: {line}" for line in re.findall(r"^Traceback.*\n(?:[ ].*\n)*(.*)", self.house.words(), re.M)
         ]
 
+    async def rest(self, store: o.Store, work: asyncio.Future) -> None:
+        """Until nothing is left to do."""
+        o.Jobs(store).pause("tick")
+        await work
+        while o.Inbox(store).waiting():
+            await asyncio.sleep(0.05)
+
+
+def report(killer: Killer, audit: Audit, seed: int, started: float, more: str) -> int:
+    """Print what came of it; the exit code."""
+    counts = {what: len(names) for what, names in audit.found.items()}
+    named = killer.killed - killer.reached["a random moment"]
+    points = f"{len(killer.reached) - 1} of {len(killer.POINTS)}"
+    heads = ("kills", "at named points", "points", "messages", "jobs fired", *counts)
+    print_table([heads, (killer.killed, named, points, len(killer.mail.sent), len(audit.jobs), *counts.values())])
+    bad = [f"{what}: {text}" for what, texts in audit.found.items() if what not in ALLOWED for text in texts]
+    for text in [*killer.fell, *bad][:20]:
+        print(f"  {text}")
+    print(f"seed {seed}, {time.monotonic() - started:.0f} s; {more}")
+    return 1 if bad or killer.fell else 0
+
+
+ALLOWED = ("unknown", "repeated", "left over")  # what is only counted
+
 
 def torture_by_kills(options: argparse.Namespace) -> int:
     """The command kill."""
@@ -461,19 +505,295 @@ def torture_by_kills(options: argparse.Namespace) -> int:
     with House(options.archive, Killer.DEVICES, Killer.JOB) as house:
         killer = Killer(house, dice, options.kills, 6.0 if options.short else math.inf)
         audit = asyncio.run(killer.run())
-    counts = {what: len(names) for what, names in audit.found.items()}
-    named = killer.killed - killer.reached["a random moment"]
-    points = f"{len(killer.reached) - 1} of {len(POINTS)}"
-    heads = ("kills", "at named points", "points", "messages", "jobs fired", *counts)
-    print_table([heads, (killer.killed, named, points, len(killer.mail.sent), len(audit.jobs), *counts.values())])
-    bad = [f"{what}: {text}" for what, texts in audit.found.items() if what != "unknown" for text in texts]
-    for text in [*killer.fell, *bad][:20]:
-        print(f"  {text}")
-    print(f"seed {options.seed}, {time.monotonic() - started:.0f} s; left out of a full queue: {len(killer.left_out)}")
-    return 1 if bad or killer.fell else 0
+    return report(killer, audit, options.seed, started, f"left out of a full queue: {len(killer.left_out)}")
 
 
-# ===== 3. gateway =============================================================
+# ===== 3. telegram ============================================================
+#
+# Where an attempt may have arrived or not, the answer may come twice, with a remark;
+# and of a progress message whose number was not learned nobody can know. All else
+# stands in the chats once, and nothing stands there besides.
+
+
+class Word(NamedTuple):
+    """What a person wrote."""
+
+    chat: int
+    time: float
+    text: str
+    asks: bool = False  # its command needs a yes, and leaves an effect
+
+
+class Chatting:
+    """What was written to the bot."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Word] = {}  # number of the update -> a message
+        self.commands: list[Word] = []
+
+
+class Person:
+    """Writes to the bot, answers its questions twice or not at all, and sends commands at bad moments."""
+
+    AT_ONCE = 2  # messages that wait for an answer
+
+    def __init__(self, killer: "ChatKiller", chat: int):
+        self.house, self.bot, self.dice = killer.house, killer.bot, killer.dice
+        self.chat, self.chatting, self.slow = chat, killer.mail, 2.8 if killer.short else 4.0
+        self.closing, self.numbers, self.decided = asyncio.Event(), itertools.count(1), set()
+        self.user = chat if chat > 0 else 1
+        self.name = "@openpista_test_bot " if chat < 0 else ""
+
+    async def run(self) -> None:
+        """Write until it is closed, then wait for the last answers."""
+        with self.house.store() as store:
+            while not self.closing.is_set() or self._open(store):
+                if not self.closing.is_set():
+                    await self._write(store)
+                await self._decide(store)
+                await asyncio.sleep(self.dice.uniform(0.1, 0.4))
+
+    def _open(self, store: o.Store) -> int:
+        """How many messages have no answer."""
+        sql = "SELECT count(*) FROM inbox WHERE channel = ? AND state NOT IN ('waiting', 'running')"
+        done = store.db.execute(sql, (f"telegram:{self.chat}",)).fetchone()[0]
+        return sum(word.chat == self.chat for word in self.chatting.sent.values()) - done
+
+    async def _do(self, work: Callable[..., Any], *words: Any, **more: Any) -> Any:
+        return await asyncio.to_thread(work, self.chat, *words, sender=self.user, **more)
+
+    async def _write(self, store: o.Store) -> None:
+        if self.dice.random() < 0.05:
+            await self._command(self.dice.choice(("/new", "/stop", "/stop", "/usage")))
+        if self._open(store) >= self.AT_ONCE or self.dice.random() < (0.5 if self.chat > 0 else 0.9):
+            return
+        identity, chance = f"c{abs(self.chat)}-{next(self.numbers)}", self.dice.random()
+        line = (
+            f"echo {identity} >>effects; sleep 0.02"
+            if chance < 0.4
+            else f"sleep {self.dice.choice((0, 0, 0.3, self.slow))}"
+        )
+        line = f"seq 1 1500; {line}" if chance > 0.95 else line
+        text = f"{self.name}{identity}, please:\n{line}; echo done {identity}"
+        told = await self._do(self.bot.say, text)
+        self.chatting.sent[str(told["update_id"])] = Word(self.chat, told["time"], text, chance < 0.4)
+
+    async def _command(self, text: str) -> None:
+        told = await self._do(self.bot.say, text)
+        self.chatting.commands.append(Word(self.chat, told["time"], text))
+
+    async def _decide(self, store: o.Store) -> None:
+        """Answer what the bot asks, as its messages show it."""
+        for question in o.Approvals(store).waiting(f"telegram:{self.chat}"):
+            if not question.shown or question.id in self.decided or self.dice.random() < 0.6:
+                continue
+            self.decided.add(question.id)
+            word = "deny" if self.dice.random() < 0.15 else "once"
+            if self.dice.random() < 0.15:
+                await self._command(f"/approve {question.id} {word}")
+                continue
+            for _ in range(1 + (self.dice.random() < 0.2)):
+                await self._do(self.bot.press, int(question.shown), f"a:{question.id}:{word}")
+
+
+class ChatAudit(Audit):
+    """Looks also into what stands in the chats."""
+
+    DOUBT = "\n\n_(It is not certain that this was delivered before.)_"
+    SLACK = 1.0  # seconds between a message that arrives and a kill before its number is noted
+    OUTBOX = """SELECT id, channel, text, metadata, in_doubt, state, sent_at, inbox_id FROM outbox ORDER BY id"""
+
+    def __init__(self, house: House, chatting: Chatting, bot: BotServer, kills: list[float]):
+        self.bot, self.kills, self.posts = bot, kills, [post for post in bot.sent() if not post["deleted"]]
+        with house.store() as store:
+            self.outbox = store.db.execute(self.OUTBOX).fetchall()
+            sql = "SELECT inbox_id, state, shown FROM approvals"
+            self.questions = store.db.execute(sql).fetchall()
+            self.cursor = store.db.execute("SELECT max(position) FROM cursors").fetchone()[0]
+        # When messages arrived of which the bot did not hear.
+        calls = [call for call in bot.calls("sendMessage") if call["fault"] in ("lost", "junk")]
+        self.unheard = [(call["time"] - 0.05, call["answered"] + 0.05) for call in calls]
+        super().__init__(house, chatting, set())
+
+    def _check(self) -> None:
+        self.found |= {"repeated": [], "left over": [], "typing": []}
+        self.refused = {number for number, state, _ in self.questions if state not in ("once", "always")}
+        kept = {row[2].rpartition(":")[2]: row for row in self.rows}
+        for number, word in self.mail.sent.items():
+            if number not in kept:
+                self._note("lost", f"{word.text!r}")
+        for name, row in kept.items():
+            self._check_answer(row, self.mail.sent.get(name))
+        self._check_commands()
+        self._check_posts()
+        self._check_typing(kept)
+        self._check_offsets()
+
+    def _check_answer(self, row: tuple, word: Word | None) -> None:
+        """One answer; one effect, unless it was stopped, refused, or is not known."""
+        number, _, name, state, count, text, calls, said = row
+        marks = set(re.findall(r"echo (\S+) >>effects", calls or ""))
+        ran = sum(self.effects.pop(mark, 0) for mark in marks)
+        unknown = o.UNKNOWN[:40] in (text or "")
+        if unknown:
+            self._note("unknown", f"{name}: its command ran {ran} times")
+        if word is None or said > 1 or count > 1 or ran > 1:
+            self._note("doubled", f"{name}: {said} times said, {count} answers, its command ran {ran} times: {word}")
+        excused = unknown or state == "stopped" or number in self.refused or not (word and word.asks)
+        if state not in ("done", "stopped") or not count or (not ran and not excused):
+            self._note("missing", f"{name}: {state}, {count} answers, its command ran {ran} times: {text!r:.200}")
+        if ran and {question[1] for question in self.questions if question[0] == number} <= {"deny", "expired"}:
+            self._note("doubled", f"{name} ran, and was refused")
+
+    def _check_commands(self) -> None:
+        """Each was done once."""
+        said = Counter(word.text.partition(" ")[0] for word in self.mail.commands)
+        told = Counter(text.partition(" ")[0] for _, _, text, _, _, _, _, inbox in self.outbox if inbox is None)
+        new, usage = told["A"], told["This"]
+        for name, count in (("/new", new), ("/usage", usage)):
+            if count != said[name]:
+                self._note("doubled" if count > said[name] else "lost", f"{name}: {said[name]} said, {count} answered")
+        stopped = told["Nothing"] + sum(row[3] == "stopped" for row in self.rows)
+        if stopped > said["/stop"]:
+            self._note("doubled", f"/stop: {said['/stop']} said, {stopped} done")
+
+    # ---- what stands in the chats ----
+
+    def _check_posts(self) -> None:
+        """Each text of the outbox stands in its chat once, and nothing besides."""
+        want, doubtful = Counter(), Counter()
+        channels = {row[0]: row[1] for row in self.rows}
+        shown = {(channels[inbox], message) for inbox, _, message in self.questions}
+        for number, channel, text, metadata, in_doubt, state, _, _ in self.outbox:
+            known = json.loads(metadata)
+            if state != "sent":
+                self._note("missing", f"outbox {number} is {state}: {text!r:.200}")
+            if "decided" in known:
+                continue
+            key = channel, o.telegram_html(f"⚠️ {text}" if known.get("is_error") else text)
+            want[key] += "asks" not in known
+            doubtful[key] += in_doubt
+        self._compare(want, doubtful, shown)
+
+    def _compare(self, want: Counter, doubtful: Counter, shown: set[tuple[str, str]]) -> None:
+        remark = o.telegram_html(self.DOUBT).strip()
+        for post in self.posts:
+            key = f"telegram:{post['chat']}", post["source"] or post["text"]
+            plain = key[0], key[1].removesuffix(remark).rstrip()
+            if (key[0], str(post["message_id"])) in shown:
+                if post["markup"] or "May I run this" in post["text"]:
+                    self._note("missing", f"no verdict: {post['text']!r:.200}")
+            elif want[key] > 0 or want[plain] > 0:
+                want[key if want[key] > 0 else plain] -= 1
+                if key[1].endswith(remark):
+                    self._note("repeated", key[1][:200])
+            elif doubtful[key] > 0 or doubtful[plain] > 0:
+                self._note("repeated", key[1][:200])
+            else:
+                self._note("left over" if self._is_excused(post) else "doubled", f"stray: {post['texts']!r:.200}")
+        for (channel, html), count in want.items():
+            if count > 0:
+                self._note("missing", f"{count} times not in {channel}: {html!r:.200}")
+
+    def _is_excused(self, post: dict[str, Any]) -> bool:
+        """Whether nobody could know of this message: a kill came too soon, or its answer got lost."""
+        at = post["times"][0]
+        killed = any(at - 0.05 <= kill <= at + self.SLACK for kill in self.kills)
+        return killed or any(low <= at <= high for low, high in self.unheard)
+
+    def _check_typing(self, kept: dict[str, tuple]) -> None:
+        """The bot types only while a message waits for its answer."""
+        drift, spans = time.time() - time.monotonic(), collections.defaultdict(list)
+        ends = {
+            row[7]: o.datetime.fromisoformat(row[6]).timestamp() - drift for row in self.outbox if row[7] and row[6]
+        }
+        for number, word in self.mail.sent.items():
+            if number in kept and kept[number][0] in ends:
+                spans[word.chat].append((word.time - 0.05, ends[kept[number][0]] + 0.5))
+        for row in self.bot.actions():
+            if not any(low <= row["time"] <= high for low, high in spans[row["chat"]]):
+                late = min((row["time"] - high for low, high in spans[row["chat"]] if high < row["time"]), default=0)
+                self._note("typing", f"in {row['chat']}, {late:.2f} s after the end")
+
+    def _check_offsets(self) -> None:
+        asked = [int(call["parameters"].get("offset", 0)) for call in self.bot.calls("getUpdates")]
+        if asked != sorted(asked):
+            self._note("lost", "an offset went back")
+        numbers = [int(number) for number in self.mail.sent]
+        if self.cursor <= max(numbers) or self.bot.state()["pending"]:
+            self._note("missing", f"read up to {self.cursor}, {self.bot.state()['pending']} updates are left")
+
+
+class ChatKiller(Killer):
+    """Kills the daemon, and breaks its Bot API."""
+
+    DEVICES, POINTS, LIVES = ("anna",), points_of(PLACES[:16] + APPENDS + CHAT_PLACES), (1, 2, 4)
+    CHATS, GROUP = tuple(range(1, 11)), -1_000_000_000_777
+    CONFIG = """
+        [channels.telegram]
+        enabled = true
+        base_url = "{url}"
+        token = "{token}"
+        allowed_users = [{users}]
+        allowed_groups = [{group}]
+        """
+    METHODS = "getUpdates sendMessage sendMessage editMessageText sendChatAction deleteMessage getMe *".split()
+    KINDS = ["drop", "lost", "lost", "status:500", "429:1", "junk", "html", "slow:1"] * 2 + ["silent"]
+
+    def __init__(self, house: House, bot: BotServer, dice: random.Random, seconds: float, short: bool):
+        super().__init__(house, dice, 1 << 30, seconds)
+        self.mail, self.bot, self.faults, self.short = Chatting(), bot, Counter(), short
+
+    def senders(self) -> list[Any]:
+        """People, and one who breaks things."""
+        return [*(Person(self, chat) for chat in (*self.CHATS, self.GROUP)), Breaker(self)]
+
+    def audit(self) -> Audit:
+        """What was wrong."""
+        return ChatAudit(self.house, self.mail, self.bot, self.moments)
+
+    async def rest(self, store: o.Store, work: asyncio.Future) -> None:
+        """Until all is answered, all is sent, and nothing comes any more."""
+        await work
+        while o.Inbox(store).waiting() or o.Outbox(store).unsent() or self.bot.state()["pending"]:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(o.View.TYPING + 1.0)
+
+
+class Breaker:
+    """Makes faults."""
+
+    def __init__(self, killer: ChatKiller):
+        self.killer, self.closing = killer, asyncio.Event()
+
+    async def run(self) -> None:
+        """Until it is closed."""
+        killer, dice = self.killer, self.killer.dice
+        while not self.closing.is_set():
+            method, kind = dice.choice(killer.METHODS), dice.choice(killer.KINDS)
+            if kind != "silent" or not killer.short:  # it takes half a minute, or until a kill
+                killer.faults[kind.partition(":")[0]] += 1
+                await asyncio.to_thread(killer.bot.fault, method, kind)
+            await asyncio.sleep(dice.uniform(0.0, 1.5))
+        killer.bot.calm()
+
+
+def torture_telegram(options: argparse.Namespace) -> int:
+    """The command telegram."""
+    started, dice = time.monotonic(), random.Random(options.seed)
+    with contextlib.ExitStack() as stack:
+        bot = stack.enter_context(BotServer())
+        users = ", ".join(map(str, ChatKiller.CHATS))
+        group = ChatKiller.GROUP
+        config = ChatKiller.CONFIG.format(url=bot.url, token=bot.token, users=users, group=group)
+        house = stack.enter_context(House(options.archive, ChatKiller.DEVICES, config, "risky"))
+        killer = ChatKiller(house, bot, dice, 3.5 if options.short else options.seconds, options.short)
+        audit = asyncio.run(killer.run())
+    faults = ", ".join(f"{count} {kind}" for kind, count in killer.faults.items())
+    return report(killer, audit, options.seed, started, f"faults: {faults}")
+
+
+# ===== 4. gateway =============================================================
 #
 # The attackers are one process of their own, which is told what to do; this one is
 # the honest client. Each side has its own addresses of the loopback, where the system
@@ -935,7 +1255,7 @@ def torture_the_gateway(options: argparse.Namespace) -> int:
     return 1 if problems or growth > 40 else 0
 
 
-# ===== 4. Command =============================================================
+# ===== 5. Command =============================================================
 
 
 def main() -> int:
@@ -944,11 +1264,14 @@ def main() -> int:
     kill = commands.add_parser("kill", help="kill -9 while messages come")
     kill.add_argument("--kills", type=int, default=200)
     kill.set_defaults(run=torture_by_kills)
+    telegram = commands.add_parser("telegram", help="kill -9 and a broken Bot API while people write to the bot")
+    telegram.add_argument("--seconds", type=float, default=120.0)
+    telegram.set_defaults(run=torture_telegram)
     gateway = commands.add_parser("gateway", help="attacks, while an honest client asks")
     gateway.add_argument("--seconds", type=float, default=120.0, help="for all attacks; streams take their own time")
     gateway.add_argument("--streams", type=int, default=1_000_000)
     gateway.set_defaults(run=torture_the_gateway)
-    for command in (kill, gateway):
+    for command in (kill, telegram, gateway):
         command.add_argument("--short", action="store_true", help="less than 15 s")
         command.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
         command.add_argument("--archive", type=Path, help="this archive instead of the checkout")
