@@ -15737,12 +15737,9 @@ def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
 
 
 def numbered(file: Any, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """A file in pieces, each with what it is sealed with: its number, and whether it is the last.
-
-    The key is another one in each backup, so that a number is enough.
-    """
+    """A file in pieces, each with what it is sealed with: its number, and whether it is the last."""
     piece = file.read(size)
-    for number in itertools.count():
+    for number in itertools.count():  # the key is another one in each backup, so that a number is enough
         following = file.read(size)
         yield number.to_bytes(11, "big") + bytes([not following]), piece
         if not following:
@@ -15961,8 +15958,10 @@ SKEWS = ((300, "problem"), (30, "warning"), (0, "ok"))  # seconds that a clock i
 
 def finding_of(error: Exception, level: str = "problem") -> Finding:
     """An error as a finding."""
-    known = isinstance(error, PistaError)
-    return Finding(level, error.args[0] if known else str(error) or repr(error), error.hint if known else "")
+    far = isinstance(error, Unavailable | ChannelBusy | ConnectionError | TimeoutError)
+    hint = "see the lines about the network, or try again later" if far else ""
+    what = error.args[0] if isinstance(error, PistaError) else str(error) or f"no end within {PATIENCE:g} s"
+    return Finding(level, what, getattr(error, "hint", "") or hint)
 
 
 def is_open_to_others(path: Path) -> bool:
@@ -16178,7 +16177,7 @@ def ipv6_finding(host: str, six: str, four: str) -> Finding:
     if six.startswith("silent") and not four:
         mend = "mend the router's IPv6, or switch it off: sysctl -w net.ipv6.conf.all.disable_ipv6=1"
         return Finding("warning", f"packets to {host} vanish over IPv6: each new connection waits for that", mend)
-    return Finding("ok", f"{host} is reached over IPv6" if not six else f"not used: {six}")
+    return Finding("ok", f"not used: {six}" if six else f"{host} is reached over IPv6")
 
 
 async def check_clock(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
@@ -16190,8 +16189,8 @@ async def check_clock(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncItera
         try:
             response, _ = await fetch_url("GET", list_url(endpoint), ANSWER, 1, headers=key_headers(endpoint))
             theirs = parsedate_to_datetime(response.headers["date"])
-        except (PistaError, KeyError, ValueError) as error:
-            yield Finding("ok", f"not compared: {host} tells no time ({error})")
+        except (PistaError, KeyError, ValueError):
+            yield Finding("ok", f"not compared: {host} tells no time")
             return
         off = (theirs - started - (utc_now() - started) / 2).total_seconds()
         level = next(level for least, level in SKEWS if abs(off) >= least)
@@ -16235,10 +16234,10 @@ async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint], poll: int 
     """The bot, if there is to be one: whether it works, who else receives for it, and who may speak to it."""
     settings = ctx.config.channels.telegram
     if not settings.enabled:
-        yield Finding("ok", "off ([channels.telegram] enabled)")
+        yield Finding("ok", "off ([channels.telegram] enabled = false)")
         return
     if not ctx.bot_token:
-        yield Finding("problem", "it is on, but there is no token of a bot", "openpista telegram setup")
+        yield Finding("problem", "it is on, but there is no token of a bot", "`openpista telegram setup` asks for one")
         return
     let_in = rows_of(ctx.database, "people", "id", "channel = 'telegram' AND state = 'allowed'")
     if "*" in settings.allowed_users:
@@ -16253,8 +16252,10 @@ async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint], poll: int 
         yield Finding("problem", f"a webhook takes the bot's messages: {server_of(url)[0]}", mend)
     elif os.name == "posix" and holder(ctx.home / PID_FILE):
         with contextlib.suppress(PistaError):  # the line about the gateway says it
-            if problem := ((await daemon_status(ctx))["telegram"] or {}).get("problem"):
-                yield Finding("problem", problem, "openpista goes on trying")
+            if problem := ((await daemon_status(ctx)).get("telegram") or {}).get("problem"):
+                yield Finding(
+                    "problem", problem, "openpista tries again by itself; that it works shows within a minute"
+                )
     else:
         # Of two polls Telegram ends the older one: ours waits some seconds for another program to come back.
         async with Bot(ctx.bot_token, settings.base_url) as bot:
@@ -16316,8 +16317,7 @@ async def findings_of(check: Any, ctx: Context, endpoints: Sequence[Endpoint]) -
             async for finding in findings:
                 found.append(finding)
     except (PistaError, OSError) as error:
-        late = Finding("problem", f"no end within {PATIENCE:g} s", "see the lines about the network")
-        found.append(late if isinstance(error, TimeoutError) and not str(error) else finding_of(error))
+        found.append(finding_of(error))
     return [(check.__name__.removeprefix("check_"), finding) for finding in found]
 
 

@@ -96,8 +96,8 @@ def test_nobody_answers(doctor):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-        what, _ = only(doctor.ills(code=1, OPENAI_BASE_URL=url), "provider")
-    assert "connection refused" in what
+        what, mend = only(doctor.ills(code=1, OPENAI_BASE_URL=url), "provider")
+    assert "connection refused" in what and "the lines about the network" in mend
 
 
 def test_a_stand_in_with_a_wrong_key(doctor, model):
@@ -328,7 +328,7 @@ def test_what_telegram_refuses(look, bot):
     [found] = look(allowed_users=(42,), token="something else")
     assert found[0] == "problem" and "does not look like one" in found[1]
     [found] = look(allowed_users=(42,), base_url="http://127.0.0.1:9")
-    assert found[0] == "problem" and "cannot reach http://127.0.0.1:9" in found[1]
+    assert found[0] == "problem" and "cannot reach http://127.0.0.1:9" in found[1] and "network" in found[2]
     bot.fault("getMe", "drop")
     [found] = look(allowed_users=(42,))
     assert found[0] == "problem" and "broke" in found[1]
@@ -373,7 +373,7 @@ def test_a_daemon_that_polls(house, openpista, bot):  # noqa: F811
 def test_telegram_without_a_token(doctor):
     doctor.config("[channels.telegram]\nenabled = true\n")
     what, mend = only(doctor.ills(code=1), "telegram")
-    assert "no token" in what and mend == "openpista telegram setup"
+    assert "no token" in what and "`openpista telegram setup`" in mend
 
 
 def test_the_bots_token_is_the_owners(doctor, home, bot):
