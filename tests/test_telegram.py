@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -56,6 +57,7 @@ class Line:
         agent=None,
         clock=time.time,
         rest=None,
+        first=None,
         poller=None,
         **telegram,
     ):
@@ -67,7 +69,7 @@ class Line:
             expires,
             clock,
         )
-        self.rest, self.poller = rest, poller
+        self.rest, self.first, self.poller = rest, first, poller
         settings = {"enabled": True, "token": o.Secret(bot.token), "base_url": bot.url, "allowed_users": (OWNER, "*")}
         config = o.Config(
             agent=agent or o.AgentConfig(provider="offline"),
@@ -99,8 +101,8 @@ class Line:
             self.desk = o.Local(self.ctx, app)
             more = {"desk": self.desk, "status": dict, "poll": self.poll, "clock": self.clock}
             self.telegram = Quick(self.hub, sender, self.poller or poller, **more)
-            if self.rest is not None:
-                self.telegram.REST = self.rest
+            self.telegram.REST = self.telegram.REST if self.rest is None else self.rest
+            self.telegram.FIRST = self.first or self.telegram.FIRST
             if self.expires:
                 self.telegram.questions.expires = self.expires
             toolbox = app.agent.toolbox
@@ -213,7 +215,7 @@ def test_what_goes_wrong_with_a_poll_is_said_once_and_passes(line, bot, caplog, 
     caplog.set_level(logging.WARNING)
     bot.fault("getUpdates", fault, times=3)
     bot.say(7, "$ echo still here")
-    one = line()
+    one = line(rest=0.01)
     assert bot.wait(7)[0]["text"] == "still here"
     until(lambda: not one.problem)
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("telegram: ")]
@@ -233,7 +235,7 @@ def test_after_a_jump_of_the_clock_a_new_poll_begins(line, bot, caplog):
     now = [0.0]
     one = line(clock=lambda: time.time() + now[0])
     bot.wait_state(lambda state: state["polling"])
-    bot.fault("getUpdates", "silent", times=1, after=0)
+    bot.fault("getUpdates", "silent")
     before = len(bot.calls("getUpdates"))
     now[0] = 3600.0
     until(lambda: len(bot.calls("getUpdates")) > before)
@@ -488,9 +490,11 @@ def test_markdown(shared):
 def test_typing_while_it_runs_and_one_message_in_the_end(shared):
     bot = shared.bot
     ann = next(USERS)
-    bot.say(ann, "$ sleep 1; echo done")
+    bot.say(ann, "$ sleep 0.7; echo done")
     row = bot.wait(ann, lambda rows: rows and rows[0]["text"] == "done")[0]
-    assert len(bot.sent(ann)) == 1 and row["texts"][0].startswith("▶ sleep 1; echo done") and row["texts"][-1] == "done"
+    assert (
+        len(bot.sent(ann)) == 1 and row["texts"][0].startswith("▶ sleep 0.7; echo done") and row["texts"][-1] == "done"
+    )
     assert row["silent"]
     actions = bot.actions(ann)
     assert actions and actions[0]["action"] == "typing" and max(a["time"] for a in actions) < row["times"][-1]
@@ -504,7 +508,7 @@ def test_streaming(line, bot, model, openai):
     row = bot.wait(30, "word11")[0]
     texts = until(lambda: (found := bot.sent(30)[0]["texts"])[-1] == "".join(words).strip() and found)
     assert len(bot.sent(30)) == 1 and len(texts) >= 2 and texts[0].endswith("…") and row["chat"] == 30
-    assert one.rows("count(*) FROM outbox WHERE state = 'sent'") == [(1,)]
+    until(lambda: one.rows("count(*) FROM outbox WHERE state = 'sent'") == [(1,)])
 
 
 def test_plain_text_where_telegram_refuses_the_layout(shared):
@@ -532,7 +536,7 @@ def test_long_answers(shared):
 
 def test_too_many_messages_for_telegram(line, bot):
     one = line()
-    bot.limit(chat=10, burst=2)
+    bot.limit(chat=2, burst=1)
     for number in range(3):
         bot.say(41, f"$ echo {number}")
     assert [row["text"] for row in bot.wait(41, 3)] == list("012")
@@ -588,14 +592,13 @@ def test_simple_commands(shared):
     assert "/help – what there is" in shared.ask("/start abc")
     assert shared.ask("/stop") == "Nothing is running."
     assert shared.ask("/nonsense").startswith("There is no /nonsense")
-    assert shared.ask("/modle") == "There is no /modle, did you mean 'model'?. See /help." or True
+    assert shared.ask("/modle") == "There is no /modle, did you mean 'model'? See /help."
     assert shared.ask("/cron") == "There are no jobs. Say what you want done, and when."
     assert shared.ask("/cron run nothing").startswith("⚠️ no job named 'nothing'")
     assert shared.ask("/cron fly").startswith("⚠️ say /cron, or")
     assert shared.ask("/usage").startswith("This conversation: nothing yet\nAll of today: ")
     assert shared.ask("/sessions") == "There is none yet."
     assert shared.ask("/approve") == "Nothing waits for an answer."
-    assert shared.ask("/approve reset") == "0 commands will be asked about again."
     assert shared.ask("/approve 999999") == "There is no such question in this chat."
     assert shared.ask("/approve x y z") == "There is no such question in this chat."
     assert shared.ask("/model nobody/m").startswith("⚠️ ")
@@ -710,7 +713,7 @@ def test_once(shared, risky):
     row = next(row for row in bot.sent(ann) if row["message_id"] == message)
     assert words[2:] in row["text"] and f"/approve {number}" in row["text"] and not count()
     assert [d.split(":")[2] for d in data] == ["once", "always", "deny"]
-    bob, owner = next(USERS), OWNER
+    bob = next(USERS)
     for chat, sender, said in (
         (ann, bob, "Only who asked for it, or the owner, may answer this."),
         (bob, bob, "There is no such question in this chat."),
@@ -730,7 +733,7 @@ def test_once(shared, risky):
             and row["text"].startswith("✅ allowed once by")
         )
     )
-    assert count() == 1 and owner
+    assert count() == 1
 
 
 def test_always_is_for_this_command_in_this_session(line, bot, risky):
@@ -800,11 +803,35 @@ def test_the_next_process_goes_on_with_a_question(line, bot, risky):
     one, (words, count) = line(), risky
     bot.say(80, words)
     message, _, data = asked(bot, 80)
+    until(lambda: one.rows("shown FROM approvals") == [(str(message),)])
     one.close()
     bot.press(80, message, data[0])
     line()
     bot.wait(80, lambda rows: any(row["text"] == "ran" for row in rows))
     assert count() == 1 and len([row for row in bot.sent(80) if row["markup"]]) == 0
+
+
+def test_a_question_stands_below_and_the_progress_goes(shared, risky):
+    bot, ann, (words, _) = shared.bot, next(USERS), risky
+    bot.say(ann, f"$ sleep 0.6; echo one\n{words}")
+    bot.wait(ann, "▶ sleep 0.6")
+    message, _, data = asked(bot, ann)
+    assert [row["deleted"] for row in bot.sent(ann)] == [True, False]
+    bot.press(ann, message, data[2])
+    bot.wait(ann, lambda rows: len(rows) == 2 and "▶" not in rows[1]["text"])
+    assert shared.rows("state FROM approvals ORDER BY id DESC")[0] == ("deny",)
+
+
+def test_after_a_no_nothing_more_is_asked_in_this_turn(shared, risky):
+    bot, ann, (words, count) = shared.bot, next(USERS), risky
+    bot.say(ann, f"{words}\n{words} again")
+    message, _, data = asked(bot, ann)
+    bot.press(ann, message, data[2])
+    until(lambda: shared.rows("state FROM inbox WHERE channel = ?", f"telegram:{ann}") == [("done",)])
+    assert (
+        len(shared.rows("1 FROM approvals JOIN inbox ON inbox.id = inbox_id WHERE channel = ?", f"telegram:{ann}")) == 1
+    )
+    assert count() == 0
 
 
 def test_a_long_command_is_shown_whole(shared, tmp_path):
@@ -865,7 +892,6 @@ def test_documents(shared):
             "(The file gone.txt could not be fetched: Telegram refuses getFile: Bad Request)",
         ),
         ("gone.txt", None, ("file", "status:404"), " did not hand the file over: 404)"),
-        ("gone.txt", None, ("file", "drop"), "(The file gone.txt could not be fetched: "),
         ("한국어" * 60 + ".txt", None, None, "(file: "),
         ("\ud800" + "x" * 300, None, None, "(file: "),
         ("...", None, None, "(file: "),
@@ -1066,7 +1092,7 @@ def changed(value, path, new):
 
 @pytest.fixture(scope="module")
 def takes(tmp_path_factory):
-    """takes(update, ...): has them taken as if Telegram had sent them, and looks whether the channel still lives."""
+    """takes(update, ...): has them taken as if Telegram had sent them; the channel must survive."""
     with BotServer() as bot:
         line = Line(bot, tmp_path_factory.mktemp("odd") / "home", allowed_groups=(-9,))
         line.ask("/help")
@@ -1080,15 +1106,15 @@ def takes(tmp_path_factory):
 
         def takes(*updates):
             asyncio.run_coroutine_threadsafe(take(updates), line.loop).result(60)
-            assert line.ask("$ echo alive") == "alive"
 
         yield takes
+        assert line.ask("$ echo alive") == "alive"
         line.close(hurry=True)
         Line(bot, line.home).close(hurry=True)
 
 
 def test_updates_with_something_missing_or_wrong(takes):
-    takes(*(changed(one, path, odd) for one in SOUND for path in places(one) if path for odd in (..., *ODD)))
+    takes(*(changed(one, path, odd) for one in SOUND for path in places(one) if path for odd in (..., *ODD[:15])))
 
 
 NAMES = sorted({str(key) for one in SOUND for path in places(one) for key in path[-1:]})
@@ -1220,7 +1246,7 @@ def test_kills(house, bot):
     house.start()
     bot.wait(1, "four\n\n(It is not certain that this was delivered before.)")
     until(all_sent)
-    bot.fault("sendMessage", "lost", times=2)
+    bot.fault("sendMessage", "lost")
     bot.say(1, f"$ echo 5 >> {effects}; echo five")
     bot.wait(1, "five")
     house.kill()  # after it has arrived
@@ -1228,8 +1254,23 @@ def test_kills(house, bot):
     until(all_sent)
     assert effects.read_text() == "1\n2\n3\n4\n5\n"
     texts = [row["text"].partition("\n\n(It")[0] for row in bot.sent(1)]
-    assert [texts.count(text) for text in ("one", "three", "four")] == [1, 1, 1] and texts.count("five") in (2, 3)
+    assert [texts.count(text) for text in ("one", "three", "four")] == [1, 1, 1] and texts.count("five") == 2
     assert "Traceback" not in house.said
+
+
+def test_what_comes_while_it_ends_waits_for_the_next_start(house, bot):
+    house.start()
+    bot.say(1, "$ sleep 0.5; echo one")
+    until(lambda: house.rows("state FROM inbox") == [("running",)])
+    house.processes[-1].send_signal(signal.SIGTERM)
+    bot.say(1, "$ echo two")
+    bot.say(1, "/help")
+    assert house.processes[-1].wait(10) == 0
+    house.start()
+    bot.wait(1, lambda rows: {"two"} <= {row["text"] for row in rows})
+    assert house.rows("count(*) FROM inbox") == [(2,)]
+    rows = bot.wait(1, "/help – what there is")
+    assert sum("/help – what there is" in row["text"] for row in rows) == 1
 
 
 def test_a_button_that_is_pressed_while_nobody_runs(house, bot, tmp_path):
@@ -1237,6 +1278,7 @@ def test_a_button_that_is_pressed_while_nobody_runs(house, bot, tmp_path):
     house.start()
     bot.say(1, f"$ rm -rf {tmp_path}/a; echo ran >> {tmp_path}/ran")
     message, _, data = asked(bot, 1)
+    until(lambda: house.rows("shown FROM approvals") == [(str(message),)])
     house.kill()
     bot.press(1, message, data[0])
     house.start()
@@ -1421,7 +1463,7 @@ def test_the_token_is_nowhere(line, bot, caplog):
     ):
         for fault in faults:
             bot.fault(method, fault)
-    one = line(base_url=bot.url.replace("//", "//user:password@"))
+    one = line(base_url=bot.url.replace("//", "//user:password@"), rest=0.01, first=9.0)
     for number in range(2 * len(faults)):
         bot.document(300 + number, b"abc", caption="$ echo x")
         bot.press(300 + number, 1, "a:1:once")

@@ -394,7 +394,7 @@ class Audit:
 class Killer:
     """Kills the daemon again and again, and starts it again."""
 
-    DEVICES, POINTS, LIVES = ("anna", "berta", "carl"), POINTS, (1,)
+    DEVICES, POINTS = ("anna", "berta", "carl"), POINTS
     JOB = """
         [[cron]]
         name = "tick"
@@ -405,7 +405,7 @@ class Killer:
     def __init__(self, house: House, dice: random.Random, kills: int, seconds: float):
         self.house, self.dice, self.kills, self.seconds = house, dice, kills, seconds
         self.mail, self.left_out, self.reached, self.fell = Mail(), set(), Counter(), []
-        self.killed, self.life, self.moments = 0, 1.0, []
+        self.killed, self.life, self.lives, self.moments = 0, 1.0, (1,), []
 
     async def run(self) -> Audit:
         """The whole torture."""
@@ -438,7 +438,7 @@ class Killer:
         return Audit(self.house, self.mail, self.left_out)
 
     async def _kill_soon(self) -> None:
-        await asyncio.sleep(self.dice.uniform(0.0, self.life) * self.dice.choice(self.LIVES))
+        await asyncio.sleep(self.dice.uniform(0.0, self.life) * self.dice.choice(self.lives))
         self._count("a random moment", self.house.end())
 
     async def _kill_at(self, point: str) -> None:
@@ -535,11 +535,10 @@ class Chatting:
 class Person:
     """Writes to the bot, answers its questions twice or not at all, and sends commands at bad moments."""
 
-    AT_ONCE = 2  # messages that wait for an answer
-
     def __init__(self, killer: "ChatKiller", chat: int):
         self.house, self.bot, self.dice = killer.house, killer.bot, killer.dice
-        self.chat, self.chatting, self.slow = chat, killer.mail, 2.8 if killer.short else 4.0
+        self.chat, self.chatting = chat, killer.mail
+        self.most, self.slow = (1, 2.7) if killer.short else (2, 4.0)  # messages that wait, seconds of a command
         self.closing, self.numbers, self.decided = asyncio.Event(), itertools.count(1), set()
         self.user = chat if chat > 0 else 1
         self.name = "@openpista_test_bot " if chat < 0 else ""
@@ -555,7 +554,8 @@ class Person:
 
     def _open(self, store: o.Store) -> int:
         """How many messages have no answer."""
-        sql = "SELECT count(*) FROM inbox WHERE channel = ? AND state NOT IN ('waiting', 'running')"
+        sql = """SELECT count(*) FROM inbox WHERE channel = ? AND state NOT IN ('waiting', 'running') AND id NOT IN
+                 (SELECT inbox_id FROM outbox WHERE state IN ('waiting', 'sending') AND inbox_id IS NOT NULL)"""
         done = store.db.execute(sql, (f"telegram:{self.chat}",)).fetchone()[0]
         return sum(word.chat == self.chat for word in self.chatting.sent.values()) - done
 
@@ -565,7 +565,7 @@ class Person:
     async def _write(self, store: o.Store) -> None:
         if self.dice.random() < 0.05:
             await self._command(self.dice.choice(("/new", "/stop", "/stop", "/usage")))
-        if self._open(store) >= self.AT_ONCE or self.dice.random() < (0.5 if self.chat > 0 else 0.9):
+        if self._open(store) >= self.most or self.dice.random() < (0.5 if self.chat > 0 else 0.9):
             return
         identity, chance = f"c{abs(self.chat)}-{next(self.numbers)}", self.dice.random()
         line = (
@@ -600,6 +600,7 @@ class ChatAudit(Audit):
     """Looks also into what stands in the chats."""
 
     DOUBT = "\n\n_(It is not certain that this was delivered before.)_"
+    LATE = 1.5  # seconds that a slow call may come after the answer; who goes on typing does so every four
     SLACK = 1.0  # seconds between a message that arrives and a kill before its number is noted
     OUTBOX = """SELECT id, channel, text, metadata, in_doubt, state, sent_at, inbox_id FROM outbox ORDER BY id"""
 
@@ -709,7 +710,7 @@ class ChatAudit(Audit):
         }
         for number, word in self.mail.sent.items():
             if number in kept and kept[number][0] in ends:
-                spans[word.chat].append((word.time - 0.05, ends[kept[number][0]] + 0.5))
+                spans[word.chat].append((word.time - 0.05, ends[kept[number][0]] + self.LATE))
         for row in self.bot.actions():
             if not any(low <= row["time"] <= high for low, high in spans[row["chat"]]):
                 late = min((row["time"] - high for low, high in spans[row["chat"]] if high < row["time"]), default=0)
@@ -727,7 +728,7 @@ class ChatAudit(Audit):
 class ChatKiller(Killer):
     """Kills the daemon, and breaks its Bot API."""
 
-    DEVICES, POINTS, LIVES = ("anna",), points_of(PLACES[:16] + APPENDS + CHAT_PLACES), (1, 2, 4)
+    DEVICES, POINTS = ("anna",), points_of(PLACES[:16] + APPENDS + CHAT_PLACES)
     CHATS, GROUP = tuple(range(1, 11)), -1_000_000_000_777
     CONFIG = """
         [channels.telegram]
@@ -743,6 +744,7 @@ class ChatKiller(Killer):
     def __init__(self, house: House, bot: BotServer, dice: random.Random, seconds: float, short: bool):
         super().__init__(house, dice, 1 << 30, seconds)
         self.mail, self.bot, self.faults, self.short = Chatting(), bot, Counter(), short
+        self.lives = (1,) if short else (1, 2, 4)
 
     def senders(self) -> list[Any]:
         """People, and one who breaks things."""
@@ -757,7 +759,7 @@ class ChatKiller(Killer):
         await work
         while o.Inbox(store).waiting() or o.Outbox(store).unsent() or self.bot.state()["pending"]:
             await asyncio.sleep(0.05)
-        await asyncio.sleep(o.View.TYPING + 1.0)
+        await asyncio.sleep(o.View.TYPING + 0.3)
 
 
 class Breaker:
@@ -787,7 +789,7 @@ def torture_telegram(options: argparse.Namespace) -> int:
         group = ChatKiller.GROUP
         config = ChatKiller.CONFIG.format(url=bot.url, token=bot.token, users=users, group=group)
         house = stack.enter_context(House(options.archive, ChatKiller.DEVICES, config, "risky"))
-        killer = ChatKiller(house, bot, dice, 3.5 if options.short else options.seconds, options.short)
+        killer = ChatKiller(house, bot, dice, 2.5 if options.short else options.seconds, options.short)
         audit = asyncio.run(killer.run())
     faults = ", ".join(f"{count} {kind}" for kind, count in killer.faults.items())
     return report(killer, audit, options.seed, started, f"faults: {faults}")
