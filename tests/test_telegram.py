@@ -1370,7 +1370,9 @@ def test_setup(setup, house, bot):
     bot.say(5, f"/start {code}")
     bot.wait(5, "Paired.")
     assert screen.end() == 0 and "paired with User 5 (id 5)" in screen.text
-    assert (house.home / "config.toml").read_text() == CONFIG.format(bot.url).replace("= false  # not", "= true   # not")
+    assert (house.home / "config.toml").read_text() == CONFIG.format(bot.url).replace(
+        "= false  # not", "= true   # not"
+    )
     stored = house.home / "telegram.token"
     assert stored.read_text() == bot.token + "\n" and stored.stat().st_mode & 0o777 == 0o600
     assert house.rows("id, state FROM people") == [("5", "allowed")]
