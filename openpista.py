@@ -48,12 +48,15 @@ Map. Each section uses only those above it, so read on from any point.
     29. Bot           Telegram's Bot API: calls, errors, limits
     30. Telegram      the channel: who may speak, turns shown, questions asked
     31. Daemon        what `start` runs: opening, signals, closing; who runs
-    32. Commands      the command line
+    32. Backup        one sealed file with all of a home, and the way back
+    33. Doctor        what is wrong, what that means, and how to mend it
+    34. Commands      the command line
 
 Find a section:   grep -n '^# =====' openpista.py
 Add a provider:   a row in PROVIDERS.    Add a tool:     a class, a row in TOOLS.
 Add a setting:    a field in Config, a line in config.example.toml.
 Add a command:    a function under @command; in the chat a row in CHAT_COMMANDS.
+Add a check:      a function that yields findings, a row in CHECKS.
 
 Heavy packages have a door each: httpx `open_http`, aioquic `open_quic`, cryptography
 `open_crypto`, so that a command that needs none stays quick; parts of the standard
@@ -76,6 +79,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -815,6 +819,7 @@ class ToolsConfig(NamedTuple):
     timeout: int = 30
     max_timeout: int = 300
     output_limit: int = 10_000
+    keep_outputs_days: int = 30
     workdir: str = ""
     keep_env: tuple[str, ...] = ()
     reviewer: str = ""
@@ -847,6 +852,8 @@ class DatabaseConfig(NamedTuple):
     """[database]"""
 
     url: str = ""
+    keep_sessions_days: int = 0
+    keep_runs_days: int = 0
 
 
 class SkillsConfig(NamedTuple):
@@ -897,6 +904,9 @@ RANGES = {  # setting -> lowest and highest value
     "tools.timeout": (1, 86_400),
     "tools.max_timeout": (1, 86_400),
     "tools.output_limit": (200, 1_000_000),
+    "tools.keep_outputs_days": (0, 36_500),
+    "database.keep_sessions_days": (0, 36_500),
+    "database.keep_runs_days": (0, 36_500),
 }
 CHOICES = {  # setting -> the words it may be
     "agent.format": ("", "chat", "responses", "messages"),
@@ -1316,7 +1326,7 @@ SQLITE_SAYS = (  # words of SQLite's -> what that means, and what to do
     (
         "not a database|malformed",
         "{path} is damaged or no database: {text}",
-        "move it away, or name another in [database] url",
+        "`openpista restore FILE` puts a backup in its place; else move it away, or name another in [database] url",
     ),
     (
         "full|disk I/O",
@@ -1338,6 +1348,36 @@ def machine_name() -> str:
         spaces = os.stat("/proc/self/ns/pid").st_ino
         return socket.gethostname() if spaces == INITIAL_PID_NAMESPACE else f"{socket.gethostname()}/{spaces}"
     return socket.gethostname()
+
+
+@contextlib.contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """SQLite's errors about this file, and the file system's, as StoreError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        what, hint = next((what, hint) for pattern, what, hint in SQLITE_SAYS if re.search(pattern, text))
+        raise StoreError(what.format(path=path, text=text, wait=Store.BUSY), hint) from error
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{clip(ascii(error.object), 60)} cannot be stored: it is not Unicode text") from error
+    except OSError as error:
+        raise StoreError(f"cannot open the database {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def open_database(path: Path) -> Iterator[sqlite3.Connection]:
+    """A database as it is: nothing is made, brought to date or changed by opening it."""
+    address = f"{path.absolute().as_uri()}?mode=rw"
+    with store_errors(path), contextlib.closing(sqlite3.connect(address, uri=True, timeout=Store.BUSY)) as db:
+        yield db
+
+
+def see_whole(db: sqlite3.Connection) -> None:
+    """sqlite3.DatabaseError, in words as SQLite's own, if the file is damaged."""
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(f"malformed: {clip(found, 200)}")
 
 
 class Store:
@@ -1431,6 +1471,7 @@ class Store:
             over = "SELECT id FROM inbox WHERE session = ? AND done_at IS NOT NULL"  # what waits is still answered
             self._run(f"DELETE FROM outbox WHERE state NOT IN ('waiting', 'sending') AND inbox_id IN ({over})", name)
             self._run(f"UPDATE inbox SET text = '', sender = '', metadata = '{{}}' WHERE id IN ({over})", name)
+            self._run(f"DELETE FROM approvals WHERE inbox_id IN ({over})", name)
             self._run("DELETE FROM grants WHERE session = ?", name)
             self._run("DELETE FROM sessions WHERE id = ?", session.id)
 
@@ -1677,23 +1718,9 @@ class Store:
         finally:
             self._depth -= 1
 
-    @contextlib.contextmanager
-    def border(self) -> Iterator[None]:
+    def border(self) -> contextlib.AbstractContextManager[None]:
         """SQLite's errors, and the file system's, as StoreError."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StoreError(*self._explain(str(error))) from error
-        except UnicodeEncodeError as error:
-            raise StoreError(f"{clip(ascii(error.object), 60)} cannot be stored: it is not Unicode text") from error
-        except OSError as error:
-            raise StoreError(f"cannot open the database {self.path}: {error.strerror}") from error
-
-    def _explain(self, text: str) -> tuple[str, str]:
-        for pattern, what, hint in SQLITE_SAYS:
-            if re.search(pattern, text):
-                return what.format(path=self.path, text=text, wait=self.BUSY), hint
-        raise AssertionError("the last row fits all")
+        return store_errors(self.path)
 
     def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
         with self.border():
@@ -2417,6 +2444,54 @@ class Tickets(Table):
         """Forget what has expired, and what is more than is kept."""
         newest = "SELECT expires_at FROM tickets ORDER BY expires_at DESC LIMIT 1 OFFSET ?"
         self._run(f"DELETE FROM tickets WHERE expires_at <= max(?, coalesce(({newest}), ''))", self.stamp(), self.KEPT)
+
+
+class Upkeep(Table):
+    """What keeps the file from growing for ever."""
+
+    WAL_LIMIT = 16 << 20  # bytes; a reader that stays long makes the write-ahead log grow, and nothing shrinks it again
+    RUNS = "run-????????-??????-????"  # the names of the sessions of `run -e`
+    UNUSED = """
+        sessions.name GLOB ? AND updated_at < ? AND coalesce(lease_until, '') < ?
+        AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = sessions.name AND state IN ('waiting', 'running'))
+        AND NOT EXISTS (SELECT 1 FROM jobs WHERE session = sessions.name)
+        AND NOT EXISTS (SELECT 1 FROM chats WHERE session = sessions.name)
+        AND (sessions.name NOT LIKE '%:%'
+             OR EXISTS (SELECT 1 FROM chats WHERE place = sessions.name AND session != ''))
+    """  # a chat that is in no other session is in the one with the name of its place: telegram:42
+
+    def forget_sessions(self, days: float, names: str = "*", most: int = 500) -> int:
+        """Forget at most so many messages of a session not used for so many days, or all of it; how much that was.
+
+        Not of one that somebody works on, or that a message, a job or a chat needs.
+        """
+        with self.atomic():
+            sql = f"SELECT id, name FROM sessions WHERE {self.UNUSED} ORDER BY updated_at LIMIT 1"
+            row = self._run(sql, names, self.stamp(days=days), self.stamp()).fetchone()
+            if not row:
+                return 0
+            some = "SELECT id FROM messages WHERE session_id = ? ORDER BY id LIMIT ?"
+            count = self._run(f"DELETE FROM messages WHERE id IN ({some})", row[0], most).rowcount
+            if count < most:
+                self.store.delete_session(row[1])
+            return count + 1
+
+    def optimize(self) -> None:
+        """Let SQLite look at its indexes, for a millisecond."""
+        self._run("PRAGMA analysis_limit = 400")
+        self._run("PRAGMA optimize = 0x10002")  # also of tables that nobody has asked yet
+
+    @property
+    def wal_is_long(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        wal = self.store.path.with_name(f"{self.store.path.name}-wal")
+        return wal.exists() and wal.stat().st_size > self.WAL_LIMIT
+
+    def checkpoint(self) -> None:
+        """Shrink the write-ahead log; for a thread of its own."""
+        with self.store.border(), contextlib.closing(sqlite3.connect(self.store.path, timeout=0)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the long part, which holds up nobody
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what came meanwhile; if somebody reads, another time
 
 
 # ===== 7. Wire ================================================================
@@ -8132,8 +8207,9 @@ def open_crypto() -> SimpleNamespace:
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
-        raise MissingPackage("cryptography", needed_for="the gateway's certificate") from None
-    return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, exceptions=exceptions)
+        raise MissingPackage("cryptography", needed_for="certificates and backups") from None
+    aead = functools.partial(importlib.import_module, "cryptography.hazmat.primitives.ciphers.aead")  # 1.4 MB, for few
+    return SimpleNamespace(x509=x509, hashes=hashes, pem=serialization, ec=ec, aead=aead, exceptions=exceptions)
 
 
 def make_certificate(folder: Path) -> Path:
@@ -12884,6 +12960,16 @@ def clock_text(moment: str, zone: tzinfo) -> str:
     return f"{datetime.fromisoformat(moment).astimezone(zone):%a %Y-%m-%d %H:%M %Z}"
 
 
+def configured_job(table: CronConfig, number: int, now: datetime, zone: tzinfo) -> Job:
+    """The job of a [[cron]] table; ConfigError says why it cannot be one."""
+    name = table.name or f"config-{number}"
+    job = Job(0, name, table.schedule, table.tz, table.prompt, "", table.channel, {}, "once", "config", "active", None)
+    try:
+        return timed(job, now, zone)
+    except CronError as error:
+        raise ConfigError(f"[[cron]] {name}: {error.args[0]}", error.hint) from None
+
+
 class Scheduler:
     """Fires jobs when they are due."""
 
@@ -12937,7 +13023,7 @@ class Scheduler:
         with self.store.atomic():
             wanted: dict[str, Job] = {}
             for number, table in enumerate(tables, 1):
-                job = self._from_config(table, f"config-{number}")
+                job = configured_job(table, number, self.store.now(), self.zone)
                 if job.name in wanted:
                     raise ConfigError(f"two [[cron]] tables have the name {job.name!r}")
                 wanted[job.name] = job
@@ -12946,16 +13032,6 @@ class Scheduler:
                     self.jobs.remove(old.name)
             for job in wanted.values():
                 self._put(job)
-
-    def _from_config(self, table: CronConfig, name: str) -> Job:
-        name = table.name or name
-        job = Job(
-            0, name, table.schedule, table.tz, table.prompt, "", table.channel, {}, "once", "config", "active", None
-        )
-        try:
-            return timed(job, self.store.now(), self.zone)
-        except CronError as error:
-            raise ConfigError(f"[[cron]] {name}: {error.args[0]}", error.hint) from None
 
     def _put(self, job: Job) -> None:
         """Write a job of the configuration down; one that is there keeps its time if its schedule is the same."""
@@ -16069,7 +16145,7 @@ def daemon_tools(ctx: Context, store: Store, zone: tzinfo, post: Post | None = N
 # left. What its commands left running is found by their mark at the next start.
 
 PID_FILE, LOG_FILE = "openpista.pid", "openpista.log"
-LOG_LIMIT = 5 << 20  # bytes; a longer log is put aside at the next start
+LOG_LIMIT, LOGS = 5 << 20, 5  # bytes of a log, and how many there are, the old ones with numbers
 
 
 class Holder(NamedTuple):
@@ -16127,6 +16203,48 @@ def lock_file(path: Path) -> int | None:
             time.sleep(0.02)  # perhaps only `holder`, which looks
         os.close(handle)  # or it was removed by whoever held it before
     return None
+
+
+class LogFile(logging.Handler):
+    """Begins a new file when the one that stdout and stderr go to is too long. What it handles it does not write."""
+
+    def __init__(self, path: Path, limit: int = LOG_LIMIT):
+        super().__init__()
+        self.path, self.limit = path, limit
+
+    def emit(self, record: logging.LogRecord | None = None) -> None:
+        """Look, after each record."""
+        with contextlib.suppress(OSError):  # a full disk: the old one goes on
+            now = os.fstat(2)
+            if now.st_size > self.limit and os.path.samestat(now, os.stat(self.path)):
+                self._rotate()
+
+    def _rotate(self) -> None:
+        fresh = self.path.with_name(f".{self.path.name}")
+        handle = os.open(fresh, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            former = [self.path, *(self.path.with_name(f"{self.path.name}.{n}") for n in range(1, LOGS))]
+            for older, newer in reversed(list(itertools.pairwise(former))):
+                with contextlib.suppress(FileNotFoundError):
+                    older.replace(newer)
+            fresh.replace(self.path)
+            shared = os.path.samestat(os.fstat(1), os.fstat(2))
+            os.dup2(handle, 2)  # at once: each line goes to the one or to the other
+            if shared:
+                os.dup2(handle, 1)
+        finally:
+            os.close(handle)
+
+
+def forget_outputs(folder: Path, days: float) -> int:
+    """Remove what commands in the background wrote, and have not written to for so many days; how many files."""
+    removed, oldest = 0, time.time() - days * 86_400
+    for path in folder.glob("*.log"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+                removed += 1
+    return removed
 
 
 class Notifier:
@@ -16209,6 +16327,7 @@ class Daemon:
     """What runs, and the signals that steer it."""
 
     BEAT = 60.0  # seconds between two looks at the calendar
+    TIDY = 3_600.0
 
     def __init__(self, ctx: Context, app: App, notify: Notifier, ready: Callable[[str], None]):
         self.ctx, self.app, self.notify, self.ready = ctx, app, notify, ready
@@ -16225,6 +16344,7 @@ class Daemon:
             bots = (Bot(ctx.bot_token, settings.base_url) for _ in range(2))  # a poll holds its connection for itself
             self.telegram = Telegram(self.hub, *bots, desk=self.desks[0], status=self.status)
         self.scheduler = Scheduler(app.store, self.hub.wake, zone=self.zone)
+        self.log_file = LogFile(ctx.home / LOG_FILE)
         self.chat: ScreenChat | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._ending, self._reread = asyncio.Event(), asyncio.Event()
@@ -16236,11 +16356,13 @@ class Daemon:
         handlers = {signal.SIGTERM: self.end, signal.SIGINT: self.end, signal.SIGHUP: self._reread.set}
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
+        logging.getLogger().addHandler(self.log_file)
         try:
             await self._open()
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await self._close()
+            logging.getLogger().removeHandler(self.log_file)
             for number in handlers:
                 loop.remove_signal_handler(number)
         for task in self._tasks:
@@ -16294,7 +16416,8 @@ class Daemon:
             self.telegram.open()
         self.hub.open()
         self.scheduler.run_reboot_jobs()
-        for work in (self.scheduler.run(), self._beat(), self._watch_settings(), self._ending.wait()):
+        works = (self.scheduler.run(), self._beat(), self._keep_house(), self._watch_settings(), self._ending.wait())
+        for work in works:
             self._begin(work)
         asyncio.get_running_loop().call_later(1.0, give_back)  # then the channels have made their connections, too
         self.notify("READY=1", f"STATUS=answering with {self.app.models.name_of('')}")
@@ -16336,6 +16459,8 @@ class Daemon:
         today = date.today()
         while True:
             self.notify(*["WATCHDOG=1"] if self.notify.interval else [])
+            with self.log_file.lock:  # what is printed is no record
+                self.log_file.emit()
             await asyncio.sleep(self.notify.interval or self.BEAT)
             if date.today() != today:
                 today = date.today()
@@ -16343,6 +16468,24 @@ class Daemon:
                     self._furnish(self.ctx)
                 except PistaError as error:
                     log.warning("%s", error)
+
+    async def _keep_house(self) -> None:
+        """Forget what is old, some at a time, and keep the database's files small."""
+        upkeep = Upkeep(self.app.store)
+        while True:
+            database, outputs = self.ctx.config.database, self.ctx.config.tools.keep_outputs_days
+            try:
+                for days, names in ((database.keep_sessions_days, "*"), (database.keep_runs_days, Upkeep.RUNS)):
+                    while days and upkeep.forget_sessions(days, names):
+                        await asyncio.sleep(0.1)
+                if outputs:
+                    forget_outputs(self.ctx.home / "jobs", outputs)
+                upkeep.optimize()
+                if upkeep.wal_is_long:
+                    await asyncio.to_thread(upkeep.checkpoint)
+            except StoreError as error:
+                log.info("tidying up waits: %s", error)
+            await asyncio.sleep(self.TIDY)
 
     # ---- settings ----
 
@@ -16489,8 +16632,6 @@ def detach(ctx: Context) -> int:
     """The daemon in the background; returns when it is ready, or says why it is not."""
     make_home(ctx.home)
     path = ctx.home / LOG_FILE
-    if path.exists() and path.stat().st_size > LOG_LIMIT:
-        path.replace(path.with_name(f"{LOG_FILE}.1"))
     sys.stdout.flush()
     told, tell = os.pipe()
     pid = os.fork()
@@ -16536,7 +16677,730 @@ def running_daemon(ctx: Context) -> Holder:
     raise PistaError("openpista is not running", "`openpista start --detach` starts it")
 
 
-# ===== 32. Commands ===========================================================
+# ---- as a service ----
+
+STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has to end
+
+SYSTEMD = """\
+# {save}
+# template {stamp}
+[Unit]
+Description=openpista
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=300
+StartLimitBurst=5
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+WorkingDirectory={folder}
+{environment}
+# Keys, such as OPENAI_API_KEY=..., may stand in this file (mode 0600), if `openpista auth login` did not store them.
+EnvironmentFile=-{home}/environment
+WatchdogSec=60
+TimeoutStopSec={stopping}
+Restart=on-failure
+RestartSec=5
+# Wrong settings (2) are not mended by another start.
+RestartPreventExitStatus=2
+# Running turns have their grace: commands hear nothing before openpista is gone, and end with it.
+KillMode=mixed
+# One command that takes all the memory is ended, and not the service with it.
+OOMPolicy=continue
+# The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.
+# Delete what is in the way of yours; `sudo` needs all of them gone.
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+LockPersonality=yes
+{system}
+[Install]
+WantedBy={target}
+"""
+SYSTEM_ONLY = """\
+User={user}
+ProtectSystem=full
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+"""
+UNIT_STAMP = hashlib.sha256((SYSTEMD + SYSTEM_ONLY).encode()).hexdigest()[:12]  # an old unit has another one
+
+
+def own_command(ctx: Context) -> list[str]:
+    """The words that start this very openpista as a daemon."""
+    program = Path(sys.argv[0]) if Path(sys.argv[0]).is_file() else Path(__file__)
+    config = ["--config", os.path.abspath(user_path(ctx.args.config))] if ctx.args.config else []
+    return [sys.executable, os.path.abspath(program), "start", *config]
+
+
+def own_variables(ctx: Context) -> dict[str, str]:
+    """What the daemon needs of this environment: where commands are, and its home if that is not the usual one."""
+    names = ("PATH", "LANG", "OPENPISTA_HOME", "OPENPISTA_CONFIG")
+    return {name: ctx.environ[name] for name in names if ctx.environ.get(name)}
+
+
+def unit_word(text: str) -> str:
+    """A word of a unit file: quoted, since it may hold a space, and with nothing that systemd would replace."""
+    return '"' + text.translate({ord("\\"): r"\\", ord('"'): r"\"", ord("%"): "%%", ord("$"): "$$"}) + '"'
+
+
+def systemd_unit(ctx: Context, kind: str) -> str:
+    """A unit file for the machine, or for its user."""
+    import getpass
+
+    own = kind == "user"
+    save = (
+        "~/.config/systemd/user/openpista.service; then: systemctl --user enable --now openpista; "
+        "loginctl enable-linger keeps it after you log out"
+        if own
+        else "/etc/systemd/system/openpista.service; then: systemctl enable --now openpista"
+    )
+    variables = (unit_word(f"{name}={value}").replace("$$", "$") for name, value in own_variables(ctx).items())
+    return SYSTEMD.format(
+        save=save,
+        stamp=UNIT_STAMP,
+        command=" ".join(map(unit_word, own_command(ctx))),
+        folder=str(user_path("~")).replace("%", "%%"),
+        environment="\n".join(f"Environment={words}" for words in variables),
+        home=str(ctx.home.absolute()).replace("%", "%%"),
+        stopping=ctx.config.gateway.grace + int(STOP_MARGIN),
+        system="" if own else SYSTEM_ONLY.format(user=getpass.getuser()),
+        target="default.target" if own else "multi-user.target",
+    )
+
+
+def launchd_agent(ctx: Context) -> str:
+    """A property list for ~/Library/LaunchAgents/openpista.plist."""
+    import plistlib
+
+    log_path = str(ctx.home.absolute() / LOG_FILE)
+    agent = {
+        "Label": "openpista",
+        "ProgramArguments": own_command(ctx),
+        "EnvironmentVariables": own_variables(ctx),
+        "WorkingDirectory": str(user_path("~")),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": 10,
+        "ExitTimeOut": ctx.config.gateway.grace + int(STOP_MARGIN),
+        "StandardOutPath": log_path,
+        "StandardErrorPath": log_path,
+    }
+    return plistlib.dumps(agent).decode()
+
+
+# ===== 32. Backup =============================================================
+#
+# One file with all that makes a home what it is: a line, the salt, a proof of the
+# passphrase, then a tar.gz in sealed pieces, so that no size is too much for the
+# memory. A piece is sealed with its number, and whether it is the last one: what was
+# changed, cut off or put elsewhere does not open.
+
+BACKUP_HEAD = b"openpista backup 1\n"
+BACKUP_PIECE = 1 << 20  # bytes, and 16 more when it is sealed
+SECRET_FILES = ("credentials.toml", "environment", "gateway.pem", "telegram.token", "known_gateways", "history")
+BACKED_UP = ("config.toml", *SECRET_FILES)
+
+
+def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
+    """(proof of the passphrase, cipher); takes 64 MiB and a moment, so that guessing is dear."""
+    stuff = hashlib.scrypt(passphrase.encode(), salt=salt, n=1 << 16, r=8, p=2, maxmem=1 << 27, dklen=48)
+    return stuff[32:], open_crypto().aead().AESGCM(stuff[:32])
+
+
+def numbered(file: Any, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """A file in pieces, each with what it is sealed with: its number, and whether it is the last."""
+    piece = file.read(size)
+    for number in itertools.count():  # the key is another one in each backup, so that a number is enough
+        following = file.read(size)
+        yield number.to_bytes(11, "big") + bytes([not following]), piece
+        if not following:
+            return
+        piece = following
+
+
+def seal(plain: Any, sealed: Any, passphrase: str) -> None:
+    """Write a file anew, sealed with a passphrase."""
+    salt = os.urandom(16)
+    proof, cipher = backup_cipher(passphrase, salt)
+    sealed.write(BACKUP_HEAD + salt + proof)
+    for nonce, piece in numbered(plain, BACKUP_PIECE):
+        sealed.write(cipher.encrypt(nonce, piece, None))
+
+
+def unseal(sealed: Any, plain: Any, passphrase: str) -> None:
+    """The way back. CredentialError for a wrong passphrase, PistaError for a file that is not as it was written."""
+    head, salt, proof = sealed.read(len(BACKUP_HEAD)), sealed.read(16), sealed.read(16)
+    if head != BACKUP_HEAD or len(proof) < 16:
+        newer = head != BACKUP_HEAD and head.startswith(BACKUP_HEAD[:-2])
+        raise PistaError(f"{sealed.name} is {'a backup of a newer openpista' if newer else 'no backup of openpista'}")
+    wanted, cipher = backup_cipher(passphrase, salt)
+    if wanted != proof:
+        raise CredentialError(f"this is not the passphrase of {sealed.name}")
+    for nonce, piece in numbered(sealed, BACKUP_PIECE + 16):
+        try:
+            plain.write(cipher.decrypt(nonce, piece, None))
+        except (open_crypto().exceptions.InvalidTag, ValueError):
+            number = int.from_bytes(nonce[:11], "big") + 1
+            raise PistaError(f"{sealed.name} is damaged or cut off, at piece {number}") from None
+
+
+# ---- making one ----
+
+
+def to_back_up(ctx: Context) -> dict[str, Path]:
+    """What goes into a backup beside the database: the name in it, and the file."""
+    skills = ctx.workspace / "skills"
+    paths = {name: ctx.home / name for name in BACKED_UP}
+    paths["config.toml"] = read_config(ctx.args.config, ctx.environ)[1] or paths["config.toml"]
+    inside = (path for path in sorted(skills.rglob("*")) if not path.is_symlink())  # a link leads anywhere
+    paths |= {f"skills/{path.relative_to(skills)}": path for path in inside}
+    if ctx.config.gateway.tls_cert:
+        log.warning("[gateway] tls_cert and tls_key are not openpista's, and left out")
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def copy_database(path: Path, target: Path) -> None:
+    """A whole copy of the database beside whoever writes to it, as it is at one moment."""
+    with open_database(path) as db, contextlib.closing(sqlite3.connect(target)) as copy:
+        db.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")  # all in one file
+        see_whole(copy)
+
+
+def write_backup(ctx: Context, path: Path, passphrase: str) -> list[str]:
+    """Write a backup, in place of an older one or of nothing; the parts of it."""
+    if path.exists():
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:
+            if file.read(len(BACKUP_HEAD)) != BACKUP_HEAD:
+                raise PistaError(f"{path} is there, and is no backup", "choose another name")
+    kept, fresh = to_back_up(ctx), path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.ExitStack() as stack:
+        if ctx.database.is_file():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".backup-", dir=ctx.database.parent)))
+            copy_database(ctx.database, folder / "memory.db")
+            kept = {"memory.db": folder / "memory.db"} | kept
+        if not kept:
+            raise PistaError(f"there is nothing to back up in {ctx.home}")
+        stack.callback(fresh.unlink, missing_ok=True)
+        make_home(ctx.home)
+        plain = stack.enter_context(tempfile.TemporaryFile(dir=ctx.home))  # has no name, and is gone when it is closed
+        pack(plain, kept)
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+            seal(plain, out, passphrase)
+            out.flush()
+            os.fsync(out.fileno())
+        fresh.replace(path)
+        return tops_of(kept)
+
+
+def tops_of(kept: Iterable[str]) -> list[str]:
+    """The names of what is in a backup; the skills are one."""
+    return list(dict.fromkeys(name.partition("/")[0] for name in kept))
+
+
+def pack(plain: Any, kept: Mapping[str, Path]) -> None:
+    """Write the files into an archive, behind a note about where and when."""
+    import tarfile
+
+    note = {"made_at": iso(utc_now()), "version": __version__, "machine": socket.gethostname()}
+    with tarfile.open(mode="w:gz", fileobj=plain, dereference=True, compresslevel=3) as tar:
+        entry, text = tarfile.TarInfo("about.json"), to_json(note).encode()
+        entry.size = len(text)
+        tar.addfile(entry, io.BytesIO(text))
+        for name, path in kept.items():
+            tar.add(path, name, recursive=False)
+    plain.seek(0)
+
+
+# ---- the way back ----
+
+
+def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], dict[str, Path]]:
+    """All of a backup in a folder, and whole: (the note about it, its files)."""
+    import tarfile
+
+    kept: dict[str, Path] = {}
+    with path.open("rb") as sealed, tempfile.TemporaryFile(dir=folder) as plain:
+        unseal(sealed, plain, passphrase)
+        plain.seek(0)
+        with tarfile.open(mode="r:gz", fileobj=plain) as tar:
+            for entry in tar:
+                top, *more = Path(entry.name).parts
+                if not entry.isreg() or ".." in more or top not in ("about.json", "memory.db", "skills", *BACKED_UP):
+                    raise PistaError(f"{path} holds {clip(entry.name, 80)!r}, which no backup does")
+                target = kept[entry.name] = folder.joinpath(top, *more)
+                make_private(target.parent)
+                with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT, 0o600 | entry.mode & 0o100), "wb") as out:
+                    shutil.copyfileobj(tar.extractfile(entry), out)
+    return json.loads(kept.pop("about.json").read_text()), kept
+
+
+def calm(path: Path) -> int:
+    """Bring a copy of the database to date; what was under way in it ends, since that may have been done since.
+
+    How many messages that leaves without an answer. How far Telegram was read stays: what comes twice is known.
+    """
+    with open_database(path) as db:
+        see_whole(db)
+    with Store(path) as store, store.atomic():
+        count = sum(Inbox(store).waiting().values())
+        store._run(f"UPDATE outbox SET state = 'unknown', error = 'restored' WHERE {Outbox.OPEN}")
+        store._run(f"UPDATE inbox SET state = 'stopped', done_at = ? WHERE {Inbox.OPEN}", iso(store.now()))
+        store._run("UPDATE approvals SET state = 'withdrawn' WHERE state = 'waiting'")
+        store._run("DELETE FROM tickets")  # each is good for once, and may have been used
+    return count
+
+
+def places(ctx: Context, folder: Path) -> dict[str, Path]:
+    """Where the parts of a backup in a folder go: its own configuration says where the database and skills are."""
+    if (folder / "config.toml").is_file():
+        try:
+            ctx = ctx._replace(config=load_config(folder / "config.toml", ctx.environ))
+        except ConfigError as error:
+            log.warning("the configuration in the backup does not fit, and will have to be mended: %s", error)
+    own = {name: ctx.home / name for name in BACKED_UP}
+    return own | {"memory.db": ctx.database.absolute(), "skills": ctx.workspace / "skills"}
+
+
+def put_in(news: Mapping[Path, Path], stamp: str) -> list[Path]:
+    """Move each to its place; what is there is put aside. An error leaves all as it was. The folders put aside."""
+    asides = []
+    with contextlib.ExitStack() as undo:
+
+        def move(source: Path, target: Path) -> None:
+            shutil.move(source, make_private(target.parent) / target.name)
+            undo.callback(shutil.move, target, source)
+
+        for new, place in news.items():
+            aside = place.parent / f"before-restore-{stamp}"
+            for old in (place, *(place.with_name(place.name + end) for end in ("-wal", "-shm"))):
+                if os.path.lexists(old):
+                    move(old, aside / old.name)
+                    asides.append(aside)
+            move(new, place)
+        undo.pop_all()
+    return list(dict.fromkeys(asides))
+
+
+def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
+    """Put what is in a backup in the place of what is there; say what, and where the old is. PistaError: nothing is."""
+    if not dry_run:
+        make_home(ctx.home)
+    with tempfile.TemporaryDirectory(prefix=".restore-", dir=ctx.home if ctx.home.is_dir() else None) as name:
+        folder = Path(name)
+        note, kept = unpack(path, passphrase, folder)
+        open_ones, where = calm(folder / "memory.db") if (folder / "memory.db").exists() else 0, places(ctx, folder)
+        print(printable(f"made {note['made_at'][:16].replace('T', ' ')} UTC by {note['version']} on {note['machine']}"))
+        print_table([("FILE", "PLACE"), *((name, str(where[name])) for name in tops_of(kept))])
+        if dry_run:
+            print("whole; nothing was changed (--dry-run)")
+            return
+        make_private(where["memory.db"].parent)
+        for_database = where["memory.db"].with_name(f"{where['memory.db'].name}.pid")
+        said = "openpista runs, pid {}, and would go on with the old files"
+        with held(ctx.home / PID_FILE, said), held(for_database, said):
+            asides = put_in({folder / name: where[name] for name in tops_of(kept)}, f"{utc_now():%Y%m%d-%H%M%S}")
+    print("restored" + "".join(f"; what was there is in {aside}" for aside in asides))
+    if open_ones:
+        print(f"{plural(open_ones, 'message')} had no answer yet: ask again, if that is still wanted")
+
+
+# ===== 33. Doctor =============================================================
+#
+# A check is a function that yields what it finds, given the models' endpoints, if there
+# are any. Those that look at this machine never wait, and so are through before the
+# others, which run side by side, have begun. None changes anything.
+
+
+class Finding(NamedTuple):
+    """What a check found."""
+
+    level: str  # ok, warning, problem; fixed
+    what: str
+    mend: str = ""  # what to do about it
+    exposed: tuple[Path, ...] = ()  # what others must not be able to open
+
+
+PATIENCE, ANSWER = 10.0, 8.0  # seconds for a check that asks somebody, and for one answer
+CHECK_DISK = 30.0  # seconds for reading the whole database
+LITTLE_ROOM = 200 << 20  # bytes; a tenth of it is a problem
+SKEWS = ((300, "problem"), (30, "warning"), (0, "ok"))  # seconds that a clock is off
+
+
+def finding_of(error: Exception, level: str = "problem") -> Finding:
+    """An error as a finding."""
+    far = isinstance(error, Unavailable | ChannelBusy | ConnectionError | TimeoutError)
+    hint = "see the lines about the network, or try again later" if far else ""
+    what = error.args[0] if isinstance(error, PistaError) else str(error) or f"no end within {PATIENCE:g} s"
+    return Finding(level, what, getattr(error, "hint", "") or hint)
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether others may read, write or enter it."""
+    return os.name == "posix" and bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+
+
+async def check_python(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The interpreter, the packages, and where all of it lies."""
+    version, where = ".".join(map(str, sys.version_info[:3])), Path(__file__).parent
+    yield Finding("ok", f"Python {version}, SQLite {sqlite3.sqlite_version}; openpista {__version__} in {where}")
+    for door in (open_quic, open_crypto, functools.partial(open_http, "http://", 1.0)):
+        door()
+
+
+async def check_configuration(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The configuration, and where it comes from."""
+    try:
+        path = read_config(ctx.args.config, ctx.environ)[1]
+    except ConfigError as error:
+        yield Finding("problem", error.args[0], error.hint or "mend it; the rest is looked at as if there were none")
+        return
+    above = [name for key in ENVIRONMENT if (name := variable(key, ctx.environ)[1])]
+    yield Finding("ok", f"{path or 'no file, all as by default'}{''.join(f'; ${name} wins' for name in above)}")
+    if path and any(load_config(path, {}).secrets()) and is_open_to_others(path):
+        yield Finding("problem", f"{path} holds a key, and others can read it", f"chmod 600 {path}", (path,))
+
+
+async def check_home(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The home folder: whose it is, who may enter, and how much room there is."""
+    folder = ctx.home
+    if not folder.is_dir():
+        yield Finding("ok", f"{folder} is made when it is needed")
+        return
+    if os.name == "posix" and folder.stat().st_uid != os.getuid():
+        yield Finding("problem", f"{folder} belongs to another user", f"sudo chown -R $(id -un) {folder}")
+    inside = [ctx.database, *(folder / name for name in (*SECRET_FILES, "local.token", LOG_FILE))]
+    reachable = [path for path in inside if path.exists() and is_open_to_others(path.parent)]
+    found = [path for path in [*([folder] if is_own_home(folder) else []), *reachable] if is_open_to_others(path)]
+    if found:
+        mend = f"chmod go-rwx {' '.join(map(str, found))}; `openpista doctor --fix` does that"
+        yield Finding("problem", f"open to others: {', '.join(path.name for path in found)}", mend, tuple(found))
+    free = shutil.disk_usage(folder).free
+    level = "ok" if free > LITTLE_ROOM else "warning" if free > LITTLE_ROOM / 10 else "problem"
+    mend = "" if level == "ok" else "make room on the disk: what cannot be written down is not done"
+    yield Finding(level, f"{folder}, {free >> 20:,} MiB free", mend)
+
+
+async def check_database(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The database: whether it is ours, whole, and of which schema."""
+    path, known = ctx.database, len(migration_steps(read_asset("migrations.sql")))
+    if not path.exists():
+        yield Finding("ok", f"{path} is made when it is needed")
+        return
+    end, read = time.monotonic() + CHECK_DISK, "whole"
+    with open_database(path) as db:
+        version, number = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id"))
+        db.set_progress_handler(lambda: time.monotonic() > end, 100_000)
+        try:
+            see_whole(db)
+        except sqlite3.OperationalError as error:
+            if "interrupted" not in str(error):
+                raise
+            read = f"not read to its end within {CHECK_DISK:g} s"
+    if version and number != APPLICATION_ID:
+        yield Finding("problem", f"{path} is another program's database", "name another file in [database] url")
+    elif version > known:
+        yield Finding("problem", f"{path} is of a newer openpista (schema {version})", "use the newer openpista.pyz")
+    else:
+        yield Finding("ok", f"{path}, {read}, {path.stat().st_size:,} bytes, schema {version} of {known}")
+
+
+async def check_skills(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Skills that cannot be used, or not as they were meant."""
+    skills, problems = load_skills(ctx.workspace)
+    for line in [*problems, *(f"{skill.name}: {warning}" for skill in skills for warning in skill.warnings)]:
+        yield Finding("warning", line, "see `openpista skills validate`")
+    yield Finding("ok", f"{plural(len(skills), 'skill')} in {ctx.workspace / 'skills'}")
+
+
+def rows_of(path: Path, table: str, columns: str, where: str) -> list[tuple[Any, ...]]:
+    """Rows of a database as it is; none if there is no such table, or no database, yet."""
+    if not path.exists():
+        return []
+    with open_database(path) as db:
+        known = db.execute(f"PRAGMA table_info({table})").fetchone()
+        return db.execute(f"SELECT {columns} FROM {table} WHERE {where}").fetchall() if known else []
+
+
+async def check_jobs(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Jobs that mean nothing any more."""
+    now, zone = utc_now(), local_zone(ctx.environ)
+    for number, table in enumerate(ctx.config.cron, 1):
+        try:
+            configured_job(table, number, now, zone)
+        except ConfigError as error:
+            yield finding_of(error)
+    rows = rows_of(ctx.database, "jobs", "name, schedule, tz, next_at", "state = 'active'")
+    for name, schedule, tz, due in rows:
+        try:
+            next_time(Job(0, name, schedule, tz, "", "", "", {}, "", "", "", due), now, zone)
+        except CronError as error:
+            yield Finding("problem", f"the job {name}: {error}", f"`openpista cron remove {name}`, and add it anew")
+    yield Finding("ok", plural(len(rows), "active job"))
+
+
+UNITS = {
+    "user": "~/.config/systemd/user/openpista.service",
+    "system": "/etc/systemd/system/openpista.service",
+    "launchd": "~/Library/LaunchAgents/openpista.plist",
+}
+
+
+async def check_service(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Whether the installed unit is what `service print` prints now, but for what its owner changed."""
+    installed = {kind: path for kind, name in UNITS.items() if (path := user_path(name)).is_file()}
+    for kind, path in installed.items():
+        text = path.read_text("utf-8", "replace")
+        again = "launchctl unload and load it" if kind == "launchd" else "systemctl daemon-reload"
+        mend = f"`openpista service print --{kind} > {path}`, then {again}"
+        if gone := [word for word in unit_programs(text) if not os.path.exists(word)]:
+            yield Finding("problem", f"{path} starts {gone[0]}, which is not there", mend)
+        elif kind != "launchd" and f"# template {UNIT_STAMP}\n" not in text:
+            yield Finding("warning", f"{path} is of an older openpista", f"{mend}; it loses what you changed in it")
+        else:
+            yield Finding("ok", f"{path} is up to date")
+    if not installed:
+        yield Finding("ok", "no unit is installed; `openpista service print` prints one")
+
+
+def unit_programs(text: str) -> list[str]:
+    """The interpreter and the program that a unit of either kind starts."""
+    words = re.search(r'^ExecStart="([^"]+)" "([^"]+)"|<string>([^<]+)</string>\s*<string>([^<]+)</string>', text, re.M)
+    return [word.replace("%%", "%").replace("$$", "$") for word in words.groups() if word] if words else []
+
+
+# ---- checks that ask somebody ----
+
+
+def server_of(url: str) -> tuple[str, int]:
+    """Host and port of an address."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    return parts.hostname or "", parts.port or {"https": 443, "socks5": 1080, "socks5h": 1080}.get(parts.scheme, 80)
+
+
+def servers(endpoints: Iterable[Endpoint]) -> list[tuple[str, int]]:
+    """Host and port of each model's server."""
+    return list(dict.fromkeys(server_of(endpoint.base_url) for endpoint in endpoints if endpoint.base_url))
+
+
+def own_proxies() -> dict[str, str]:
+    """The proxies that this environment names."""
+    from urllib.request import getproxies
+
+    return {scheme: url for scheme, url in getproxies().items() if scheme != "no"}
+
+
+async def refusal_of(host: str, port: int, family: int = 0) -> str:
+    """Why nobody takes a TCP connection there; '' if somebody does."""
+    try:
+        async with asyncio.timeout(PATIENCE / 3):
+            _, writer = await asyncio.open_connection(host, port, family=family)
+            writer.close()
+    except TimeoutError:
+        return f"silent for {PATIENCE / 3:.0f} s"
+    except OSError as error:
+        return os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror or str(error)
+    return ""
+
+
+async def check_proxy(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The proxies of the environment."""
+    proxies = own_proxies()
+    if not proxies:
+        yield Finding("ok", "none in the environment")
+    for url in dict.fromkeys(proxies.values()):
+        try:
+            why = await refusal_of(*server_of(url))
+        except ValueError as error:
+            why = str(error)
+        names = " or ".join(f"{scheme.upper()}_PROXY" for scheme in proxies if proxies[scheme] == url)
+        mend = f"correct or unset {names}" if why else ""
+        yield Finding("problem" if why else "ok", f"{shown_url(url)}{f': {why}' if why else ' answers'}", mend)
+
+
+async def check_dns(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Whether the names of the model servers mean something."""
+    for host in dict.fromkeys(host for host, _ in servers(endpoints)):
+        started = time.monotonic()
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            mend = "see /etc/resolv.conf; is there a network?"
+            level = "warning" if own_proxies() else "problem"  # a proxy looks it up itself
+            yield Finding(level, f"no address for {host}: {error.strerror}", mend)
+            continue
+        seconds = time.monotonic() - started
+        slow = "each new connection waits for that: see /etc/resolv.conf" if seconds > 2 else ""
+        yield Finding("warning" if slow else "ok", f"{host} is {found[0][4][0]}, found in {seconds:.1f} s", slow)
+
+
+async def check_ipv6(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Whether IPv6 swallows connections instead of carrying or refusing them."""
+    for place in servers(endpoints)[:1]:
+        tried = (refusal_of(*place, family) for family in (socket.AF_INET6, socket.AF_INET))
+        yield ipv6_finding(place[0], *await asyncio.gather(*tried))
+
+
+def ipv6_finding(host: str, six: str, four: str) -> Finding:
+    """What it means that a host cannot be reached over IPv6, or over IPv4."""
+    if six.startswith("silent") and not four:
+        mend = "mend the router's IPv6, or switch it off: sysctl -w net.ipv6.conf.all.disable_ipv6=1"
+        return Finding("warning", f"packets to {host} vanish over IPv6: each new connection waits for that", mend)
+    return Finding("ok", f"not used: {six}" if six else f"{host} is reached over IPv6")
+
+
+async def check_clock(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """This clock beside that of the model's server."""
+    from email.utils import parsedate_to_datetime
+
+    for endpoint in [endpoint for endpoint in endpoints if endpoint.base_url][:1]:
+        host, started = server_of(endpoint.base_url)[0], utc_now()
+        try:
+            response, _ = await fetch_url("GET", list_url(endpoint), ANSWER, 1, headers=key_headers(endpoint))
+            theirs = parsedate_to_datetime(response.headers["date"])
+        except (PistaError, KeyError, ValueError):
+            yield Finding("ok", f"not compared: {host} tells no time")
+            return
+        off = (theirs - started - (utc_now() - started) / 2).total_seconds()
+        level = next(level for least, level in SKEWS if abs(off) >= least)
+        which = f"{plural(round(abs(off)), 'second')} {'behind' if off > 0 else 'ahead of'} {host}"
+        mend = "jobs fire at the wrong time, and certificates fail: timedatectl set-ntp true" if level != "ok" else ""
+        yield Finding(level, which, mend)
+
+
+async def check_provider(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """The main model and its stand-ins: whether the key is good, and the model is there."""
+    for found in asyncio.as_completed([look_at_model(endpoint) for endpoint in endpoints or chosen_endpoints(ctx)]):
+        yield await found  # what has come stays, if another one is silent
+
+
+async def look_at_model(endpoint: Endpoint) -> Finding:
+    """What its provider says of a model, and of the key."""
+    name, key = endpoint.name, endpoint.key
+    if not endpoint.base_url:
+        return Finding("ok", f"{name}: no model and no network")
+    try:
+        await try_key(endpoint, ANSWER)
+        models = {info.id for info in await fetch_models(endpoint, ANSWER)}
+        if endpoint.model not in models and not await has_model(endpoint):
+            hint = "`openpista models list` lists them; [agent] model, or --model"
+            return Finding("problem", f"{name}: no such model{near(endpoint.model, models)}", hint)
+    except PistaError as error:
+        return finding_of(error, "warning" if type(error) is ProviderError else "problem")
+    return Finding("ok", name + (f", with the key {key.masked} from {key.source}" if key.value else ""))
+
+
+async def has_model(endpoint: Endpoint) -> bool:
+    """Whether a provider knows a model that is not in its list: another name for one of them."""
+    from urllib.parse import quote
+
+    url = f"{endpoint.base_url}/models/{quote(endpoint.model, safe='/:')}"
+    response, _ = await fetch_url("GET", url, ANSWER, 1, headers=key_headers(endpoint))
+    return response.status_code == 200
+
+
+async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint], poll: int = 5) -> AsyncIterator[Finding]:
+    """The bot, if there is to be one: whether it works, who else receives for it, and who may speak to it."""
+    settings = ctx.config.channels.telegram
+    if not settings.enabled:
+        yield Finding("ok", "off ([channels.telegram] enabled = false)")
+        return
+    if not ctx.bot_token:
+        yield Finding("problem", "it is on, but there is no token of a bot", "`openpista telegram setup` asks for one")
+        return
+    let_in = rows_of(ctx.database, "people", "id", "channel = 'telegram' AND state = 'allowed'")
+    if "*" in settings.allowed_users:
+        mend = "put ids in its place; `openpista pair approve CODE` lets in who writes to the bot"
+        yield Finding("warning", "everybody who finds the bot may run commands here: allowed_users has '*'", mend)
+    elif not (settings.allowed_users or let_in):
+        yield Finding("warning", "nobody may speak to the bot", "write to it, then `openpista pair approve CODE`")
+    me, hook = await look_at_bot(ctx)
+    yield Finding("ok", f"the bot is @{me.get('username')}")
+    if url := hook.get("url"):
+        mend = "end the program it belongs to; `openpista telegram setup` removes it"
+        yield Finding("problem", f"a webhook takes the bot's messages: {server_of(url)[0]}", mend)
+    elif os.name == "posix" and holder(ctx.home / PID_FILE):
+        with contextlib.suppress(PistaError):  # the line about the gateway says it
+            if problem := ((await daemon_status(ctx)).get("telegram") or {}).get("problem"):
+                yield Finding(
+                    "problem", problem, "openpista tries again by itself; that it works shows within a minute"
+                )
+    else:
+        # Of two polls Telegram ends the older one: ours waits some seconds for another program to come back.
+        async with Bot(ctx.bot_token, settings.base_url) as bot:
+            await bot.call("getUpdates", ANSWER, timeout=poll, limit=1)  # confirms nothing
+
+
+async def look_at_bot(ctx: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Who the bot is, and how updates reach it."""
+    async with Bot(ctx.bot_token, ctx.config.channels.telegram.base_url) as bot:
+        return await bot.call("getMe", ANSWER), await bot.call("getWebhookInfo", ANSWER)
+
+
+async def daemon_status(ctx: Context) -> dict[str, Any]:
+    """What the daemon says of itself. GatewayError if it cannot be asked."""
+    return (await ask_daemon(ctx.home, ctx.config.gateway, {"type": "status"}, 5.0))["status"]
+
+
+async def check_gateway(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Whether the gateway answers and is ours; if nobody runs, whether it could listen."""
+    config, home = ctx.config.gateway, ctx.home
+    if not config.port or os.name != "posix":
+        yield Finding("ok", "off")
+    elif not holder(home / PID_FILE):
+        if config.tls_cert or (home / "gateway.pem").exists():
+            load_certificate(*certificate_files(home, config))
+        hosts = ("0.0.0.0", "::") if config.host == "auto" else (config.host,)
+        for sock in listening((host, config.port) for host in hosts):
+            sock.close()
+        yield Finding("ok", f"UDP port {config.port} is free; openpista does not run")
+    else:
+        started = time.monotonic()
+        try:
+            found = await daemon_status(ctx)
+        except WrongServer as error:
+            mend = "`openpista stop`, and start it again; if it is still so, another program has its port"
+            raise GatewayError(f"the gateway shows another certificate than its file: {error.seen}", mend) from None
+        took, line = (time.monotonic() - started) * 1_000, gateway_line(**found["gateway"])
+        yield Finding("ok", f"answers within {took:.0f} ms: {line}")
+        if found["version"] != __version__:
+            yield Finding("warning", f"{found['version']} runs, this is {__version__}", "stop it, and start it again")
+
+
+HERE = (check_python, check_configuration, check_home, check_database, check_skills, check_jobs, check_service)
+AWAY = (check_proxy, check_dns, check_ipv6, check_clock, check_provider, check_telegram, check_gateway)
+CHECKS = (*HERE, *AWAY)
+AT_START = (check_configuration, check_home, check_skills, check_service)  # quick, and not said by what follows
+
+
+async def examine(ctx: Context, checks: Iterable[Any], endpoints: Sequence[Endpoint] = ()) -> list[tuple[str, Finding]]:
+    """What checks find: (name, finding)."""
+    return list(itertools.chain(*await asyncio.gather(*(findings_of(check, ctx, endpoints) for check in checks))))
+
+
+async def findings_of(check: Any, ctx: Context, endpoints: Sequence[Endpoint]) -> list[tuple[str, Finding]]:
+    """What a check finds, within its time; an error is a finding too."""
+    found: list[Finding] = []
+    try:
+        async with asyncio.timeout(PATIENCE), contextlib.aclosing(check(ctx, endpoints)) as findings:
+            async for finding in findings:
+                found.append(finding)
+    except (PistaError, OSError) as error:
+        found.append(finding_of(error))
+    return [(check.__name__.removeprefix("check_"), finding) for finding in found]
+
+
+# ===== 34. Commands ===========================================================
 #
 # A command is a function under @command, with its options above it. Only the
 # parser of the command that was called is built. `main` is the one place that
@@ -16634,10 +17498,14 @@ def cmd_start(ctx: Context) -> int:
     """Run the daemon: channels, gateway and jobs; at a terminal with a chat."""
     if os.name != "posix":
         raise PistaError("start needs Linux or macOS", "on Windows start openpista inside WSL")
-    if ctx.args.detach:
-        return detach(ctx)
-    begun = first_start(ctx)
-    return asyncio.run(serve(begun)) if begun else 130
+    begun = ctx if ctx.args.detach else first_start(ctx)
+    if begun is None:
+        return 130
+    make_home(begun.home)
+    for name, finding in asyncio.run(examine(begun, AT_START)):
+        if finding.level != "ok":
+            log.warning("%s: %s", name, "; ".join(filter(None, (finding.what, finding.mend))))
+    return detach(begun) if begun.args.detach else asyncio.run(serve(begun))
 
 
 # ---- the first start ----
@@ -16690,9 +17558,6 @@ def ask_for_bot(ctx: Context) -> Pairing | None:
             return None
 
 
-STOP_MARGIN = 20.0  # seconds, beside the grace for its turns, that a daemon has to end
-
-
 @command("stop")
 def cmd_stop(ctx: Context) -> int:
     """End the running daemon, and wait until it is gone."""
@@ -16725,7 +17590,7 @@ def cmd_status(ctx: Context) -> int:
     pid, gateway, found = running_daemon(ctx).pid, ctx.config.gateway, {}
     if gateway.port:
         try:
-            found = asyncio.run(ask_daemon(ctx.home, gateway, {"type": "status"}, 5.0))["status"]
+            found = asyncio.run(daemon_status(ctx))
         except GatewayError as error:
             hint = "was [gateway] changed since it started?"
             raise GatewayError(f"openpista runs, pid {pid}, but cannot be asked: {error.args[0]}", hint) from None
@@ -16737,56 +17602,6 @@ def cmd_status(ctx: Context) -> int:
         for name, text in status_rows(found).items():
             print(printable(f"{name:<14}{text}"))
     return 0
-
-
-SYSTEMD = """\
-# {save}
-[Unit]
-Description=openpista
-Wants=network-online.target
-After=network-online.target
-StartLimitIntervalSec=300
-StartLimitBurst=5
-
-[Service]
-Type=notify
-NotifyAccess=main
-ExecStart={command}
-ExecReload=/bin/kill -HUP $MAINPID
-WorkingDirectory={folder}
-{environment}
-# Keys, such as OPENAI_API_KEY=..., may stand in this file (mode 0600), if `openpista auth login` did not store them.
-EnvironmentFile=-{home}/environment
-WatchdogSec=60
-TimeoutStopSec={stopping}
-Restart=on-failure
-RestartSec=5
-# Wrong settings (2) are not mended by another start.
-RestartPreventExitStatus=2
-# Running turns have their grace: commands hear nothing before openpista is gone, and end with it.
-KillMode=mixed
-# One command that takes all the memory is ended, and not the service with it.
-OOMPolicy=continue
-# The commands that openpista runs have these limits too: they can become nobody else, and change nothing of the system.
-# Delete what is in the way of yours; `sudo` needs all of them gone.
-NoNewPrivileges=yes
-RestrictSUIDSGID=yes
-RestrictRealtime=yes
-LockPersonality=yes
-{system}
-[Install]
-WantedBy={target}
-"""
-SYSTEM_ONLY = """\
-User={user}
-ProtectSystem=full
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectKernelLogs=yes
-ProtectControlGroups=yes
-ProtectClock=yes
-ProtectHostname=yes
-"""
 
 
 @command(
@@ -16804,66 +17619,100 @@ def cmd_service_print(ctx: Context) -> int:
     return 0
 
 
-def own_command(ctx: Context) -> list[str]:
-    """The words that start this very openpista as a daemon."""
-    program = Path(sys.argv[0]) if Path(sys.argv[0]).is_file() else Path(__file__)
-    config = ["--config", os.path.abspath(user_path(ctx.args.config))] if ctx.args.config else []
-    return [sys.executable, os.path.abspath(program), "start", *config]
+# ---- doctor ----
+
+LOOKS = {"ok": "good", "fixed": "good", "warning": "ask", "problem": "bad"}
 
 
-def own_variables(ctx: Context) -> dict[str, str]:
-    """What the daemon needs of this environment: where commands are, and its home if that is not the usual one."""
-    names = ("PATH", "LANG", "OPENPISTA_HOME", "OPENPISTA_CONFIG")
-    return {name: ctx.environ[name] for name in names if ctx.environ.get(name)}
+@command(
+    "doctor",
+    arg("--fix", action="store_true", help="mend what can be mended safely, such as the modes of files"),
+    arg("--json", action="store_true", help="for scripts"),
+)
+def cmd_doctor(ctx: Context) -> int:
+    """Say what is wrong, and how to mend it."""
+    return asyncio.run(consult(ctx))
 
 
-def unit_word(text: str) -> str:
-    """A word of a unit file: quoted, since it may hold a space, and with nothing that systemd would replace."""
-    return '"' + text.translate({ord("\\"): r"\\", ord('"'): r"\"", ord("%"): "%%", ord("$"): "$$"}) + '"'
+async def consult(ctx: Context) -> int:
+    """Look, say what was found, and mend what is wanted; the exit code."""
+    endpoints: list[Endpoint] = []
+    with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the provider
+        endpoints = chosen_endpoints(ctx)
+    found = [(name, fixed(one) if ctx.args.fix else one) for name, one in await examine(ctx, CHECKS, endpoints)]
+    rows = [(name, level, ctx.redact(what), ctx.redact(mend)) for name, (level, what, mend, _) in found]
+    levels = [level for _, level, *_ in rows]
+    if ctx.args.json:
+        print_json([dict(zip(("check", "level", "what", "mend"), row, strict=True)) for row in rows])
+    else:
+        style = Style(sys.stdout.isatty() and not ctx.environ.get("NO_COLOR"))
+        width = max(len(name) for name, *_ in rows)
+        for name, level, what, mend in rows:
+            print(f"{style(f'{level:<8}', LOOKS[level])} {name:<{width}}  {one_line(printable(what))}")
+            if mend:
+                print(f"{'':<{width + 11}}{style(one_line(printable(mend)), 'bold')}")
+        print(", ".join(plural(levels.count(level), level) for level in ("problem", "warning")))
+    sys.stdout.flush()  # a name that is still being looked up may hold up the end
+    return int("problem" in levels)
 
 
-def systemd_unit(ctx: Context, kind: str) -> str:
-    """A unit file for the machine, or for its user."""
-    import getpass
-
-    own = kind == "user"
-    save = (
-        "~/.config/systemd/user/openpista.service; then: systemctl --user enable --now openpista; "
-        "loginctl enable-linger keeps it after you log out"
-        if own
-        else "/etc/systemd/system/openpista.service; then: systemctl enable --now openpista"
-    )
-    variables = (unit_word(f"{name}={value}").replace("$$", "$") for name, value in own_variables(ctx).items())
-    return SYSTEMD.format(
-        save=save,
-        command=" ".join(map(unit_word, own_command(ctx))),
-        folder=str(user_path("~")).replace("%", "%%"),
-        environment="\n".join(f"Environment={words}" for words in variables),
-        home=str(ctx.home.absolute()).replace("%", "%%"),
-        stopping=ctx.config.gateway.grace + int(STOP_MARGIN),
-        system="" if own else SYSTEM_ONLY.format(user=getpass.getuser()),
-        target="default.target" if own else "multi-user.target",
-    )
+def fixed(finding: Finding) -> Finding:
+    """The finding, once it was mended if that is safe: modes of files."""
+    if not finding.exposed:
+        return finding
+    try:
+        for path in finding.exposed:
+            path.chmod(stat.S_IMODE(path.stat().st_mode) & 0o700)
+    except OSError as error:
+        return finding._replace(what=f"{finding.what}; it cannot be mended: {error.strerror}")
+    return Finding("fixed", finding.what)
 
 
-def launchd_agent(ctx: Context) -> str:
-    """A property list for ~/Library/LaunchAgents/openpista.plist."""
-    import plistlib
+# ---- backup ----
 
-    log_path = str(ctx.home.absolute() / LOG_FILE)
-    agent = {
-        "Label": "openpista",
-        "ProgramArguments": own_command(ctx),
-        "EnvironmentVariables": own_variables(ctx),
-        "WorkingDirectory": str(user_path("~")),
-        "RunAtLoad": True,
-        "KeepAlive": {"SuccessfulExit": False},
-        "ThrottleInterval": 10,
-        "ExitTimeOut": ctx.config.gateway.grace + int(STOP_MARGIN),
-        "StandardOutPath": log_path,
-        "StandardErrorPath": log_path,
-    }
-    return plistlib.dumps(agent).decode()
+PASSPHRASE_FILE = arg("--passphrase-file", metavar="FILE", help="the passphrase is in its first line; else it is asked")
+
+
+def read_passphrase(ctx: Context, new: bool) -> str:
+    """From the file, from a pipe, or typed without echo, twice if it is a new one."""
+    if path := ctx.args.passphrase_file:
+        try:
+            text = user_path(path).read_text("utf-8").partition("\n")[0].strip()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read the passphrase from {path}: {error}") from None
+    else:
+        text = secret_line("Passphrase: ")
+        if new and sys.stdin.isatty() and secret_line("The same again: ") != text:
+            raise UsageError("the two are not the same")
+    if not text or (new and len(text) < 8):
+        hint = "type it, or give it on standard input or with --passphrase-file FILE"
+        raise UsageError("a passphrase has 8 letters at least" if text else "no passphrase", hint)
+    ctx.redact.add(text)
+    return text
+
+
+@command("backup", arg("file", metavar="FILE"), PASSPHRASE_FILE)
+def cmd_backup(ctx: Context) -> int:
+    """Write all that openpista knows into one file, sealed with a passphrase."""
+    path = user_path(ctx.args.file)
+    kept = write_backup(ctx, path, read_passphrase(ctx, new=True))
+    print(f"wrote {path}, {path.stat().st_size:,} bytes: {', '.join(kept)}")
+    return 0
+
+
+@command(
+    "restore",
+    arg("file", metavar="FILE"),
+    arg("--dry-run", action="store_true", help="check all of it, show what is in it, and change nothing"),
+    PASSPHRASE_FILE,
+)
+def cmd_restore(ctx: Context) -> int:
+    """Put a backup in the place of what is here, which is put aside."""
+    path = user_path(ctx.args.file)
+    if not path.is_file():
+        raise UsageError(f"no file {path}")
+    restore(ctx, path, read_passphrase(ctx, new=False), ctx.args.dry_run)
+    return 0
 
 
 # ---- run ----
@@ -17750,7 +18599,7 @@ def cmd_telegram_status(ctx: Context) -> int:
     with contextlib.suppress(PistaError):
         running_daemon(ctx)
         idle = "runs without Telegram, or cannot be asked"
-        running = asyncio.run(ask_daemon(ctx.home, ctx.config.gateway, {"type": "status"}, 5.0))["status"]
+        running = asyncio.run(daemon_status(ctx))
     polls = running.get("telegram") or {}
     idle = "has not polled yet" if polls else idle
     if hook.get("url"):
@@ -17773,13 +18622,6 @@ def cmd_telegram_status(ctx: Context) -> int:
         for name, text in rows.items():
             print(printable(f"{name:<14}{text}"))
     return 1 if problem else 0
-
-
-async def look_at_bot(ctx: Context) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Who the bot is, and how updates reach it."""
-    async with Bot(ctx.bot_token, ctx.config.channels.telegram.base_url) as bot:
-        ctx.redact.add(ctx.bot_token)
-        return await bot.call("getMe"), await bot.call("getWebhookInfo")
 
 
 @command("pair list", arg("--json", action="store_true", help="for scripts"))
@@ -17838,7 +18680,109 @@ def settle_pairing(ctx: Context, state: str) -> int:
     return 0
 
 
+# ---- completion ----
+
+BASH = """\
+# In ~/.bashrc: source <(openpista completion bash)
+_openpista() {{
+    local cur=${{COMP_WORDS[COMP_CWORD]}} at= word words=
+    for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD-1))}}"; do
+        case "$at/$word" in {known}) at="${{at:+$at }}$word" ;; esac
+    done
+    case "${{COMP_WORDS[$((COMP_CWORD-1))]}}" in
+{values}
+        *) case "$at" in
+{words}
+        esac ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}}
+complete -o default -F _openpista openpista openpista.pyz
+"""
+ZSH = """\
+# In ~/.zshrc, behind compinit: source <(openpista completion zsh)
+autoload -U +X bashcompinit && bashcompinit
+"""
+FISH = """\
+# In ~/.config/fish/completions/openpista.fish
+function __openpista_at
+    set -l at ""
+    for word in (commandline -opc)
+        contains -- "$at/$word" {known}; and set at (string trim -- "$at $word")
+    end
+    test "$at" = "$argv[1]"
+end
+{words}
+"""
+
+
+def words_after() -> dict[str, dict[str, str]]:
+    """What may follow the words of a command, or a part of them: {"auth": {"login": "Store ..."}}."""
+    given = {action.option_strings[0]: action.help or "" for action in global_options(Parser(add_help=False))._actions}
+    table: dict[str, dict[str, str]] = {"": given | {"--help": "explain", "--version": "show the version"}}
+    for name, entry in COMMANDS.items():
+        at, _, word = name.rpartition(" ")
+        table[""].setdefault(at or word, "…")
+        table.setdefault(at, {})[word] = summary(entry)
+        options = {names[-1]: settings.get("help", "") for names, settings in entry.options if names[0][0] == "-"}
+        choices = (word for names, more in entry.options if names[0][0] != "-" for word in more.get("choices", ()))
+        table[name] = dict.fromkeys(choices, "") | options | given | {"--help": "explain it"}
+    return table
+
+
+def values_of() -> dict[str, Sequence[str]]:
+    """The options that take a value, with the words that it may be; none: a file, or whatever one likes."""
+    rows = [row for entry in COMMANDS.values() for row in entry.options]
+    taking = ((name, more) for names, more in rows for name in names if name[0] == "-" and "action" not in more)
+    given = {"--provider": tuple(PROVIDERS), "--log-level": LEVELS, "--config": ()}
+    return {name: tuple(more.get("choices", ())) for name, more in taking} | given
+
+
+def shell_word(text: str) -> str:
+    """The text in single quotes, as all three shells read it."""
+    return "'" + text.replace("\\", "").replace("'", "’") + "'"
+
+
+def bash_completion() -> str:
+    """The script for bash."""
+    values = [f"        {name}) words={shell_word(' '.join(words))} ;;" for name, words in values_of().items()]
+    words = [f"            {shell_word(at)}) words={shell_word(' '.join(row))} ;;" for at, row in words_after().items()]
+    return BASH.format(known=known_words("|"), values="\n".join(values), words="\n".join(words))
+
+
+def fish_completion() -> str:
+    """The script for fish."""
+    lines = []
+    takes = {word: f" -x -a {shell_word(' '.join(may))}" if may else " -r" for word, may in values_of().items()}
+    for at, row in words_after().items():
+        when = f"complete -c openpista -n {shell_word(f'__openpista_at {chr(34)}{at}{chr(34)}')}"
+        if at not in COMMANDS:
+            lines.append(f"{when} -f")
+        for word, what in row.items():
+            option = f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" if word[0] == "-" else f"-a {word}"
+            lines.append(f"{when} {option}{takes.get(word, '')} -d {shell_word(what)}")
+    return FISH.format(known=known_words(" "), words="\n".join(lines))
+
+
+def known_words(between: str) -> str:
+    """Each word of a command behind what is before it: '/auth' 'auth/login'."""
+    rows = ((at, word) for at, row in words_after().items() if at not in COMMANDS for word in row if word[0] != "-")
+    return between.join(f"'{at}/{word}'" for at, word in rows)
+
+
+SHELLS = {"bash": bash_completion, "zsh": lambda: ZSH + bash_completion(), "fish": fish_completion}
+
+
+@command("completion", arg("shell", choices=tuple(SHELLS)))
+def cmd_completion(ctx: Context) -> int:
+    """Print a script that lets bash, zsh or fish complete openpista's words."""
+    print(SHELLS[ctx.args.shell](), end="")
+    return 0
+
+
 # ---- the parser, and main ----
+
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class Parser(argparse.ArgumentParser):
@@ -17855,8 +18799,7 @@ class Parser(argparse.ArgumentParser):
 def global_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The options that every command takes, before its name or after."""
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="the configuration file")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log-level", choices=levels, default=argparse.SUPPRESS, help="what is logged to stderr")
+    parser.add_argument("--log-level", choices=LEVELS, default=argparse.SUPPRESS, help="what is logged to stderr")
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="log all, and show tracebacks")
     return parser
 
@@ -17945,13 +18888,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def config_for(entry: Command, args: argparse.Namespace) -> Config:
-    """The configuration. To stop a daemon, or to keep a device out, a broken one is no obstacle: that is only said."""
+    """The configuration. To stop a daemon, to keep a device out, or to mend, a broken one is no obstacle."""
     try:
         return read_config(args.config, os.environ)[0]
     except ConfigError as error:
-        if entry.name not in ("stop", "devices list", "devices revoke"):
+        if entry.name not in ("stop", "devices list", "devices revoke", "restore", "doctor", "completion"):
             raise
-        log.warning("%s; going on as if there were none", error)
+        if entry.name not in ("doctor", "completion"):  # the doctor says it himself
+            log.warning("%s; going on as if there were none", error)
         return Config()
 
 

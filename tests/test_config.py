@@ -36,6 +36,7 @@ DEFAULTS = [
     ("tools.timeout", 30),
     ("tools.max_timeout", 300),
     ("tools.output_limit", 10_000),
+    ("tools.keep_outputs_days", 30),
     ("tools.workdir", ""),
     ("tools.keep_env", ()),
     ("tools.reviewer", ""),
@@ -46,6 +47,8 @@ DEFAULTS = [
     ("channels.telegram.base_url", "https://api.telegram.org"),
     ("channels.cli.enabled", True),
     ("database.url", ""),
+    ("database.keep_sessions_days", 0),
+    ("database.keep_runs_days", 0),
     ("skills.workspace", ""),
     ("cron", ()),
     ("agents", {}),
@@ -110,6 +113,7 @@ approval = "never"
 timeout = 10
 max_timeout = 20
 output_limit = 500
+keep_outputs_days = 7
 workdir = "/srv"
 keep_env = ["CI_TOKEN"]
 reviewer = "guard"
@@ -123,6 +127,8 @@ base_url = "http://telegram"
 enabled = false
 [database]
 url = "/srv/memory.db"
+keep_sessions_days = 90
+keep_runs_days = 9
 [skills]
 workspace = "/srv/skills"
 [[cron]]

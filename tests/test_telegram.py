@@ -1339,7 +1339,7 @@ provider = "offline"  # no model
 
 [channels.telegram]   # the bot
 base_url = "{}"
-enabled = false # not yet
+enabled = false  # not yet
 
 [gateway]
 port = 0
@@ -1375,7 +1375,9 @@ def test_setup(setup, house, bot):
     bot.say(5, f"/start {code}")
     bot.wait(5, "Paired.")
     assert screen.end() == 0 and "paired with User 5 (id 5)" in screen.text
-    assert (house.home / "config.toml").read_text() == CONFIG.format(bot.url).replace("= false # not", "= true # not")
+    assert (house.home / "config.toml").read_text() == CONFIG.format(bot.url).replace(
+        "= false  # not", "= true   # not"
+    )
     stored = house.home / "telegram.token"
     assert stored.read_text() == bot.token + "\n" and stored.stat().st_mode & 0o777 == 0o600
     assert house.rows("id, state FROM people") == [("5", "allowed")]
@@ -1428,7 +1430,7 @@ TABLE = "[channels.telegram]\n"
             TABLE + "x = 'x' # enabled = false\n[b]\nenabled = false",
             TABLE + "enabled = true\nx = 'x' # enabled = false\n[b]\nenabled = false",
         ),
-        (TABLE + "  enabled=false# no\nenabled2 = 1", TABLE + "  enabled= true# no\nenabled2 = 1"),
+        (TABLE + "  enabled=false# no\nenabled2 = 1", TABLE + "  enabled=true  # no\nenabled2 = 1"),
         (TABLE + "enabled = 'a # b'  # c", None),
         ("[channels]\ntelegram = {}", None),
         ("channels.telegram.enabled = false", None),
