@@ -52,6 +52,16 @@ def test_old_sessions_are_forgotten(store, clock):
     assert names(store) == {"new"}
 
 
+def test_an_agent_that_was_asked_keeps_its_session_until_it_has_answered(store, clock):
+    asker, call = store.session("telegram:42"), o.ToolCall("c", "agent.ask", {})
+    handover = store.hand_over(asker, store.append(asker, o.Message(o.Role.ASSISTANT, "", (call,))), "c", "hand")
+    clock.advance(o.timedelta(days=31))
+    assert not o.Upkeep(store).forget_sessions(30)
+    store.note_handover(handover, answer="done")
+    assert o.Upkeep(store).forget_sessions(30)
+    assert names(store) == {"telegram:42"}
+
+
 def test_what_was_granted_and_asked_goes_with_a_session(store, clock):
     for name in ("old", "telegram:7"):
         fill(store, name)
