@@ -8168,11 +8168,21 @@ Code = IntEnum("Code", "DONE INTERNAL SLOW UNAUTHORIZED TOO_MUCH TIMEOUT SHUTTIN
 
 def open_quic() -> ModuleType:
     """The door to aioquic: the package, with all that is used of it."""
+    # It wants these to check names in certificates of public authorities. Both our ends pin instead, and do without
+    # the 3 MiB that they take; whoever imports them later gets the real ones.
+    spared = {name: ModuleType(name) for name in ("OpenSSL", "service_identity") if name not in sys.modules}
+    if "OpenSSL" in spared:
+        spared["OpenSSL"].crypto = None
+    sys.modules.update({} if "aioquic.tls" in sys.modules else spared)
     try:
         import aioquic.quic.connection
         import aioquic.quic.retry
     except ImportError:
         raise MissingPackage("aioquic", needed_for="the gateway") from None
+    finally:
+        for name, module in spared.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
     logging.getLogger("quic").setLevel(logging.ERROR)  # it warns of whatever a stranger sends
     return aioquic
 
