@@ -7053,9 +7053,7 @@ class Outlet(NamedTuple):
     approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
     prepare: Callable[[Item], Awaitable[None]] | None = None  # before a turn: what an event needs
     split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
-    ready: Callable[[Delivery], Awaitable[None]] | None = (
-        None  # waits until it may go out: a kill meanwhile is no doubt
-    )
+    ready: Callable[[Delivery], Awaitable[None]] | None = None  # waits until it may go out: a kill now is no doubt
     repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
 
 
@@ -7116,9 +7114,12 @@ class Courier:
 
     def open(self) -> None:
         """Take up what the last process left."""
+        why = "interrupted by a restart"
         for number, channel in self.outbox.interrupted():
-            if outlet := self.outlet(channel):
-                self._doubt(number, channel, outlet, "interrupted by a restart")
+            if (outlet := self.outlet(channel)) and outlet.repeats:
+                self.outbox.later(number, 0.0, why, in_doubt=True)
+            elif outlet:
+                self._doubt(number, channel, why)
         self.look()
 
     def look(self) -> None:
@@ -7194,7 +7195,7 @@ class Courier:
         if not isinstance(fault, BaseException):
             self.outbox.sent(number)
         elif in_doubt and not outlet.repeats:
-            self._doubt(number, channel, outlet, repr(fault))
+            self._doubt(number, channel, repr(fault))
         elif not (in_doubt or isinstance(fault, (ChannelBusy, StoreError, Unavailable))) or self._is_hopeless(delivery):
             self._drop(number, channel, fault)
         else:
@@ -7216,11 +7217,7 @@ class Courier:
         log.error("outbox %d cannot be delivered to %s: %r", number, channel, fault, exc_info=unforeseen)
         self.outbox.drop(number, "dead", str(fault) or repr(fault))
 
-    def _doubt(self, number: int, channel: str, outlet: Outlet, why: str) -> None:
-        """It may have arrived or not."""
-        if outlet.repeats:
-            self.outbox.later(number, 0.0, why, in_doubt=True)
-            return
+    def _doubt(self, number: int, channel: str, why: str) -> None:
         log.warning("outbox %d may have reached %s or not (%s): it is not sent again", number, channel, why)
         self.outbox.drop(number, "unknown", why)
 
@@ -7232,27 +7229,20 @@ class Place:
         self.places, self._held = places, False
 
     async def __aenter__(self) -> Place:
-        await self._take()
+        self._held = await self.places.acquire()
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        self._give()
-
-    async def lend(self, question: Awaitable[Decision]) -> Decision:
-        """Let others go on until the question is answered."""
-        self._give()
-        decision = await question  # cancelled, the place stays given back
-        await self._take()
-        return decision
-
-    async def _take(self) -> None:
-        await self.places.acquire()
-        self._held = True
-
-    def _give(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._held:
             self.places.release()
         self._held = False
+
+    async def lend(self, question: Awaitable[Decision]) -> Decision:
+        """Let others go on until the question is answered."""
+        await self.__aexit__()
+        decision = await question  # cancelled, the place stays given back
+        await self.__aenter__()
+        return decision
 
 
 class Run:
@@ -7273,6 +7263,7 @@ class Hub:
     STOPPING = 0.8  # seconds until a person who stops a turn hears of it
     ENDING, FLUSHING = 5.0, 5.0  # seconds at the end for cancelled turns, and for the last answers
     KEPT_DAYS = 30.0  # that an event is known again if it comes twice, and its answer can be fetched
+    ENDS = "openpista is shutting down; what it has taken it answers after the next start"
 
     def __init__(
         self,
@@ -7355,7 +7346,7 @@ class Hub:
         if item.state not in ("waiting", "running"):
             return self.outbox.answer(item)
         if self.closing.is_set() and item.event.session not in self._workers:
-            raise self._ends()
+            raise ChannelBusy(self.ENDS)
         watcher = (tell, asyncio.get_running_loop().create_future())
         watchers = self._watchers.setdefault(number, [])
         watchers.append(watcher)
@@ -7409,14 +7400,14 @@ class Hub:
         if self.closing.is_set():
             self._hurry.set()
         self.closing.set()
-        runs = list(self._running.values())
+        runs = self.runs
         for run in runs:
             if not run.begun:
                 run.task.cancel()
-        if tasks := {run.task for run in runs}:
-            await self._until_done(tasks, grace)
-        for task in tasks:
-            task.cancel()
+        if runs:
+            await self._until_done([run.task for run in runs], grace)
+        for run in runs:
+            run.task.cancel()
         if workers := list(self._workers.values()):
             await asyncio.wait(workers, timeout=self.ENDING)
         await self.courier.close(0.0 if self._hurry.is_set() else self.FLUSHING)
@@ -7426,7 +7417,7 @@ class Hub:
         await asyncio.gather(*rest, return_exceptions=True)
         for _, done in itertools.chain(*self._watchers.values()):
             if not done.done():
-                done.set_exception(self._ends())
+                done.set_exception(ChannelBusy(self.ENDS))
 
     async def _until_done(self, tasks: Iterable[asyncio.Task[Any]], seconds: float) -> None:
         """Wait until they are done, or so long, or until somebody is in a hurry."""
@@ -7435,10 +7426,6 @@ class Hub:
         await asyncio.wait([hurry, done], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
         done.cancel()
-
-    @staticmethod
-    def _ends() -> ChannelBusy:
-        return ChannelBusy("openpista is shutting down; what it has taken it answers after the next start")
 
     # ---- a session's worker ----
 
@@ -7495,9 +7482,11 @@ class Hub:
             agent = choice.agent if choice else self.inbox.chosen(item.id)
             gate = Gate(self.approval, self._approve(item, place), Grants(self.store, session.name))
             tell = functools.partial(self._tell, run)
-            goes_on = lambda: self.closing.is_set() and not run.stopped  # noqa: E731
-            began, ended = functools.partial(self._begin, run, agent), functools.partial(self._answer, item)
-            record = Record(began, ended, goes_on)
+            record = Record(
+                began=lambda message_id: self._begin(run, agent, message_id),
+                ended=lambda reply: self._end(item, "done", reply.text, reply_metadata(reply)),
+                goes_on=lambda: self.closing.is_set() and not run.stopped,
+            )
             if choice:
                 images = [Image(**picture) for picture in item.event.metadata.get("images", ())]
                 return await self.agent.turn(session, choice.text, gate, tell, record, agent=agent, images=images)
@@ -7507,9 +7496,6 @@ class Hub:
         self.inbox.begin(run.item.id, message_id)
         self.inbox.choose(run.item.id, agent)
         run.begun = True
-
-    def _answer(self, item: Item, reply: Reply) -> None:
-        self._end(item, "done", reply.text, reply_metadata(reply))
 
     def _end(self, item: Item, state: str, text: str, metadata: Mapping[str, Any]) -> None:
         """Close the inbox row and write the answer into the outbox, at once; nothing if it is closed."""
@@ -7577,8 +7563,7 @@ def reply_metadata(reply: Reply) -> dict[str, Any]:
 # A Cron is a set of numbers for each field; `next_after` goes from field to
 # field, never from minute to minute. All of it is pure: no clock, no database.
 #
-# Two rules are those of Debian's cron (3.0pl1: entry.c, cron.c; crontab(5) and
-# the notes of cron(8)), and both look at the first character of a field:
+# Two rules are those of Debian's cron, and look at the first character of a field:
 #
 # - Day of month and day of week are joined by "or" if neither begins with "*",
 #   else by "and": `1,15 * fri` is the 1st, the 15th and each Friday, while
@@ -7708,11 +7693,10 @@ class Cron(NamedTuple):
 
     def first_from(self, wall: datetime, last_year: int) -> datetime | None:
         """The first match that a clock on the wall comes to, from this time on."""
-        day, clock = self.day_from(wall.date(), last_year), (self.hours[0], self.minutes[0], self.seconds[0])
-        if day == wall.date() and not (later := self.clock_from(wall.hour, wall.minute, wall.second)):
-            day = self.day_from(day + timedelta(days=1), last_year)
-        elif day == wall.date():
-            clock = later
+        earliest, day = (self.hours[0], self.minutes[0], self.seconds[0]), self.day_from(wall.date(), last_year)
+        clock = self.clock_from(wall.hour, wall.minute, wall.second) if day == wall.date() else earliest
+        if clock is None:
+            day, clock = self.day_from(day + timedelta(days=1), last_year), earliest
         return day and datetime(day.year, day.month, day.day, *clock)
 
     def clock_from(self, hour: int, minute: int, second: int) -> tuple[int, int, int] | None:
@@ -7727,13 +7711,10 @@ class Cron(NamedTuple):
 
     def day_from(self, first: date, last_year: int) -> date | None:
         """The first day that matches, from this one on."""
-        for year in range(first.year, last_year + 1):
-            for month in self.months:
-                if (year, month) >= (first.year, first.month):
-                    for day in self.days_in(year, month):
-                        if (year, month, day) >= (first.year, first.month, first.day):
-                            return date(year, month, day)
-        return None
+        months = itertools.product(range(first.year, last_year + 1), self.months)
+        ahead = itertools.dropwhile(lambda month: month < (first.year, first.month), months)
+        days = (date(*month, day) for month in ahead for day in self.days_in(*month))
+        return next((day for day in days if day >= first), None)
 
     def days_in(self, year: int, month: int) -> list[int]:
         """The days of a month that match."""
@@ -7847,26 +7828,11 @@ def read_span(part: CronPart) -> set[int]:
     return set(range(first, last + 1, part.number(3, 1, field.steps) if step else 1))
 
 
-def read_last(part: CronPart) -> set[int]:
-    """`L`, `L-3`."""
-    return {-part.number(1, 1, 30) if part.match[1] else 0}
-
-
-def read_workday(part: CronPart) -> set[int]:
-    """`15W`, `LW`."""
-    return {0 if part.match[1] == "l" else part.value(1)}
-
-
-def read_nth(part: CronPart) -> set[tuple[int, int]]:
-    """`fri#2`, `5L`."""
-    return {(part.value(1) % 7, part.number(2, 1, 5) if part.match[2] else 0)}
-
-
 CRON_READERS: dict[str, Callable[[CronPart], set]] = {
     "span": read_span,
-    "last": read_last,
-    "workday": read_workday,
-    "nth": read_nth,
+    "last": lambda part: {-part.number(1, 1, 30) if part.match[1] else 0},  # L, L-3
+    "workday": lambda part: {0 if part.match[1] == "l" else part.value(1)},  # 15W, LW
+    "nth": lambda part: {(part.value(1) % 7, part.number(2, 1, 5) if part.match[2] else 0)},  # fri#2, 5L
 }
 
 
@@ -7919,10 +7885,7 @@ def parse_zone(name: str) -> tzinfo:
     raise CronError(f"no time zone {clip(name, 60)!r}{near(meant, zones)}", "a name is such as Europe/Berlin or UTC")
 
 
-LOCALTIME = Path("/etc/localtime")
-
-
-def local_zone(environ: Mapping[str, str], link: Path = LOCALTIME) -> tzinfo:
+def local_zone(environ: Mapping[str, str], link: Path = Path("/etc/localtime")) -> tzinfo:
     """The machine's time zone: $TZ, else what /etc/localtime is, else UTC."""
     from zoneinfo import ZoneInfo
 
@@ -7982,7 +7945,7 @@ def instant(wall: datetime, zone: tzinfo) -> datetime:
 # becomes a dict here or a WireError, never anything else: the same bytes mean the
 # same to every reader (no key twice, no NaN), and the object can be written again.
 
-FRAME_LIMIT = 1 << 20  # bytes; DESIGN 5
+FRAME_LIMIT = 1 << 20  # bytes
 DEPTH_LIMIT = 64  # of nesting: walking the object must not overflow somebody's stack later
 
 ASKING = {"id?": (str, 100), "token": (str, 200)}  # type of frame -> its fields: kind and longest; ?: may be missing
