@@ -7165,8 +7165,9 @@ class Courier:
         (fault,) = await asyncio.gather(self._get_ready(delivery, outlet), return_exceptions=True)
         if fault is None:
             async with self._places:
-                if not self.outbox.start(delivery.id):
-                    return False
+                if not self.outbox.start(delivery.id):  # somebody else does it; or it was deleted, and others wait
+                    following = self.outbox.next(delivery.channel)
+                    return following is not None and following.id != delivery.id
                 (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
         return await surely(lambda: self._note(delivery, outlet, fault), self.closing)
 
@@ -8088,12 +8089,12 @@ def check_frame(frame: dict[str, Any], shapes: dict[str, dict[str, tuple[type, i
 #     QuicClient   the same from the other end: pins, tickets, addresses, pings
 #
 # Private names of aioquic (underscored) are used where it has no public one;
-# requirements.txt pins its version and tests/test_gateway.py covers each.
+# requirements.txt pins its version and tests/test_quic.py covers each.
 
 ALPN = "openpista/1"
 DATAGRAM = 1_200  # bytes of UDP payload: what QUIC demands of every way, tunnels of 1,280 included
 LARGEST = 16 << 10  # bytes of a datagram that is read: jumbo frames; asyncio would ask for 256 KiB each time
-DRAIN = 32  # datagrams read in one wake-up before anything is sent: halves the time of 64 KiB (FACTS, Annex A)
+DRAIN = 32  # datagrams read in one wake-up before anything is sent: halves the time of 64 KiB
 FULL = 1_000  # bytes: a datagram that is not full is mostly the last, and to look for another costs a system call
 SMALL_FRAME = 64 << 10  # the longest frame of a connection that has not authenticated
 STREAM_UNACKED = 256 << 10  # bytes not yet acknowledged that make send() wait: on its stream,
@@ -8152,7 +8153,7 @@ def configured(**more: Any) -> QuicConfiguration:
     )
 
 
-# Certificates
+# ---- certificates ----
 
 
 class Identity(NamedTuple):
@@ -8236,7 +8237,7 @@ def fingerprint(certificate: Any) -> str:
     return certificate.fingerprint(open_crypto().hashes.SHA256()).hex()
 
 
-# MemoryTickets
+# ---- tickets ----
 
 
 def ticket_to_json(ticket: SessionTicket) -> str:
@@ -8260,21 +8261,7 @@ def ticket_from_json(text: str) -> SessionTicket | None:
         return None
 
 
-class MemoryTickets:
-    """Session tickets in memory, each good for once; what has these two methods, and raises nothing, can stand in."""
-
-    def __init__(self) -> None:
-        self._tickets: dict[bytes, SessionTicket] = {}
-
-    def pop(self, label: bytes) -> SessionTicket | None:
-        """The ticket, which is then gone: early data that is sent again finds none, and is not read."""
-        return self._tickets.pop(label, None)
-
-    def add(self, ticket: SessionTicket) -> None:
-        self._tickets[ticket.ticket] = ticket
-
-
-# Sockets
+# ---- sockets ----
 
 
 class Port(asyncio.DatagramProtocol):
@@ -8366,7 +8353,7 @@ def hear_refusals(sock: socket.socket, on: bool) -> None:
         sock.setsockopt(*option, on)
 
 
-# Connections, either end
+# ---- connections, either end ----
 
 
 class Stream:
@@ -8386,11 +8373,6 @@ class Stream:
         self.deaf: GatewayError | None = None  # raised by send(): the reader is gone
         self.done = False  # the handler is, on the server
         self._news = asyncio.Event()
-
-    @property
-    def peer(self) -> tuple:
-        """The address of the other side; it may move."""
-        return self.link.peer
 
     async def receive(self) -> dict[str, Any] | None:
         """The next frame; None when the other side has finished."""
@@ -8548,7 +8530,7 @@ class Link:
         self.take_events()
         self.transmit()
 
-    # Streams
+    # ---- streams ----
 
     def write(self, number: int, data: bytes, finish: bool) -> None:
         """Queue bytes on a stream."""
@@ -8574,7 +8556,7 @@ class Link:
             self._most = sum(len(stream.sender._buffer) for stream in streams.values())
         return self._most if self._most > LINK_UNACKED else 0
 
-    # Events, by aioquic's names; those without a method here are of no use to this end
+    # ---- events, by aioquic's names; those without a method here are of no use to this end ----
 
     def on_StreamDataReceived(self, event: Any) -> None:
         if stream := self.streams.get(event.stream_id):
@@ -8599,7 +8581,7 @@ class Link:
         said = event.reason_phrase or f"code {event.error_code}"
         self.end(GatewayError(f"the connection was closed: {said}", code=event.error_code))
 
-    # The end
+    # ---- the end ----
 
     @contained
     def close(self, code: int = Code.DONE, reason: str = "", problem: GatewayError | None = None) -> None:
@@ -8630,7 +8612,7 @@ class Link:
         self._soon = self._timer = self.deadline = None
 
 
-# The server
+# ---- the server ----
 
 
 class ServerLink(Link):
@@ -8752,11 +8734,11 @@ class QuicServer:
         handler: Handler,
         authenticate: Authenticate,
         identity: Identity,
-        tickets: MemoryTickets | None = None,
+        tickets: Any,  # has pop(label) and add(ticket), which raise nothing; each ticket is good for once
         limits: Limits | None = None,
     ):
-        self.handler, self.authenticate, self.limits = handler, authenticate, limits or Limits()
-        self.tickets = tickets or MemoryTickets()
+        self.handler, self.authenticate, self.tickets = handler, authenticate, tickets
+        self.limits = limits or Limits()
         self.lib = open_quic()
         self.ports: list[Port] = []
         self.links: dict[bytes, ServerLink] = {}  # by each connection id that a datagram may bear
@@ -8766,7 +8748,7 @@ class QuicServer:
         self.tasks: set[asyncio.Task] = set()
         self.use(identity)
 
-    # Life
+    # ---- life ----
 
     def use(self, identity: Identity) -> None:
         """The certificate for connections from now on."""
@@ -8783,15 +8765,12 @@ class QuicServer:
 
     async def start(self, addresses: Iterable[tuple[str, int]]) -> None:
         """Listen on these addresses, all or none."""
-        opened: list[Port] = []
         try:
             for sock in listening(addresses):
-                opened.append(await Port.open(sock, self.received, lambda error: None))
+                self.ports.append(await Port.open(sock, self.received, lambda error: None))
         except BaseException:
-            for port in opened:
-                port.close()
+            await self.stop_listening()
             raise
-        self.ports += opened
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -8824,7 +8803,7 @@ class QuicServer:
             link.close(Code.REVOKED, "revoked")
         return len(links)
 
-    # Datagrams
+    # ---- datagrams ----
 
     def received(self, batch: list[tuple[bytes, tuple]], port: Port) -> None:
         """Hand each datagram to its connection; then each of those transmits once."""
@@ -8909,7 +8888,7 @@ class QuicServer:
         for cid in [cid for cid, one in self.links.items() if one is link]:
             del self.links[cid]
 
-    # Requests
+    # ---- requests ----
 
     async def serve(self, stream: Stream) -> None:
         """One request, from its first frame to the last of the answer."""
@@ -8935,11 +8914,11 @@ class QuicServer:
         """Wait for the request; if it is none, or from no device, then WireError, later and later."""
         link = stream.link
         try:
-            stream.request = stream.frames.popleft() if stream.frames else await self.first_frame(stream)
+            stream.request = await self.first_frame(stream)
             if stream.deaf:
                 raise stream.deaf
             check_frame(stream.request)
-            stream.device = self.authenticate(stream.request, stream.peer)
+            stream.device = self.authenticate(stream.request, link.peer)
             if stream.device is None:
                 raise WireError("unauthorized", "this token is not known here")
         except WireError as error:
@@ -8956,12 +8935,13 @@ class QuicServer:
     async def first_frame(self, stream: Stream) -> dict[str, Any]:
         """The request, if it comes whole and in time."""
         try:
-            return await asyncio.wait_for(stream.receive(), self.limits.frame) or {}
+            async with asyncio.timeout(self.limits.frame):
+                return await stream.receive() or {}
         except TimeoutError:
             raise WireError("too_slow", f"no whole frame in {self.limits.frame:g} s") from None
 
 
-# The client
+# ---- the client ----
 
 
 class ClientLink(Link):
@@ -9169,14 +9149,6 @@ class QuicClient:
             raise link.problem
         return time.monotonic() - started
 
-    async def rebind(self) -> None:
-        """Go on from another UDP socket, as when the network has changed."""
-        old = self.link.port
-        self.link.port = await Port.open(udp_socket(old.sock.family), old.received, old.failed)
-        old.close()
-        self.link.quic.change_connection_id()
-        self.link.touch()
-
     async def _stay_alive(self) -> None:
         """Ping, so that routers keep the way open and a dead server is noticed."""
         with contextlib.suppress(GatewayError):
@@ -9184,7 +9156,7 @@ class QuicClient:
                 await asyncio.sleep(self.keep_alive)
                 await self.ping()
 
-    # Addresses
+    # ---- addresses ----
 
     async def _resolve(self) -> list[tuple[int, tuple]]:
         """Family and address of each place where the server may be, in the system's order."""
@@ -10244,10 +10216,6 @@ class Editor(Line):
         self._menu: tuple[int, list[str], int] | None = None  # where the word starts, words on offer, the chosen one
         self._search: tuple[str, int] | None = None  # a word, and the entry that has it; 0: none has
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.text
-
     def take(self) -> str:
         """The text, which is then history."""
         text = self.text
@@ -10261,7 +10229,7 @@ class Editor(Line):
         if self._search and self._press_search(key):
             return ""
         menu, self._menu = self._menu, None
-        if key.name in self.DECISIONS or (key.name == "ctrl-d" and self.is_empty):
+        if key.name in self.DECISIONS or (key.name == "ctrl-d" and not self.text):
             return self.DECISIONS.get(key.name, "leave")
         breaks = self.text.endswith("\\", 0, self.at) and self.at == line_end(self.text, self.at)
         if key.name == "enter" and not breaks:
@@ -10473,8 +10441,8 @@ class Inline:
             self._say(match[0])
             return match.end()
         code = self.text[match.end() : starts[number]]
-        padded = code[0] == code[-1] == " " and code.strip()
-        self._say(code[1:-1] if padded else code, "code")
+        spaced = code[0] == code[-1] == " " and code.strip()
+        self._say(code[1:-1] if spaced else code, "code")
         return starts[number] + len(match[0])
 
     def _begin(self, match: re.Match) -> None:
@@ -12599,7 +12567,7 @@ class ScreenChat(Chat):
         """Stop the turn, or empty the input, or at the second time leave."""
         if self.turn and not self.view.stopping:
             await self.stop()
-        elif not self.editor.is_empty:
+        elif self.editor.text:
             self.editor.text = ""
         elif self._leaving:
             self.left = True
@@ -12688,7 +12656,7 @@ class ScreenChat(Chat):
             return True
         since = max(self.question.since, self._typed)
         decision = DECISIONS.get(key.text.lower())
-        if key.name != "text" or not decision or not self.editor.is_empty or self.clock() - since < self.SETTLE:
+        if key.name != "text" or not decision or self.editor.text or self.clock() - since < self.SETTLE:
             return False
         self._meant = key
         wait = 0.0 if decision is Decision.DENY else self.MEANT
@@ -12758,7 +12726,7 @@ class ScreenChat(Chat):
         """The lines above the input: the end of the answer, what runs or is asked, what waits."""
         lines = self.view.live(columns - 1, rows) if self.turn else []
         if self.question:
-            words = ONE_KEY if self.editor.is_empty else WITH_A_DRAFT
+            words = WITH_A_DRAFT if self.editor.text else ONE_KEY
             lines += [self.style(row, "ask") for row in wrap_cells(words, columns - 1)]
         elif self.turn:
             lines.append(self.style(self.view.status(columns - 1), "dim"))
