@@ -7378,7 +7378,7 @@ class Hub:
             return None
         run.stopped = f"Stopped ({plural(run.calls, 'command')} had been started)."
         with contextlib.suppress(StoreError):  # the worker will try again. First: a kill now must not resume it
-            self._end(run.item, "stopped", run.stopped, {"is_error": True})
+            self._end(run.item, Answer("stopped", run.stopped, True))
         run.task.cancel()
         return run
 
@@ -7389,9 +7389,10 @@ class Hub:
             return "Nothing is running."
         if self.running.get(item.event.session) == number:
             return await self.stop(item.event.session)
-        self._end(item, "stopped", said := "Stopped before it began.", {"is_error": True})
-        self._announce(item, Answer("stopped", said, True))
-        return said
+        answer = Answer("stopped", "Stopped before it began.", True)
+        self._end(item, answer)
+        self._announce(item, answer)
+        return answer.text
 
     async def close(self, grace: float = 0.0) -> None:
         """Take nothing more, give running turns so many seconds, then cut them off: the next start goes on with them.
@@ -7454,15 +7455,12 @@ class Hub:
             (result,) = await asyncio.gather(run.task, return_exceptions=True)
         finally:
             del self._running[item.event.session]
-        ending = self._ending(run, result)
-        if ending is None:
+        answer = self._ending(run, result)
+        if answer is None:
             return
-        state, text, metadata = ending
-        shown = dict(metadata)
-        answer = Answer(state, text, shown.pop("is_error", False), shown)
         self._announce(item, answer)
         if not isinstance(result, Reply) or result.problem:  # else it was written together with the answer
-            await surely(lambda: self._end(item, state, text, metadata), self.closing)
+            await surely(lambda: self._end(item, answer), self.closing)
             self._announce(item, answer)  # to who came meanwhile
         self.courier.wake(item.event.channel)
 
@@ -7485,7 +7483,7 @@ class Hub:
             tell = functools.partial(self._tell, run)
             record = Record(
                 began=lambda message_id: self._begin(run, agent, message_id),
-                ended=lambda reply: self._end(item, "done", reply.text, reply_metadata(reply)),
+                ended=lambda reply: self._end(item, answer_of(reply)),
                 goes_on=lambda: self.closing.is_set() and not run.stopped,
             )
             if choice:
@@ -7498,26 +7496,27 @@ class Hub:
         self.inbox.choose(run.item.id, agent)
         run.begun = True
 
-    def _end(self, item: Item, state: str, text: str, metadata: Mapping[str, Any]) -> None:
+    def _end(self, item: Item, answer: Answer) -> None:
         """Close the inbox row and write the answer into the outbox, at once; nothing if it is closed."""
         outlet, event = self.courier.outlet(item.event.channel), item.event
-        pieces = list(outlet.split(text)) if outlet else []
+        pieces = list(outlet.split(answer.text)) if outlet else []
+        metadata = {**answer.metadata, "is_error": True} if answer.is_error else answer.metadata
         with self.store.atomic():
-            if self.inbox.finish(item.id, state):
-                self.outbox.add(event.channel, event.reply_to, pieces or [text], metadata, item.id)
+            if self.inbox.finish(item.id, answer.state):
+                self.outbox.add(event.channel, event.reply_to, pieces or [answer.text], metadata, item.id)
 
-    def _ending(self, run: Run, result: Reply | BaseException) -> tuple[str, str, dict[str, Any]] | None:
-        """State, text and metadata of the answer; None if the next start is to go on with it."""
+    def _ending(self, run: Run, result: Reply | BaseException) -> Answer | None:
+        """The answer that a turn came to; None if the next start is to go on with it."""
         if isinstance(result, Reply):
-            return "done", result.text, reply_metadata(result)
+            return answer_of(result)
         if run.stopped:
-            return "stopped", run.stopped, {"is_error": True}
+            return Answer("stopped", run.stopped, True)
         if isinstance(result, asyncio.CancelledError):
             return None
         if not isinstance(result, PistaError):
             log.error("session %s: a turn failed", run.item.event.session, exc_info=result)
             result = PistaError(f"openpista failed: {result!r}", "this is a bug; the log has more")
-        return "failed", self.redact(str(result)), {"is_error": True, "exit_code": result.exit_code}
+        return Answer("failed", self.redact(str(result)), True, {"exit_code": result.exit_code})
 
     def _approve(self, item: Item, place: Place) -> Approve | None:
         """Whom this turn asks about a risky call, for a limited time."""
@@ -7553,10 +7552,10 @@ class Hub:
             await asyncio.sleep(21_600)
 
 
-def reply_metadata(reply: Reply) -> dict[str, Any]:
-    """What is kept of a reply beside its text."""
+def answer_of(reply: Reply) -> Answer:
+    """What is kept of a reply."""
     known = {"session": reply.session, "agent": reply.agent, "model": reply.model, "usage": reply.usage._asdict()}
-    return known | ({"problem": reply.problem} if reply.problem else {})
+    return Answer("done", reply.text, False, known | ({"problem": reply.problem} if reply.problem else {}))
 
 
 # ===== 17. Cron ===============================================================
@@ -8086,7 +8085,7 @@ def check_frame(frame: dict[str, Any], shapes: dict[str, dict[str, tuple[type, i
 #     QuicServer   sockets, who may come in, a task a stream
 #       Link       one connection: datagrams in, events out, one transmit a loop turn
 #         Stream   one request: frames both ways
-#     QuicClient   the same from the other end: pins, tickets, addresses, pings
+#     QuicClient   the same from the other end: pins, tickets, addresses
 #
 # Private names of aioquic (underscored) are used where it has no public one;
 # requirements.txt pins its version and tests/test_quic.py covers each.
@@ -8722,17 +8721,13 @@ class Guard:
         return min(0.1 * 2 ** min(count, 16), SLOWEST)
 
 
-Handler = Callable[[Stream], Awaitable[None]]
-Authenticate = Callable[[dict[str, Any], tuple], Any]
-
-
 class QuicServer:
     """Listens, lets devices in, and runs the handler once for each stream."""
 
     def __init__(
         self,
-        handler: Handler,
-        authenticate: Authenticate,
+        handler: Callable[[Stream], Awaitable[None]],
+        authenticate: Callable[[dict[str, Any], tuple], Any],  # a request and who sent it -> the device, or None
         identity: Identity,
         tickets: Any,  # has pop(label) and add(ticket), which raise nothing; each ticket is good for once
         limits: Limits | None = None,
@@ -9063,21 +9058,15 @@ class QuicClient:
         ticket: SessionTicket | None = None,
         on_ticket: Callable[[SessionTicket], None] = lambda ticket: None,
         time_limit: float = CONNECT_TIME,
-        keep_alive: float = KEEP_ALIVE,
     ):
-        self.host, self.port, self.on_ticket = host, port, on_ticket
-        self.pinned, self.ticket = fingerprint.lower(), ticket
+        self.host, self.port, self.time_limit = host, port, time_limit
+        self.place = f"{host}, UDP port {port}"  # for people
+        self.pinned, self.ticket, self.on_ticket = fingerprint.lower(), ticket, on_ticket
         self.fingerprint = self.pinned  # of who answered
         self.early_accepted = False
-        self.time_limit, self.keep_alive = time_limit, keep_alive
         self.lib = open_quic()
         self.link: ClientLink | None = None
-        self._tasks: list[asyncio.Task] = []
-
-    @property
-    def place(self) -> str:
-        """Where the server is, for people."""
-        return f"{self.host}, UDP port {self.port}"
+        self._connecting: asyncio.Task[None] | None = None
 
     @property
     def problem(self) -> GatewayError | None:
@@ -9095,7 +9084,7 @@ class QuicClient:
         link = ClientLink(self)
         await self._open_next(link, rest)
         self.link = link
-        self._tasks = [asyncio.create_task(self._connect(rest)), asyncio.create_task(self._stay_alive())]
+        self._connecting = asyncio.create_task(self._connect(rest))
         try:
             if not self.early:
                 await self.connected()
@@ -9106,9 +9095,8 @@ class QuicClient:
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._connecting.cancel()
+        await asyncio.gather(self._connecting, return_exceptions=True)
 
     def close(self, code: int = Code.DONE, reason: str = "") -> None:
         """Say goodbye, and do not wait for an answer."""
@@ -9119,7 +9107,7 @@ class QuicClient:
 
     async def connected(self) -> None:
         """Wait for the handshake; GatewayError if it fails, WrongServer if somebody else is there."""
-        await asyncio.wait(self._tasks[:1])
+        await asyncio.wait([self._connecting])
         if self.link.problem:
             raise self.link.problem
 
@@ -9148,13 +9136,6 @@ class QuicClient:
         if link.problem:
             raise link.problem
         return time.monotonic() - started
-
-    async def _stay_alive(self) -> None:
-        """Ping, so that routers keep the way open and a dead server is noticed."""
-        with contextlib.suppress(GatewayError):
-            while True:
-                await asyncio.sleep(self.keep_alive)
-                await self.ping()
 
     # ---- addresses ----
 
@@ -9534,6 +9515,7 @@ class Tty:
 
     def __init__(self, keys: int, out: Any, environ: Mapping[str, str]):
         self._keys, self._out = keys, out
+        self._termios = importlib.import_module("termios")  # some systems have none, see `usable`
         self.style = Style(not environ.get("NO_COLOR"))
         self._decoder = KeyDecoder()
         self._queue: collections.deque[KeyPress] = collections.deque()
@@ -9554,11 +9536,9 @@ class Tty:
         return columns or 80, rows or 24
 
     def __enter__(self) -> Tty:
-        import termios
-
         self._loop = asyncio.get_running_loop()
         with self._may_be_gone():
-            self._before = termios.tcgetattr(self._keys)
+            self._before = self._termios.tcgetattr(self._keys)
         self._handle_signals()
         self._take()
         return self
@@ -9668,10 +9648,8 @@ class Tty:
 
     def _take(self) -> None:
         """Raw mode, but for OPOST: a line feed still goes to the first column."""
-        import termios
-
         if self._before:
-            mode = [*self._before[:6], [*self._before[6]]]
+            termios, mode = self._termios, [*self._before[:6], [*self._before[6]]]
             mode[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR | termios.ISTRIP | termios.IXON)
             mode[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
             mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
@@ -9686,11 +9664,9 @@ class Tty:
             self.write(self.LEAVE + (self.MAIN if self._full else ""))
 
     def _set(self, mode: list[Any]) -> None:
-        import termios
-
         with self._may_be_gone():
             if not self._in_background():  # there it is the shell's, and we would be stopped
-                termios.tcsetattr(self._keys, termios.TCSANOW, mode)
+                self._termios.tcsetattr(self._keys, self._termios.TCSANOW, mode)
 
     def _in_background(self) -> bool:
         with contextlib.suppress(OSError):
@@ -9699,13 +9675,11 @@ class Tty:
 
     @contextlib.contextmanager
     def _may_be_gone(self) -> Iterator[None]:
-        import termios
-
         try:
             yield
         except BlockingIOError:
             pass  # what is left goes out with the next write
-        except (OSError, termios.error):
+        except (OSError, self._termios.error):
             self._gone = True
             self._woken.set()
 
@@ -13876,7 +13850,6 @@ class Uplink:
                 fingerprint=invite.fingerprint,
                 ticket=self.known.ticket(invite),
                 on_ticket=self._keep,
-                keep_alive=86_400,  # see _beat
             )
             await client.__aenter__()
             self._client, self._pulse = client, asyncio.create_task(self._beat(client))

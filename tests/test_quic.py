@@ -809,7 +809,7 @@ def test_nobody_there_silence_and_no_such_host(identity):
 
 def test_a_server_that_died_is_noticed(identity):
     async def main():
-        async with serving(identity) as server, client(server, keep_alive=0.05) as connection:
+        async with serving(identity) as server, client(server) as connection:
             stream = connection.open_stream(MESSAGE | {"user_message": "ask"})
             await stream.receive()
             server.ports[0].received = lambda batch, port: None  # dead
