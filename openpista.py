@@ -7053,9 +7053,7 @@ class Outlet(NamedTuple):
     approver: Callable[[Item], Approve | None] = lambda item: None  # whom to ask in this turn; None: nobody
     prepare: Callable[[Item], Awaitable[None]] | None = None  # before a turn: what an event needs
     split: Callable[[str], Iterable[str]] = lambda text: [text]  # into pieces that it can send
-    ready: Callable[[Delivery], Awaitable[None]] | None = (
-        None  # waits until it may go out: a kill meanwhile is no doubt
-    )
+    ready: Callable[[Delivery], Awaitable[None]] | None = None  # waits until it may go out: a kill now is no doubt
     repeats: bool = True  # what a kill or a time-out left in doubt is sent again; else it is marked unknown
 
 
@@ -7116,9 +7114,12 @@ class Courier:
 
     def open(self) -> None:
         """Take up what the last process left."""
+        why = "interrupted by a restart"
         for number, channel in self.outbox.interrupted():
-            if outlet := self.outlet(channel):
-                self._doubt(number, channel, outlet, "interrupted by a restart")
+            if (outlet := self.outlet(channel)) and outlet.repeats:
+                self.outbox.later(number, 0.0, why, in_doubt=True)
+            elif outlet:
+                self._doubt(number, channel, why)
         self.look()
 
     def look(self) -> None:
@@ -7164,8 +7165,9 @@ class Courier:
         (fault,) = await asyncio.gather(self._get_ready(delivery, outlet), return_exceptions=True)
         if fault is None:
             async with self._places:
-                if not self.outbox.start(delivery.id):
-                    return False
+                if not self.outbox.start(delivery.id):  # somebody else does it; or it was deleted, and others wait
+                    following = self.outbox.next(delivery.channel)
+                    return following is not None and following.id != delivery.id
                 (fault,) = await asyncio.gather(self._attempt(delivery, outlet), return_exceptions=True)
         return await surely(lambda: self._note(delivery, outlet, fault), self.closing)
 
@@ -7194,7 +7196,7 @@ class Courier:
         if not isinstance(fault, BaseException):
             self.outbox.sent(number)
         elif in_doubt and not outlet.repeats:
-            self._doubt(number, channel, outlet, repr(fault))
+            self._doubt(number, channel, repr(fault))
         elif not (in_doubt or isinstance(fault, (ChannelBusy, StoreError, Unavailable))) or self._is_hopeless(delivery):
             self._drop(number, channel, fault)
         else:
@@ -7216,11 +7218,7 @@ class Courier:
         log.error("outbox %d cannot be delivered to %s: %r", number, channel, fault, exc_info=unforeseen)
         self.outbox.drop(number, "dead", str(fault) or repr(fault))
 
-    def _doubt(self, number: int, channel: str, outlet: Outlet, why: str) -> None:
-        """It may have arrived or not."""
-        if outlet.repeats:
-            self.outbox.later(number, 0.0, why, in_doubt=True)
-            return
+    def _doubt(self, number: int, channel: str, why: str) -> None:
         log.warning("outbox %d may have reached %s or not (%s): it is not sent again", number, channel, why)
         self.outbox.drop(number, "unknown", why)
 
@@ -7232,27 +7230,20 @@ class Place:
         self.places, self._held = places, False
 
     async def __aenter__(self) -> Place:
-        await self._take()
+        self._held = await self.places.acquire()
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        self._give()
-
-    async def lend(self, question: Awaitable[Decision]) -> Decision:
-        """Let others go on until the question is answered."""
-        self._give()
-        decision = await question  # cancelled, the place stays given back
-        await self._take()
-        return decision
-
-    async def _take(self) -> None:
-        await self.places.acquire()
-        self._held = True
-
-    def _give(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._held:
             self.places.release()
         self._held = False
+
+    async def lend(self, question: Awaitable[Decision]) -> Decision:
+        """Let others go on until the question is answered."""
+        await self.__aexit__()
+        decision = await question  # cancelled, the place stays given back
+        await self.__aenter__()
+        return decision
 
 
 class Run:
@@ -7273,6 +7264,7 @@ class Hub:
     STOPPING = 0.8  # seconds until a person who stops a turn hears of it
     ENDING, FLUSHING = 5.0, 5.0  # seconds at the end for cancelled turns, and for the last answers
     KEPT_DAYS = 30.0  # that an event is known again if it comes twice, and its answer can be fetched
+    ENDS = "openpista is shutting down; what it has taken it answers after the next start"
 
     def __init__(
         self,
@@ -7355,7 +7347,7 @@ class Hub:
         if item.state not in ("waiting", "running"):
             return self.outbox.answer(item)
         if self.closing.is_set() and item.event.session not in self._workers:
-            raise self._ends()
+            raise ChannelBusy(self.ENDS)
         watcher = (tell, asyncio.get_running_loop().create_future())
         watchers = self._watchers.setdefault(number, [])
         watchers.append(watcher)
@@ -7386,7 +7378,7 @@ class Hub:
             return None
         run.stopped = f"Stopped ({plural(run.calls, 'command')} had been started)."
         with contextlib.suppress(StoreError):  # the worker will try again. First: a kill now must not resume it
-            self._end(run.item, "stopped", run.stopped, {"is_error": True})
+            self._end(run.item, Answer("stopped", run.stopped, True))
         run.task.cancel()
         return run
 
@@ -7397,9 +7389,10 @@ class Hub:
             return "Nothing is running."
         if self.running.get(item.event.session) == number:
             return await self.stop(item.event.session)
-        self._end(item, "stopped", said := "Stopped before it began.", {"is_error": True})
-        self._announce(item, Answer("stopped", said, True))
-        return said
+        answer = Answer("stopped", "Stopped before it began.", True)
+        self._end(item, answer)
+        self._announce(item, answer)
+        return answer.text
 
     async def close(self, grace: float = 0.0) -> None:
         """Take nothing more, give running turns so many seconds, then cut them off: the next start goes on with them.
@@ -7409,14 +7402,14 @@ class Hub:
         if self.closing.is_set():
             self._hurry.set()
         self.closing.set()
-        runs = list(self._running.values())
+        runs = self.runs
         for run in runs:
             if not run.begun:
                 run.task.cancel()
-        if tasks := {run.task for run in runs}:
-            await self._until_done(tasks, grace)
-        for task in tasks:
-            task.cancel()
+        if runs:
+            await self._until_done([run.task for run in runs], grace)
+        for run in runs:
+            run.task.cancel()
         if workers := list(self._workers.values()):
             await asyncio.wait(workers, timeout=self.ENDING)
         await self.courier.close(0.0 if self._hurry.is_set() else self.FLUSHING)
@@ -7426,7 +7419,7 @@ class Hub:
         await asyncio.gather(*rest, return_exceptions=True)
         for _, done in itertools.chain(*self._watchers.values()):
             if not done.done():
-                done.set_exception(self._ends())
+                done.set_exception(ChannelBusy(self.ENDS))
 
     async def _until_done(self, tasks: Iterable[asyncio.Task[Any]], seconds: float) -> None:
         """Wait until they are done, or so long, or until somebody is in a hurry."""
@@ -7435,10 +7428,6 @@ class Hub:
         await asyncio.wait([hurry, done], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
         done.cancel()
-
-    @staticmethod
-    def _ends() -> ChannelBusy:
-        return ChannelBusy("openpista is shutting down; what it has taken it answers after the next start")
 
     # ---- a session's worker ----
 
@@ -7466,15 +7455,12 @@ class Hub:
             (result,) = await asyncio.gather(run.task, return_exceptions=True)
         finally:
             del self._running[item.event.session]
-        ending = self._ending(run, result)
-        if ending is None:
+        answer = self._ending(run, result)
+        if answer is None:
             return
-        state, text, metadata = ending
-        shown = dict(metadata)
-        answer = Answer(state, text, shown.pop("is_error", False), shown)
         self._announce(item, answer)
         if not isinstance(result, Reply) or result.problem:  # else it was written together with the answer
-            await surely(lambda: self._end(item, state, text, metadata), self.closing)
+            await surely(lambda: self._end(item, answer), self.closing)
             self._announce(item, answer)  # to who came meanwhile
         self.courier.wake(item.event.channel)
 
@@ -7495,9 +7481,11 @@ class Hub:
             agent = choice.agent if choice else self.inbox.chosen(item.id)
             gate = Gate(self.approval, self._approve(item, place), Grants(self.store, session.name))
             tell = functools.partial(self._tell, run)
-            goes_on = lambda: self.closing.is_set() and not run.stopped  # noqa: E731
-            began, ended = functools.partial(self._begin, run, agent), functools.partial(self._answer, item)
-            record = Record(began, ended, goes_on)
+            record = Record(
+                began=lambda message_id: self._begin(run, agent, message_id),
+                ended=lambda reply: self._end(item, answer_of(reply)),
+                goes_on=lambda: self.closing.is_set() and not run.stopped,
+            )
             if choice:
                 images = [Image(**picture) for picture in item.event.metadata.get("images", ())]
                 return await self.agent.turn(session, choice.text, gate, tell, record, agent=agent, images=images)
@@ -7508,29 +7496,27 @@ class Hub:
         self.inbox.choose(run.item.id, agent)
         run.begun = True
 
-    def _answer(self, item: Item, reply: Reply) -> None:
-        self._end(item, "done", reply.text, reply_metadata(reply))
-
-    def _end(self, item: Item, state: str, text: str, metadata: Mapping[str, Any]) -> None:
+    def _end(self, item: Item, answer: Answer) -> None:
         """Close the inbox row and write the answer into the outbox, at once; nothing if it is closed."""
         outlet, event = self.courier.outlet(item.event.channel), item.event
-        pieces = list(outlet.split(text)) if outlet else []
+        pieces = list(outlet.split(answer.text)) if outlet else []
+        metadata = {**answer.metadata, "is_error": True} if answer.is_error else answer.metadata
         with self.store.atomic():
-            if self.inbox.finish(item.id, state):
-                self.outbox.add(event.channel, event.reply_to, pieces or [text], metadata, item.id)
+            if self.inbox.finish(item.id, answer.state):
+                self.outbox.add(event.channel, event.reply_to, pieces or [answer.text], metadata, item.id)
 
-    def _ending(self, run: Run, result: Reply | BaseException) -> tuple[str, str, dict[str, Any]] | None:
-        """State, text and metadata of the answer; None if the next start is to go on with it."""
+    def _ending(self, run: Run, result: Reply | BaseException) -> Answer | None:
+        """The answer that a turn came to; None if the next start is to go on with it."""
         if isinstance(result, Reply):
-            return "done", result.text, reply_metadata(result)
+            return answer_of(result)
         if run.stopped:
-            return "stopped", run.stopped, {"is_error": True}
+            return Answer("stopped", run.stopped, True)
         if isinstance(result, asyncio.CancelledError):
             return None
         if not isinstance(result, PistaError):
             log.error("session %s: a turn failed", run.item.event.session, exc_info=result)
             result = PistaError(f"openpista failed: {result!r}", "this is a bug; the log has more")
-        return "failed", self.redact(str(result)), {"is_error": True, "exit_code": result.exit_code}
+        return Answer("failed", self.redact(str(result)), True, {"exit_code": result.exit_code})
 
     def _approve(self, item: Item, place: Place) -> Approve | None:
         """Whom this turn asks about a risky call, for a limited time."""
@@ -7566,10 +7552,10 @@ class Hub:
             await asyncio.sleep(21_600)
 
 
-def reply_metadata(reply: Reply) -> dict[str, Any]:
-    """What is kept of a reply beside its text."""
+def answer_of(reply: Reply) -> Answer:
+    """What is kept of a reply."""
     known = {"session": reply.session, "agent": reply.agent, "model": reply.model, "usage": reply.usage._asdict()}
-    return known | ({"problem": reply.problem} if reply.problem else {})
+    return Answer("done", reply.text, False, known | ({"problem": reply.problem} if reply.problem else {}))
 
 
 # ===== 17. Cron ===============================================================
@@ -7577,8 +7563,7 @@ def reply_metadata(reply: Reply) -> dict[str, Any]:
 # A Cron is a set of numbers for each field; `next_after` goes from field to
 # field, never from minute to minute. All of it is pure: no clock, no database.
 #
-# Two rules are those of Debian's cron (3.0pl1: entry.c, cron.c; crontab(5) and
-# the notes of cron(8)), and both look at the first character of a field:
+# Two rules are those of Debian's cron, and look at the first character of a field:
 #
 # - Day of month and day of week are joined by "or" if neither begins with "*",
 #   else by "and": `1,15 * fri` is the 1st, the 15th and each Friday, while
@@ -7708,11 +7693,10 @@ class Cron(NamedTuple):
 
     def first_from(self, wall: datetime, last_year: int) -> datetime | None:
         """The first match that a clock on the wall comes to, from this time on."""
-        day, clock = self.day_from(wall.date(), last_year), (self.hours[0], self.minutes[0], self.seconds[0])
-        if day == wall.date() and not (later := self.clock_from(wall.hour, wall.minute, wall.second)):
-            day = self.day_from(day + timedelta(days=1), last_year)
-        elif day == wall.date():
-            clock = later
+        earliest, day = (self.hours[0], self.minutes[0], self.seconds[0]), self.day_from(wall.date(), last_year)
+        clock = self.clock_from(wall.hour, wall.minute, wall.second) if day == wall.date() else earliest
+        if clock is None:
+            day, clock = self.day_from(day + timedelta(days=1), last_year), earliest
         return day and datetime(day.year, day.month, day.day, *clock)
 
     def clock_from(self, hour: int, minute: int, second: int) -> tuple[int, int, int] | None:
@@ -7727,13 +7711,10 @@ class Cron(NamedTuple):
 
     def day_from(self, first: date, last_year: int) -> date | None:
         """The first day that matches, from this one on."""
-        for year in range(first.year, last_year + 1):
-            for month in self.months:
-                if (year, month) >= (first.year, first.month):
-                    for day in self.days_in(year, month):
-                        if (year, month, day) >= (first.year, first.month, first.day):
-                            return date(year, month, day)
-        return None
+        months = itertools.product(range(first.year, last_year + 1), self.months)
+        ahead = itertools.dropwhile(lambda month: month < (first.year, first.month), months)
+        days = (date(*month, day) for month in ahead for day in self.days_in(*month))
+        return next((day for day in days if day >= first), None)
 
     def days_in(self, year: int, month: int) -> list[int]:
         """The days of a month that match."""
@@ -7847,26 +7828,11 @@ def read_span(part: CronPart) -> set[int]:
     return set(range(first, last + 1, part.number(3, 1, field.steps) if step else 1))
 
 
-def read_last(part: CronPart) -> set[int]:
-    """`L`, `L-3`."""
-    return {-part.number(1, 1, 30) if part.match[1] else 0}
-
-
-def read_workday(part: CronPart) -> set[int]:
-    """`15W`, `LW`."""
-    return {0 if part.match[1] == "l" else part.value(1)}
-
-
-def read_nth(part: CronPart) -> set[tuple[int, int]]:
-    """`fri#2`, `5L`."""
-    return {(part.value(1) % 7, part.number(2, 1, 5) if part.match[2] else 0)}
-
-
 CRON_READERS: dict[str, Callable[[CronPart], set]] = {
     "span": read_span,
-    "last": read_last,
-    "workday": read_workday,
-    "nth": read_nth,
+    "last": lambda part: {-part.number(1, 1, 30) if part.match[1] else 0},  # L, L-3
+    "workday": lambda part: {0 if part.match[1] == "l" else part.value(1)},  # 15W, LW
+    "nth": lambda part: {(part.value(1) % 7, part.number(2, 1, 5) if part.match[2] else 0)},  # fri#2, 5L
 }
 
 
@@ -7919,10 +7885,7 @@ def parse_zone(name: str) -> tzinfo:
     raise CronError(f"no time zone {clip(name, 60)!r}{near(meant, zones)}", "a name is such as Europe/Berlin or UTC")
 
 
-LOCALTIME = Path("/etc/localtime")
-
-
-def local_zone(environ: Mapping[str, str], link: Path = LOCALTIME) -> tzinfo:
+def local_zone(environ: Mapping[str, str], link: Path = Path("/etc/localtime")) -> tzinfo:
     """The machine's time zone: $TZ, else what /etc/localtime is, else UTC."""
     from zoneinfo import ZoneInfo
 
@@ -7982,7 +7945,7 @@ def instant(wall: datetime, zone: tzinfo) -> datetime:
 # becomes a dict here or a WireError, never anything else: the same bytes mean the
 # same to every reader (no key twice, no NaN), and the object can be written again.
 
-FRAME_LIMIT = 1 << 20  # bytes; DESIGN 5
+FRAME_LIMIT = 1 << 20  # bytes
 DEPTH_LIMIT = 64  # of nesting: walking the object must not overflow somebody's stack later
 
 ASKING = {"id?": (str, 100), "token": (str, 200)}  # type of frame -> its fields: kind and longest; ?: may be missing
@@ -8122,15 +8085,15 @@ def check_frame(frame: dict[str, Any], shapes: dict[str, dict[str, tuple[type, i
 #     QuicServer   sockets, who may come in, a task a stream
 #       Link       one connection: datagrams in, events out, one transmit a loop turn
 #         Stream   one request: frames both ways
-#     QuicClient   the same from the other end: pins, tickets, addresses, pings
+#     QuicClient   the same from the other end: pins, tickets, addresses
 #
 # Private names of aioquic (underscored) are used where it has no public one;
-# requirements.txt pins its version and tests/test_gateway.py covers each.
+# requirements.txt pins its version and tests/test_quic.py covers each.
 
 ALPN = "openpista/1"
 DATAGRAM = 1_200  # bytes of UDP payload: what QUIC demands of every way, tunnels of 1,280 included
 LARGEST = 16 << 10  # bytes of a datagram that is read: jumbo frames; asyncio would ask for 256 KiB each time
-DRAIN = 32  # datagrams read in one wake-up before anything is sent: halves the time of 64 KiB (FACTS, Annex A)
+DRAIN = 32  # datagrams read in one wake-up before anything is sent: halves the time of 64 KiB
 FULL = 1_000  # bytes: a datagram that is not full is mostly the last, and to look for another costs a system call
 SMALL_FRAME = 64 << 10  # the longest frame of a connection that has not authenticated
 STREAM_UNACKED = 256 << 10  # bytes not yet acknowledged that make send() wait: on its stream,
@@ -8199,7 +8162,7 @@ def configured(**more: Any) -> QuicConfiguration:
     )
 
 
-# Certificates
+# ---- certificates ----
 
 
 class Identity(NamedTuple):
@@ -8283,7 +8246,7 @@ def fingerprint(certificate: Any) -> str:
     return certificate.fingerprint(open_crypto().hashes.SHA256()).hex()
 
 
-# MemoryTickets
+# ---- tickets ----
 
 
 def ticket_to_json(ticket: SessionTicket) -> str:
@@ -8307,21 +8270,7 @@ def ticket_from_json(text: str) -> SessionTicket | None:
         return None
 
 
-class MemoryTickets:
-    """Session tickets in memory, each good for once; what has these two methods, and raises nothing, can stand in."""
-
-    def __init__(self) -> None:
-        self._tickets: dict[bytes, SessionTicket] = {}
-
-    def pop(self, label: bytes) -> SessionTicket | None:
-        """The ticket, which is then gone: early data that is sent again finds none, and is not read."""
-        return self._tickets.pop(label, None)
-
-    def add(self, ticket: SessionTicket) -> None:
-        self._tickets[ticket.ticket] = ticket
-
-
-# Sockets
+# ---- sockets ----
 
 
 class Port(asyncio.DatagramProtocol):
@@ -8413,7 +8362,7 @@ def hear_refusals(sock: socket.socket, on: bool) -> None:
         sock.setsockopt(*option, on)
 
 
-# Connections, either end
+# ---- connections, either end ----
 
 
 class Stream:
@@ -8433,11 +8382,6 @@ class Stream:
         self.deaf: GatewayError | None = None  # raised by send(): the reader is gone
         self.done = False  # the handler is, on the server
         self._news = asyncio.Event()
-
-    @property
-    def peer(self) -> tuple:
-        """The address of the other side; it may move."""
-        return self.link.peer
 
     async def receive(self) -> dict[str, Any] | None:
         """The next frame; None when the other side has finished."""
@@ -8595,7 +8539,7 @@ class Link:
         self.take_events()
         self.transmit()
 
-    # Streams
+    # ---- streams ----
 
     def write(self, number: int, data: bytes, finish: bool) -> None:
         """Queue bytes on a stream."""
@@ -8621,7 +8565,7 @@ class Link:
             self._most = sum(len(stream.sender._buffer) for stream in streams.values())
         return self._most if self._most > LINK_UNACKED else 0
 
-    # Events, by aioquic's names; those without a method here are of no use to this end
+    # ---- events, by aioquic's names; those without a method here are of no use to this end ----
 
     def on_StreamDataReceived(self, event: Any) -> None:
         if stream := self.streams.get(event.stream_id):
@@ -8646,7 +8590,7 @@ class Link:
         said = event.reason_phrase or f"code {event.error_code}"
         self.end(GatewayError(f"the connection was closed: {said}", code=event.error_code))
 
-    # The end
+    # ---- the end ----
 
     @contained
     def close(self, code: int = Code.DONE, reason: str = "", problem: GatewayError | None = None) -> None:
@@ -8677,7 +8621,7 @@ class Link:
         self._soon = self._timer = self.deadline = None
 
 
-# The server
+# ---- the server ----
 
 
 class ServerLink(Link):
@@ -8787,23 +8731,19 @@ class Guard:
         return min(0.1 * 2 ** min(count, 16), SLOWEST)
 
 
-Handler = Callable[[Stream], Awaitable[None]]
-Authenticate = Callable[[dict[str, Any], tuple], Any]
-
-
 class QuicServer:
     """Listens, lets devices in, and runs the handler once for each stream."""
 
     def __init__(
         self,
-        handler: Handler,
-        authenticate: Authenticate,
+        handler: Callable[[Stream], Awaitable[None]],
+        authenticate: Callable[[dict[str, Any], tuple], Any],  # a request and who sent it -> the device, or None
         identity: Identity,
-        tickets: MemoryTickets | None = None,
+        tickets: Any,  # has pop(label) and add(ticket), which raise nothing; each ticket is good for once
         limits: Limits | None = None,
     ):
-        self.handler, self.authenticate, self.limits = handler, authenticate, limits or Limits()
-        self.tickets = tickets or MemoryTickets()
+        self.handler, self.authenticate, self.tickets = handler, authenticate, tickets
+        self.limits = limits or Limits()
         self.lib = open_quic()
         self.ports: list[Port] = []
         self.links: dict[bytes, ServerLink] = {}  # by each connection id that a datagram may bear
@@ -8813,7 +8753,7 @@ class QuicServer:
         self.tasks: set[asyncio.Task] = set()
         self.use(identity)
 
-    # Life
+    # ---- life ----
 
     def use(self, identity: Identity) -> None:
         """The certificate for connections from now on."""
@@ -8830,15 +8770,12 @@ class QuicServer:
 
     async def start(self, addresses: Iterable[tuple[str, int]]) -> None:
         """Listen on these addresses, all or none."""
-        opened: list[Port] = []
         try:
             for sock in listening(addresses):
-                opened.append(await Port.open(sock, self.received, lambda error: None))
+                self.ports.append(await Port.open(sock, self.received, lambda error: None))
         except BaseException:
-            for port in opened:
-                port.close()
+            await self.stop_listening()
             raise
-        self.ports += opened
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -8871,7 +8808,7 @@ class QuicServer:
             link.close(Code.REVOKED, "revoked")
         return len(links)
 
-    # Datagrams
+    # ---- datagrams ----
 
     def received(self, batch: list[tuple[bytes, tuple]], port: Port) -> None:
         """Hand each datagram to its connection; then each of those transmits once."""
@@ -8956,7 +8893,7 @@ class QuicServer:
         for cid in [cid for cid, one in self.links.items() if one is link]:
             del self.links[cid]
 
-    # Requests
+    # ---- requests ----
 
     async def serve(self, stream: Stream) -> None:
         """One request, from its first frame to the last of the answer."""
@@ -8982,11 +8919,11 @@ class QuicServer:
         """Wait for the request; if it is none, or from no device, then WireError, later and later."""
         link = stream.link
         try:
-            stream.request = stream.frames.popleft() if stream.frames else await self.first_frame(stream)
+            stream.request = await self.first_frame(stream)
             if stream.deaf:
                 raise stream.deaf
             check_frame(stream.request)
-            stream.device = self.authenticate(stream.request, stream.peer)
+            stream.device = self.authenticate(stream.request, link.peer)
             if stream.device is None:
                 raise WireError("unauthorized", "this token is not known here")
         except WireError as error:
@@ -9003,12 +8940,13 @@ class QuicServer:
     async def first_frame(self, stream: Stream) -> dict[str, Any]:
         """The request, if it comes whole and in time."""
         try:
-            return await asyncio.wait_for(stream.receive(), self.limits.frame) or {}
+            async with asyncio.timeout(self.limits.frame):
+                return await stream.receive() or {}
         except TimeoutError:
             raise WireError("too_slow", f"no whole frame in {self.limits.frame:g} s") from None
 
 
-# The client
+# ---- the client ----
 
 
 class ClientLink(Link):
@@ -9130,21 +9068,15 @@ class QuicClient:
         ticket: SessionTicket | None = None,
         on_ticket: Callable[[SessionTicket], None] = lambda ticket: None,
         time_limit: float = CONNECT_TIME,
-        keep_alive: float = KEEP_ALIVE,
     ):
-        self.host, self.port, self.on_ticket = host, port, on_ticket
-        self.pinned, self.ticket = fingerprint.lower(), ticket
+        self.host, self.port, self.time_limit = host, port, time_limit
+        self.place = f"{host}, UDP port {port}"  # for people
+        self.pinned, self.ticket, self.on_ticket = fingerprint.lower(), ticket, on_ticket
         self.fingerprint = self.pinned  # of who answered
         self.early_accepted = False
-        self.time_limit, self.keep_alive = time_limit, keep_alive
         self.lib = open_quic()
         self.link: ClientLink | None = None
-        self._tasks: list[asyncio.Task] = []
-
-    @property
-    def place(self) -> str:
-        """Where the server is, for people."""
-        return f"{self.host}, UDP port {self.port}"
+        self._connecting: asyncio.Task[None] | None = None
 
     @property
     def problem(self) -> GatewayError | None:
@@ -9162,7 +9094,7 @@ class QuicClient:
         link = ClientLink(self)
         await self._open_next(link, rest)
         self.link = link
-        self._tasks = [asyncio.create_task(self._connect(rest)), asyncio.create_task(self._stay_alive())]
+        self._connecting = asyncio.create_task(self._connect(rest))
         try:
             if not self.early:
                 await self.connected()
@@ -9173,9 +9105,8 @@ class QuicClient:
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._connecting.cancel()
+        await asyncio.gather(self._connecting, return_exceptions=True)
 
     def close(self, code: int = Code.DONE, reason: str = "") -> None:
         """Say goodbye, and do not wait for an answer."""
@@ -9186,7 +9117,7 @@ class QuicClient:
 
     async def connected(self) -> None:
         """Wait for the handshake; GatewayError if it fails, WrongServer if somebody else is there."""
-        await asyncio.wait(self._tasks[:1])
+        await asyncio.wait([self._connecting])
         if self.link.problem:
             raise self.link.problem
 
@@ -9216,22 +9147,7 @@ class QuicClient:
             raise link.problem
         return time.monotonic() - started
 
-    async def rebind(self) -> None:
-        """Go on from another UDP socket, as when the network has changed."""
-        old = self.link.port
-        self.link.port = await Port.open(udp_socket(old.sock.family), old.received, old.failed)
-        old.close()
-        self.link.quic.change_connection_id()
-        self.link.touch()
-
-    async def _stay_alive(self) -> None:
-        """Ping, so that routers keep the way open and a dead server is noticed."""
-        with contextlib.suppress(GatewayError):
-            while True:
-                await asyncio.sleep(self.keep_alive)
-                await self.ping()
-
-    # Addresses
+    # ---- addresses ----
 
     async def _resolve(self) -> list[tuple[int, tuple]]:
         """Family and address of each place where the server may be, in the system's order."""
@@ -9609,6 +9525,7 @@ class Tty:
 
     def __init__(self, keys: int, out: Any, environ: Mapping[str, str]):
         self._keys, self._out = keys, out
+        self._termios = importlib.import_module("termios")  # some systems have none, see `usable`
         self.style = Style(not environ.get("NO_COLOR"))
         self._decoder = KeyDecoder()
         self._queue: collections.deque[KeyPress] = collections.deque()
@@ -9629,11 +9546,9 @@ class Tty:
         return columns or 80, rows or 24
 
     def __enter__(self) -> Tty:
-        import termios
-
         self._loop = asyncio.get_running_loop()
         with self._may_be_gone():
-            self._before = termios.tcgetattr(self._keys)
+            self._before = self._termios.tcgetattr(self._keys)
         self._handle_signals()
         self._take()
         return self
@@ -9743,10 +9658,8 @@ class Tty:
 
     def _take(self) -> None:
         """Raw mode, but for OPOST: a line feed still goes to the first column."""
-        import termios
-
         if self._before:
-            mode = [*self._before[:6], [*self._before[6]]]
+            termios, mode = self._termios, [*self._before[:6], [*self._before[6]]]
             mode[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR | termios.ISTRIP | termios.IXON)
             mode[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
             mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
@@ -9761,11 +9674,9 @@ class Tty:
             self.write(self.LEAVE + (self.MAIN if self._full else ""))
 
     def _set(self, mode: list[Any]) -> None:
-        import termios
-
         with self._may_be_gone():
             if not self._in_background():  # there it is the shell's, and we would be stopped
-                termios.tcsetattr(self._keys, termios.TCSANOW, mode)
+                self._termios.tcsetattr(self._keys, self._termios.TCSANOW, mode)
 
     def _in_background(self) -> bool:
         with contextlib.suppress(OSError):
@@ -9774,13 +9685,11 @@ class Tty:
 
     @contextlib.contextmanager
     def _may_be_gone(self) -> Iterator[None]:
-        import termios
-
         try:
             yield
         except BlockingIOError:
             pass  # what is left goes out with the next write
-        except (OSError, termios.error):
+        except (OSError, self._termios.error):
             self._gone = True
             self._woken.set()
 
@@ -10291,10 +10200,6 @@ class Editor(Line):
         self._menu: tuple[int, list[str], int] | None = None  # where the word starts, words on offer, the chosen one
         self._search: tuple[str, int] | None = None  # a word, and the entry that has it; 0: none has
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.text
-
     def take(self) -> str:
         """The text, which is then history."""
         text = self.text
@@ -10308,7 +10213,7 @@ class Editor(Line):
         if self._search and self._press_search(key):
             return ""
         menu, self._menu = self._menu, None
-        if key.name in self.DECISIONS or (key.name == "ctrl-d" and self.is_empty):
+        if key.name in self.DECISIONS or (key.name == "ctrl-d" and not self.text):
             return self.DECISIONS.get(key.name, "leave")
         breaks = self.text.endswith("\\", 0, self.at) and self.at == line_end(self.text, self.at)
         if key.name == "enter" and not breaks:
@@ -10520,8 +10425,8 @@ class Inline:
             self._say(match[0])
             return match.end()
         code = self.text[match.end() : starts[number]]
-        padded = code[0] == code[-1] == " " and code.strip()
-        self._say(code[1:-1] if padded else code, "code")
+        spaced = code[0] == code[-1] == " " and code.strip()
+        self._say(code[1:-1] if spaced else code, "code")
         return starts[number] + len(match[0])
 
     def _begin(self, match: re.Match) -> None:
@@ -12646,7 +12551,7 @@ class ScreenChat(Chat):
         """Stop the turn, or empty the input, or at the second time leave."""
         if self.turn and not self.view.stopping:
             await self.stop()
-        elif not self.editor.is_empty:
+        elif self.editor.text:
             self.editor.text = ""
         elif self._leaving:
             self.left = True
@@ -12735,7 +12640,7 @@ class ScreenChat(Chat):
             return True
         since = max(self.question.since, self._typed)
         decision = DECISIONS.get(key.text.lower())
-        if key.name != "text" or not decision or not self.editor.is_empty or self.clock() - since < self.SETTLE:
+        if key.name != "text" or not decision or self.editor.text or self.clock() - since < self.SETTLE:
             return False
         self._meant = key
         wait = 0.0 if decision is Decision.DENY else self.MEANT
@@ -12805,7 +12710,7 @@ class ScreenChat(Chat):
         """The lines above the input: the end of the answer, what runs or is asked, what waits."""
         lines = self.view.live(columns - 1, rows) if self.turn else []
         if self.question:
-            words = ONE_KEY if self.editor.is_empty else WITH_A_DRAFT
+            words = WITH_A_DRAFT if self.editor.text else ONE_KEY
             lines += [self.style(row, "ask") for row in wrap_cells(words, columns - 1)]
         elif self.turn:
             lines.append(self.style(self.view.status(columns - 1), "dim"))
@@ -13955,7 +13860,6 @@ class Uplink:
                 fingerprint=invite.fingerprint,
                 ticket=self.known.ticket(invite),
                 on_ticket=self._keep,
-                keep_alive=86_400,  # see _beat
             )
             await client.__aenter__()
             self._client, self._pulse = client, asyncio.create_task(self._beat(client))

@@ -169,7 +169,7 @@ def test_taken_texts_are_history_once():
     for word in ("one", "four", "four"):
         press(editor, f"'{word} enter")
         assert editor.take() == word
-        assert editor.is_empty
+        assert not editor.text
     assert editor.history == ["two\nlines", "three", "one", "four"]
     assert press(editor, "up enter") == "submit"
     assert editor.text == "four"
@@ -268,7 +268,7 @@ def test_a_text_over_the_limit_is_cut_and_says_so():
     press(editor, "y left")
     assert len(editor.text) == Editor.LIMIT
     press(editor, "ctrl-_ ctrl-_")
-    assert editor.is_empty
+    assert not editor.text
 
 
 def test_a_great_paste_is_not_submitted():

@@ -604,6 +604,28 @@ def test_one_recipient_that_fails_holds_up_no_other_and_its_order_is_kept(house)
     asyncio.run(go())
 
 
+def test_what_is_deleted_while_it_waits_holds_nothing_up(house):
+    async def go():
+        waiting, ready = asyncio.Event(), asyncio.Event()
+
+        async def until_ready(delivery):
+            waiting.set()
+            await ready.wait()
+
+        with Store(house.folder / "memory.db") as store:
+            outbox, post = openpista.Outbox(store), Post()
+            post.outlet = post.outlet._replace(ready=until_ready)
+            for text in "ab":
+                outbox.add("fake:1", {}, [text])
+            async with courier(store, post):
+                await waiting.wait()
+                store.db.execute("DELETE FROM outbox WHERE text = 'a'")
+                ready.set()
+                await until(lambda: post.texts == ["b"])
+
+    asyncio.run(go())
+
+
 def test_when_to_try_again_and_when_to_give_up(house):
     clock = FakeClock(datetime(2026, 3, 1, tzinfo=UTC))
 

@@ -20,6 +20,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from test_quic import rebind
+
 import openpista as pista
 from openpista import (
     Code,
@@ -500,7 +502,7 @@ def test_the_socket_changes_in_the_middle_of_a_turn(daemon, run):
             turn = client.open_stream({**message("$ sleep 0.5; echo moved"), "token": daemon.token})
             await frames(turn, "progress")
             before = client.link.port.sock.getsockname()
-            await client.rebind()
+            await rebind(client)
             assert client.link.port.sock.getsockname() != before
             assert (await frames(turn))[-1]["content"] == "moved" and client.problem is None
 

@@ -293,7 +293,7 @@ class Sender:
             if self._client is None or self._client.problem:
                 await self._leave()
                 ticket, self._ticket = self._ticket, None
-                client = self.house.client(ticket=ticket, on_ticket=self._keep, keep_alive=3_600.0)
+                client = self.house.client(ticket=ticket, on_ticket=self._keep)
                 await client.__aenter__()
                 self._client, self._pulse = client, asyncio.create_task(self._beat(client))
             return self._client
