@@ -191,7 +191,7 @@ class Desk:
             ToolsConfig(workdir=str(self.folder)), {"PATH": "/usr/bin:/bin"}, self.folder, Redactor(["canary-1"])
         )
         self.agent = Agent(
-            lambda name: self.models, Toolbox(bench), self.store, settings=AgentConfig(**settings), system=system
+            lambda *_: self.models, Toolbox(bench), self.store, settings=AgentConfig(**settings), system=system
         )
         self.agent.bytes_per_token = self.bytes_per_token
         session = self.store.session(self.session.name)
@@ -671,7 +671,7 @@ calls = tuple(ToolCall(f"c{i}", "system.run", {"command": command}) for i, comma
 models = ScriptedModels([Completion(Message(Role.ASSISTANT, "", calls), Usage(), "fake/model")])
 with Store(folder / "memory.db") as store:
     bench = Bench(ToolsConfig(workdir=str(folder)), os.environ, folder, Redactor())
-    agent = Agent(lambda name: models, Toolbox(bench), store, settings=AgentConfig(), system="")
+    agent = Agent(lambda *_: models, Toolbox(bench), store, settings=AgentConfig(), system="")
     asyncio.run(agent.turn(store.session("main"), "do it", Gate("never", None), lambda progress: None))
 """
 
