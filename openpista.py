@@ -6178,8 +6178,9 @@ def conditions(route: RouteConfig) -> str:
 
 def covers(first: RouteConfig, later: RouteConfig) -> bool:
     """Whether all that matches the later route matches the first one too, as far as that can be said."""
+    kind = later._replace(channel=later.channel.partition(":")[0])  # by which its channel may be called too
     return (
-        all(glob_covers(getattr(first, name), getattr(later, name)) for name in GLOBS)
+        any(all(glob_covers(getattr(first, name), getattr(one, name)) for name in GLOBS) for one in (later, kind))
         and later.prefix.startswith(first.prefix)
         and first.pattern in ("", later.pattern)
         and first.has_image in (None, later.has_image)
@@ -6189,8 +6190,7 @@ def covers(first: RouteConfig, later: RouteConfig) -> bool:
 
 def glob_covers(wide: str, narrow: str) -> bool:
     """Whether all names that the narrow pattern takes are taken by the wide one; '' takes all."""
-    plain = [name for name in (narrow, narrow.partition(":")[0]) if name and not set(name) & set("*?[")]
-    return wide in ("", "*", narrow) or any(fnmatch.fnmatchcase(name, wide) for name in plain)
+    return wide in ("", "*", narrow) or (not set(narrow) & set("*?[") and fnmatch.fnmatchcase(narrow, wide))
 
 
 def route_warnings(routes: Sequence[RouteConfig]) -> list[str]:
