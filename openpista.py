@@ -5779,21 +5779,21 @@ class SystemRun(Tool):
     async def run(self, arguments: dict[str, Any]) -> ToolResult:
         """The output and how it ended; in the background, the pid and the file of the output."""
         command, shell = arguments["command"], find_shell()
+        is_long = len(command.encode()) > self.LONGEST_ARGUMENT
         where = {
             "cwd": self.bench.folder(arguments.get("workdir", "")),
             "env": self.bench.child_environment(arguments.get("env")),
         }
         if arguments.get("background"):
-            if len(command.encode()) > self.LONGEST_ARGUMENT:
-                raise ToolError(
-                    f"a command for the background may have {self.LONGEST_ARGUMENT:,} bytes", "write a script"
-                )
+            if is_long:
+                said = f"a command for the background may have {self.LONGEST_ARGUMENT:,} bytes"
+                raise ToolError(said, "write a script")
             log_path = self.bench.home / "jobs" / f"{utc_now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}.log"
             pid = start_in_background(shell, command, log_path=log_path, **where)
             return ToolResult("", f"started in the background: pid {pid} (its group too), output in {log_path}")
         with contextlib.ExitStack() as stack:
             argv = [shell, "-c", command]
-            if len(command.encode()) > self.LONGEST_ARGUMENT:
+            if is_long:
                 script = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8"))
                 script.write(command)
                 script.flush()
@@ -6662,18 +6662,18 @@ class Errand:
     TOKENS, MOST = 500_000, 32  # for all that other agents do for it, if [agent] has no ask_tokens; tasks
     DEEPEST = 3  # agents that wait for one another
     LONGEST_ANSWER = 30_000  # characters of another agent's
-    REVIEW = 15.0  # seconds for a reviewer
+    REVIEW, REVIEWS = 15.0, 4  # seconds for a reviewer; calls that it looks at side by side
 
     def __init__(self, tokens: int):
         self.words, self.limit = "", tokens or self.TOKENS
         self.tokens = self.count = 0
         self.remarks: list[str] = []  # what the person must see at the end of the answer
+        self._reviews = asyncio.Semaphore(self.REVIEWS)
 
     async def ask(self, asker: Turn, message_id: int, call: ToolCall) -> ToolResult:
         """The answer of another agent, in a session of its own; after a restart it goes on from there."""
         try:
-            async with asker.askable:
-                answer, is_error = await self._answer(asker, message_id, call), False
+            answer, is_error = await self._answer(asker, message_id, call), False
         except PistaError as error:  # no key, no budget, nobody there: the one that asked hears of it
             answer, is_error = str(error), True
         text = asker.persona.toolbox.redact(storable(answer))
@@ -6714,7 +6714,7 @@ class Errand:
         """What [tools] reviewer says of a risky call; `ask` if it says nothing that can be understood in time."""
         name = turn.agent.crew.reviewer
         try:
-            async with asyncio.timeout(self.REVIEW):
+            async with self._reviews, asyncio.timeout(self.REVIEW):
                 verdict = parse_verdict(await self._judgement(turn, name, call, danger), name)
         except TimeoutError:
             verdict = Verdict("ask", f"it did not answer within {self.REVIEW:g} s", name)
@@ -6757,7 +6757,7 @@ class Turn:
     """One turn of a session: what was asked, what it has cost, what it has repeated."""
 
     NOTE_AT, END_AT = 3, 5  # equal calls with equal results
-    SIDE_BY_SIDE = 4  # other agents that it waits for at once
+    AGENTS, TOOLS = 4, 16  # that it waits for at once
 
     def __init__(
         self,
@@ -6777,7 +6777,7 @@ class Turn:
         self.models = agent.pick(session.model, persona.name)
         self.window = Window(agent, persona, session, self.models, self._shorten)
         self.usage, self.model = Usage(), self.models.name
-        self.askable = asyncio.Semaphore(self.SIDE_BY_SIDE)
+        self._agents, self._tools = asyncio.Semaphore(self.AGENTS), asyncio.Semaphore(self.TOOLS)
         self._level, self._failed = 0, 0  # models of [agent] escalate that took over; failed rounds since then
         self.done: list[tuple[ToolCall, ToolResult]] = []
         self._allowed: set[tuple[int, str]] = set()  # calls that had begun before a restart
@@ -6987,22 +6987,22 @@ class Turn:
 
     async def _call(self, message_id: int, call: ToolCall) -> ToolResult:
         """One call from its check to its result, journalled before and after."""
-        started, toolbox = False, self.persona.toolbox
+        started, asks, toolbox = False, call.name == AgentAsk.NAME, self.persona.toolbox
         try:
             review = functools.partial(self.errand.review, self) if self.agent.crew.reviewer else None
             gate = Gate("never", None) if (message_id, call.id) in self._allowed else self.gate
             if refusal := await toolbox.refusal(call, gate, review):
                 result = ToolResult(call.id, toolbox.redact(refusal), is_error=True)
             else:
-                self.store.start_call(self.session, message_id, call)
-                started = True
-                log.debug("%s %s", call.name, clip(to_json(call.arguments), 500))
-                self.tell(Progress("tool_started", call=call))
-                asks = call.name == AgentAsk.NAME
-                result = await (self.errand.ask(self, message_id, call) if asks else toolbox.run(call))
+                async with self._agents if asks else self._tools:
+                    self.store.start_call(self.session, message_id, call)
+                    started = True
+                    log.debug("%s %s", call.name, clip(to_json(call.arguments), 500))
+                    self.tell(Progress("tool_started", call=call))
+                    result = await (self.errand.ask(self, message_id, call) if asks else toolbox.run(call))
         except asyncio.CancelledError:
-            goes_on = self.record.goes_on() and (not started or call.name == AgentAsk.NAME)
-            if not goes_on:  # else the question that it, or who was asked, may wait for still stands
+            if not (self.record.goes_on() and (asks or not started)):
+                # Else the question that it, or who was asked, may wait for still stands.
                 result = ToolResult(call.id, STOPPED if started else NOT_BEGUN, is_error=True)
                 self.store.finish_call(self.session, message_id, result, "interrupted")
             raise

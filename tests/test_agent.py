@@ -1,6 +1,7 @@
 """The agent: transcripts that every provider takes, rounds of tools, what fits into the window, what a crash leaves."""
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -954,3 +955,9 @@ def test_what_is_written_beside_a_turn_is_one_transaction_with_it(desk, which):
     else:
         asyncio.run(go())
     assert [message.text for message in desk.stored] == ["hi", "hello", "do it"][: 2 + (which == "ended")]
+
+
+def test_many_calls_at_once_wait_for_places(desk):
+    desk.turn([asks(*["sleep 0.01"] * 40), said("done")])
+    steps = [{"tool_started": 1, "tool_finished": -1}.get(progress.kind, 0) for progress in desk.told]
+    assert max(itertools.accumulate(steps)) == openpista.Turn.TOOLS < steps.count(1) == 40
