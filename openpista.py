@@ -6619,19 +6619,23 @@ class Agent:
 LONGEST_QUEUE = 3_600.0  # seconds to wait for another process that works on the session
 
 
-@contextlib.asynccontextmanager
-async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None]:
-    """The session's lease, kept alive while the block runs. Waits for another process, and says so."""
-    started, waits = time.monotonic(), False
+async def await_lease(store: Store, session: Session, tell: Tell) -> None:
+    """Take the session's lease; while another process has it wait, and say so."""
+    end, told = time.monotonic() + LONGEST_QUEUE, False
     while not store.take_lease(session):
         used = f"session {session.name} is in use by {store.lease_holder(session)}"
-        if time.monotonic() - started > LONGEST_QUEUE:
+        if time.monotonic() > end:
             raise StoreError(used, f"waited {LONGEST_QUEUE:g} s; try again later")
-        if not waits:
+        if not told:
             tell(Progress("notice", f"{used}; waiting for it"))
-        waits = True
+        told = True
         await asyncio.sleep(0.2)
 
+
+@contextlib.asynccontextmanager
+async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None]:
+    """The session's lease, kept alive while the block runs."""
+    await await_lease(store, session, tell)
     turn, lost = asyncio.current_task(), []
 
     async def beat() -> None:
@@ -6662,6 +6666,7 @@ class Errand:
     TOKENS, MOST = 500_000, 32  # for all that other agents do for it, if [agent] has no ask_tokens; tasks
     DEEPEST = 3  # agents that wait for one another
     LONGEST_ANSWER = 30_000  # characters of another agent's
+    REMARKS = 20  # refusals that the answer names
     REVIEW, REVIEWS = 15.0, 4  # seconds for a reviewer; calls that it looks at side by side
 
     def __init__(self, tokens: int):
@@ -6723,8 +6728,10 @@ class Errand:
         verdict = verdict._replace(reason=turn.persona.toolbox.redact(verdict.reason))
         if verdict.word == "deny":
             what = clip(str(call.arguments.get("command") or to_json(call.arguments)), 120)
-            self.remarks.append(f"{name} refused {call.name} {what}: {verdict.reason}")
-            turn.tell(Progress("notice", self.remarks[-1]))
+            remark = f"{name} refused {call.name} {what}: {verdict.reason}"
+            turn.tell(Progress("notice", remark))
+            if len(self.remarks) < self.REMARKS:
+                self.remarks.append(remark)
         return verdict
 
     async def _judgement(self, turn: Turn, name: str, call: ToolCall, danger: str) -> str:
@@ -7017,10 +7024,8 @@ class Turn:
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < self.NOTE_AT:
             return result
-        note = (
-            f"[openpista: this call has given this same result {self._seen[key]} times; do something else, or answer]"
-        )
-        return result._replace(output=f"{result.output}\n{note}")
+        note = f"this call has given this same result {self._seen[key]} times; do something else, or answer"
+        return result._replace(output=f"{result.output}\n[openpista: {note}]")
 
 
 def parse_verdict(text: str, reviewer: str) -> Verdict:
