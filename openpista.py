@@ -6819,7 +6819,9 @@ class Turn:
         """Rounds of asking and acting, until the answer is words."""
         # Those before a restart count: a command that kills openpista would else be asked for for ever.
         rounds = self.persona.settings.max_tool_rounds or AgentConfig().max_tool_rounds
-        self._escalate_for_turns()
+        failures = self.store.failures(self.session) if self.persona.settings.escalate else 0
+        for _ in range(failures // 2):  # of the turns of this session right before this one
+            self._escalate(f"{failures} failed turns")
         for _ in range(used, rounds):
             answer = await self._ask()
             if not answer.message.tool_calls:
@@ -6963,12 +6965,6 @@ class Turn:
                 self.errand.remarks.append(f"After {reason} {models.name} took over{whose}.")
                 self.tell(Progress("notice", f"after {reason} {models.name} takes over"))
                 return
-
-    def _escalate_for_turns(self) -> None:
-        """The same for every two turns of the session that failed before this one."""
-        failures = self.store.failures(self.session) if self.persona.settings.escalate else 0
-        for _ in range(failures // 2):
-            self._escalate(f"{failures} failed turns")
 
     # ---- acting ----
 
