@@ -5779,21 +5779,21 @@ class SystemRun(Tool):
     async def run(self, arguments: dict[str, Any]) -> ToolResult:
         """The output and how it ended; in the background, the pid and the file of the output."""
         command, shell = arguments["command"], find_shell()
+        is_long = len(command.encode()) > self.LONGEST_ARGUMENT
         where = {
             "cwd": self.bench.folder(arguments.get("workdir", "")),
             "env": self.bench.child_environment(arguments.get("env")),
         }
         if arguments.get("background"):
-            if len(command.encode()) > self.LONGEST_ARGUMENT:
-                raise ToolError(
-                    f"a command for the background may have {self.LONGEST_ARGUMENT:,} bytes", "write a script"
-                )
+            if is_long:
+                said = f"a command for the background may have {self.LONGEST_ARGUMENT:,} bytes"
+                raise ToolError(said, "write a script")
             log_path = self.bench.home / "jobs" / f"{utc_now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}.log"
             pid = start_in_background(shell, command, log_path=log_path, **where)
             return ToolResult("", f"started in the background: pid {pid} (its group too), output in {log_path}")
         with contextlib.ExitStack() as stack:
             argv = [shell, "-c", command]
-            if len(command.encode()) > self.LONGEST_ARGUMENT:
+            if is_long:
                 script = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8"))
                 script.write(command)
                 script.flush()
@@ -6020,6 +6020,7 @@ class AgentAsk(Tool):
     NAME = "agent.ask"
 
     def __init__(self, others: Mapping[str, str]):
+        self.others = others  # name -> what it is for
         known = "; ".join(f"{name}: {what}" if what else name for name, what in others.items())
         self.spec = ToolSpec(
             self.NAME,
@@ -6177,8 +6178,9 @@ def conditions(route: RouteConfig) -> str:
 
 def covers(first: RouteConfig, later: RouteConfig) -> bool:
     """Whether all that matches the later route matches the first one too, as far as that can be said."""
+    kind = later._replace(channel=later.channel.partition(":")[0])  # by which its channel may be called too
     return (
-        all(glob_covers(getattr(first, name), getattr(later, name)) for name in GLOBS)
+        any(all(glob_covers(getattr(first, name), getattr(one, name)) for name in GLOBS) for one in (later, kind))
         and later.prefix.startswith(first.prefix)
         and first.pattern in ("", later.pattern)
         and first.has_image in (None, later.has_image)
@@ -6188,8 +6190,7 @@ def covers(first: RouteConfig, later: RouteConfig) -> bool:
 
 def glob_covers(wide: str, narrow: str) -> bool:
     """Whether all names that the narrow pattern takes are taken by the wide one; '' takes all."""
-    plain = [name for name in (narrow, narrow.partition(":")[0]) if name and not set(name) & set("*?[")]
-    return wide in ("", "*", narrow) or any(fnmatch.fnmatchcase(name, wide) for name in plain)
+    return wide in ("", "*", narrow) or (not set(narrow) & set("*?[") and fnmatch.fnmatchcase(narrow, wide))
 
 
 def route_warnings(routes: Sequence[RouteConfig]) -> list[str]:
@@ -6282,6 +6283,11 @@ def describe_machine(folder: Path, environ: Mapping[str, str]) -> str:
     return f"Commands run on {socket.gethostname()} ({kind}) as {user} in {folder}."
 
 
+def is_empty(message: Message) -> bool:
+    """Whether the model neither said nor called anything."""
+    return not message.tool_calls and not message.text.strip()
+
+
 def repair(messages: Iterable[Message]) -> list[Message]:
     """A transcript that every provider takes, whatever is in the database.
 
@@ -6300,7 +6306,7 @@ def repair(messages: Iterable[Message]) -> list[Message]:
             continue
         if message.role is Role.USER and fixed and fixed[-1].role is Role.TOOL:
             fixed.append(Message(Role.ASSISTANT, GAP))  # some refuse a person's words right after a tool's
-        if message.role is Role.ASSISTANT and not message.tool_calls and not message.text.strip():
+        if message.role is Role.ASSISTANT and is_empty(message):
             continue
         if message.role is Role.ASSISTANT and message.tool_calls and fixed[-1].role is Role.ASSISTANT:
             fixed.append(Message(Role.USER, GAP))
@@ -6339,6 +6345,12 @@ def elided(entry: Entry, upto: int) -> Message:
 def stub(text: str) -> str:
     """What stands for a long text that is no longer shown."""
     return text if len(text) <= STUB_FROM else f"({len(text):,} characters were here; they are no longer shown)"
+
+
+def spoken(message: Message) -> str:
+    """A message as a line of a conversation, with its calls."""
+    calls = [f"calls {call.name} {to_json(call.arguments)}" for call in message.tool_calls]
+    return "\n".join(filter(None, [described(message, "picture {}", *message.images).text, *calls]))
 
 
 def without_calls(messages: Iterable[Message]) -> list[Message]:
@@ -6398,6 +6410,127 @@ def with_images(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(found[::-1])
 
 
+class Window:
+    """What of a session goes into a request: old results give way first, then old turns."""
+
+    def __init__(
+        self, agent: Agent, persona: Persona, session: Session, models: Models, shorten: Callable[[str], Awaitable[str]]
+    ):
+        self.agent, self.store, self.session = agent, agent.store, session
+        self.persona, self.models = persona, models
+        self.shorten = shorten  # a long text in a few words; '' if that cannot be done
+        self.asked: Entry | None = None  # the person's words, which must never fall out of it
+        self.sent = 0  # bytes of the messages that went out last; 0: they do not fit
+        self.ceiling = sys.maxsize  # bytes that messages may have; less after an overflow
+        self._summarised = False
+
+    async def messages(self) -> tuple[Message, ...]:
+        """The transcript, repaired, and shortened until it fits. ContextTooLong if it cannot be."""
+        self.sent, budget = 0, self._budget()
+        if (least := weight([self.asked.message])) > budget:
+            raise self._too_long(least)  # before the past is shortened for a request that cannot be sent at all
+        summary, entries = self._load(budget)
+        if self._size(summary, entries) > budget:
+            self._elide(summary, entries, budget)
+        if self._size(summary, entries) > budget and not self._summarised and len(turns_of(entries)) > 1:
+            self._summarised = True
+            await self._summarise(summary, entries, budget)
+            summary, entries = self._load(budget)
+        size, dropped = self._size(summary, entries), 0
+        for turn in turns_of(entries)[:-1]:
+            if size <= budget:
+                break
+            size -= self._size("", turn)
+            dropped += len(turn)
+        if size > budget:
+            raise self._too_long(size)
+        fitting = repair(self._shown(summary, entries[dropped:]))
+        fitting = fitting if self.persona.toolbox.specs else without_calls(fitting)
+        self.sent = weight(fitting)
+        return tuple(fitting)
+
+    def learn(self, usage: Usage) -> None:
+        """Take from a provider's count how long a token is."""
+        if usage.input > 500:
+            self.agent.bytes_per_token = min(6.0, max(1.0, (self._frame() + self.sent) / usage.input))
+
+    def _frame(self) -> int:
+        """Bytes of what is sent beside the messages."""
+        return len(self.persona.system.encode()) + len(to_json(self.persona.toolbox.specs))
+
+    def _tokens(self) -> int:
+        return self.persona.settings.context_tokens or self.models.window
+
+    def _budget(self) -> int:
+        """Bytes of messages that fit, with room left for the answer."""
+        window = self._tokens()
+        tokens = window * 9 // 10 - min(self.persona.settings.max_tokens or 8_192, window // 4)
+        return min(int(tokens * self.agent.bytes_per_token) - self._frame(), self.ceiling)
+
+    def _too_long(self, size: int) -> ContextTooLong:
+        """What to say of messages of so many bytes: they come on top of the system prompt and the tools."""
+        tokens = int((size + self._frame()) / self.agent.bytes_per_token)
+        return ContextTooLong(
+            f"the request, about {tokens:,} tokens with [agent] prompt, skills and tools, does not fit into the window "
+            f"of {self.models.name}, {self._tokens():,} tokens, with room for an answer",
+            "shorten it, take a model with a larger window, or set [agent] context_tokens",
+        )
+
+    def _load(self, budget: int) -> tuple[str, list[Entry]]:
+        """The summary and the messages after it, as far back as could possibly fit, from the start of a turn."""
+        upto, summary = self.store.summary(self.session)
+        entries = self.store.tail(self.session, max(2 * budget, 50_000), after=upto, size=self._weight)
+        while entries and entries[0].message.role is not Role.USER:
+            entries.pop(0)
+        if not entries and self.asked:  # one giant turn: its tail, behind what was asked
+            tail = self.store.tail(self.session, max(budget // 2, 10_000), after=self.asked.id, size=self._weight)
+            entries = [self.asked, *tail]
+        return summary, entries
+
+    def _elided(self, entry: Entry, upto: int) -> Message:
+        asked = self.asked is not None and entry.id == self.asked.id  # what is being worked on stays in sight
+        return entry.message if asked else elided(entry, upto)
+
+    def _weight(self, entry: Entry) -> int:
+        return weight([self._elided(entry, self.session.elided_upto)])
+
+    def _shown(self, summary: str, entries: Sequence[Entry]) -> list[Message]:
+        head = [Message(Role.USER, f"(What was said before, in short)\n{summary}")] if summary else []
+        return head + [self._elided(entry, self.session.elided_upto) for entry in entries]
+
+    def _size(self, summary: str, entries: Sequence[Entry]) -> int:
+        return weight(self._shown(summary, entries))
+
+    def _elide(self, summary: str, entries: Sequence[Entry], budget: int) -> None:
+        """Stub old results until a third of the budget is free, so that it is not done again at once.
+
+        The mark is kept in the database: the prefix of the next requests stays the same.
+        """
+        last_answer = max((entry.id for entry in entries if entry.message.role is Role.ASSISTANT), default=0)
+        size, upto = self._size(summary, entries), self.session.elided_upto
+        for entry in entries:
+            # The newest results go only if nothing else helps.
+            if size <= (budget * 2 // 3 if entry.id < last_answer else budget):
+                break
+            if entry.id > upto:
+                size -= weight([entry.message]) - weight([self._elided(entry, entry.id)])
+                upto = entry.id
+        self.session = self.store.elide(self.session, upto)
+
+    async def _summarise(self, summary: str, entries: Sequence[Entry], budget: int) -> None:
+        """Let the model put the older turns into a few words; if it cannot, they are left out."""
+        turns = turns_of(entries)
+        sizes = itertools.accumulate(self._size("", turn) for turn in reversed(turns))
+        kept = max(1, min(len(turns) - 1, sum(size < budget // 3 for size in sizes)))
+        old = list(itertools.chain(*turns[:-kept]))
+        lines = (f"{m.role}: {head_and_tail(spoken(m), 2_000)}" for m in self._shown("", old))
+        text = "\n".join([summary, *lines])  # the last summary whole: it stands for much more than a message
+        room = max(budget // 2, 1_000) * len(text) // len(text.encode())  # in bytes: a Korean letter has three
+        if words := await self.shorten(head_and_tail(text, room)):
+            words = head_and_tail(words, max(budget // 12, 500))  # a character may be three bytes or more
+            self.store.summarise(self.session, old[-1].id, words)
+
+
 class Record(NamedTuple):
     """What else is written in the transactions that begin and end a turn."""
 
@@ -6409,11 +6542,11 @@ class Record(NamedTuple):
 class Agent:
     """Answers for one crew and one database; `turn` and `resume` are what channels call.
 
-    `pick` gives the models for what a session has as its model, and for another agent than the default one.
+    `pick` gives the models for what a session has as its model, '' if nothing, and for an agent.
     """
 
     def __init__(
-        self, pick: Callable[..., Models], toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str
+        self, pick: Callable[[str, str], Models], toolbox: Toolbox, store: Store, *, settings: AgentConfig, system: str
     ):
         self.pick, self.store = pick, store
         self.crew = Crew({DEFAULT: Persona(DEFAULT, settings, toolbox, system)})  # of one; or set another
@@ -6427,38 +6560,25 @@ class Agent:
         tell: Tell,
         record: Record | None = None,
         agent: str = DEFAULT,
-        asker: Turn | None = None,
         *,
         images: Sequence[Image] = (),
     ) -> Reply:
-        """Take the person's words, or the asker's, and answer them. One process at a time works on a session."""
-        async with self._turn(session, gate, tell, record, agent, asker) as turn:
+        """Take the person's words, and answer them. One process at a time works on a session."""
+        async with self.open(session, gate, tell, record, agent) as turn:
             return await turn.run(text, images)
 
     async def resume(
-        self,
-        session: Session,
-        asked: int,
-        gate: Gate,
-        tell: Tell,
-        record: Record | None = None,
-        agent: str = DEFAULT,
-        asker: Turn | None = None,
+        self, session: Session, asked: int, gate: Gate, tell: Tell, record: Record | None = None, agent: str = DEFAULT
     ) -> Reply:
         """Go on with the turn whose words are message `asked`, cut off by a restart: nothing is run again."""
-        async with self._turn(session, gate, tell, record, agent, asker) as turn:
-            return await turn.resume(self.store.message(turn.session, asked))
+        async with self.open(session, gate, tell, record, agent) as turn:
+            return await turn.resume(asked)
 
     @contextlib.asynccontextmanager
-    async def _turn(
-        self,
-        session: Session,
-        gate: Gate,
-        tell: Tell,
-        record: Record | None,
-        agent: str,
-        asker: Turn | None,
+    async def open(
+        self, session: Session, gate: Gate, tell: Tell, record: Record | None, agent: str, asker: Turn | None = None
     ) -> AsyncIterator[Turn]:
+        """A turn of an agent, for a person or for the one that asks it; the session is ours as long as it lasts."""
         persona = self.crew.persona(agent)
         async with hold(self.store, session, tell):
             session = self.store.find_session(session.name)  # whoever had it may have elided more, or deleted it
@@ -6468,10 +6588,6 @@ class Agent:
                 if persona.settings.escalate:
                     self.store.count_failure(session, True)
                 raise
-
-    def models_of(self, name: str, chosen: str = "") -> Models:
-        """The models of an agent, or those that were chosen in their place. CredentialError, ConfigError."""
-        return self.pick(chosen) if name == DEFAULT else self.pick(chosen, name)
 
     def check_budget(self, persona: Persona) -> None:
         """OutOfBudget if an agent has used what it may today."""
@@ -6491,9 +6607,7 @@ class Agent:
                 f"there is no agent {clip(wanted, 60)!r}{near(wanted, known)}", f"known: {', '.join(known)}"
             )
         if wanted:
-            with self.store.atomic():
-                self.store.set_agent(found := self.store.session(session), "" if wanted == "reset" else wanted)
-                self.store.set_model(found, "")  # an agent has a model of its own
+            self.store.set_agent(self.store.session(session), "" if wanted == "reset" else wanted)
         chosen = ""
         with contextlib.suppress(StoreError):  # it is new
             chosen = self.store.find_session(session).agent
@@ -6505,19 +6619,23 @@ class Agent:
 LONGEST_QUEUE = 3_600.0  # seconds to wait for another process that works on the session
 
 
-@contextlib.asynccontextmanager
-async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None]:
-    """The session's lease, kept alive while the block runs. Waits for another process, and says so."""
-    started, waits = time.monotonic(), False
+async def await_lease(store: Store, session: Session, tell: Tell) -> None:
+    """Take the session's lease; while another process has it wait, and say so."""
+    end, told = time.monotonic() + LONGEST_QUEUE, False
     while not store.take_lease(session):
         used = f"session {session.name} is in use by {store.lease_holder(session)}"
-        if time.monotonic() - started > LONGEST_QUEUE:
+        if time.monotonic() > end:
             raise StoreError(used, f"waited {LONGEST_QUEUE:g} s; try again later")
-        if not waits:
+        if not told:
             tell(Progress("notice", f"{used}; waiting for it"))
-        waits = True
+        told = True
         await asyncio.sleep(0.2)
 
+
+@contextlib.asynccontextmanager
+async def hold(store: Store, session: Session, tell: Tell) -> AsyncIterator[None]:
+    """The session's lease, kept alive while the block runs."""
+    await await_lease(store, session, tell)
     turn, lost = asyncio.current_task(), []
 
     async def beat() -> None:
@@ -6548,18 +6666,19 @@ class Errand:
     TOKENS, MOST = 500_000, 32  # for all that other agents do for it, if [agent] has no ask_tokens; tasks
     DEEPEST = 3  # agents that wait for one another
     LONGEST_ANSWER = 30_000  # characters of another agent's
-    REVIEW = 15.0  # seconds for a reviewer
+    REMARKS = 20  # refusals that the answer names
+    REVIEW, REVIEWS = 15.0, 4  # seconds for a reviewer; calls that it looks at side by side
 
     def __init__(self, tokens: int):
         self.words, self.limit = "", tokens or self.TOKENS
         self.tokens = self.count = 0
         self.remarks: list[str] = []  # what the person must see at the end of the answer
+        self._reviews = asyncio.Semaphore(self.REVIEWS)
 
     async def ask(self, asker: Turn, message_id: int, call: ToolCall) -> ToolResult:
         """The answer of another agent, in a session of its own; after a restart it goes on from there."""
         try:
-            async with asker.askable:
-                answer, is_error = await self._answer(asker, message_id, call), False
+            answer, is_error = await self._answer(asker, message_id, call), False
         except PistaError as error:  # no key, no budget, nobody there: the one that asked hears of it
             answer, is_error = str(error), True
         text = asker.persona.toolbox.redact(storable(answer))
@@ -6575,20 +6694,17 @@ class Errand:
         if handover.answer is not None:
             return handover.answer
         note = functools.partial(store.note_handover, handover)
-        began, ended = (lambda number: note(asked=number)), (lambda reply: note(answer=reply.text))
-        record = Record(began, ended, asker.record.goes_on)
+        record = Record(lambda number: note(asked=number), lambda reply: note(answer=reply.text), asker.record.goes_on)
         tell = functools.partial(pass_on, asker.tell, name, handover.session.id)
-        how = {"gate": asker.gate, "tell": tell, "record": record, "agent": name, "asker": asker}
-        if handover.asked is None:
-            reply = await agent.turn(handover.session, task_text(call, asker.persona), **how)
-        else:
-            reply = await agent.resume(handover.session, handover.asked, **how)
-        asker.usage = asker.usage.plus(reply.usage)
-        return reply.text
+        task = (ASKED_BY.format(asker.persona.name), call.arguments["task"], call.arguments.get("context"))
+        async with agent.open(handover.session, asker.gate, tell, record, name, asker) as turn:
+            if handover.asked is None:
+                return (await turn.run("\n\n".join(filter(None, task)))).text
+            return (await turn.resume(handover.asked)).text
 
     def _refusal(self, asker: Turn, name: str) -> str:
         """Why a task must not be given to this agent; '' if it may."""
-        others = asker.persona.toolbox.tools[AgentAsk.NAME].spec.parameters["properties"]["agent"]["enum"]
+        others = asker.persona.toolbox.tools[AgentAsk.NAME].others
         chain = " > ".join(asker.chain)
         if name in asker.chain:
             return f"{name} waits for you ({chain}): do it yourself, or say what is missing"
@@ -6603,7 +6719,7 @@ class Errand:
         """What [tools] reviewer says of a risky call; `ask` if it says nothing that can be understood in time."""
         name = turn.agent.crew.reviewer
         try:
-            async with asyncio.timeout(self.REVIEW):
+            async with self._reviews, asyncio.timeout(self.REVIEW):
                 verdict = parse_verdict(await self._judgement(turn, name, call, danger), name)
         except TimeoutError:
             verdict = Verdict("ask", f"it did not answer within {self.REVIEW:g} s", name)
@@ -6612,8 +6728,10 @@ class Errand:
         verdict = verdict._replace(reason=turn.persona.toolbox.redact(verdict.reason))
         if verdict.word == "deny":
             what = clip(str(call.arguments.get("command") or to_json(call.arguments)), 120)
-            self.remarks.append(f"{name} refused {call.name} {what}: {verdict.reason}")
-            turn.tell(Progress("notice", self.remarks[-1]))
+            remark = f"{name} refused {call.name} {what}: {verdict.reason}"
+            turn.tell(Progress("notice", remark))
+            if len(self.remarks) < self.REMARKS:
+                self.remarks.append(remark)
         return verdict
 
     async def _judgement(self, turn: Turn, name: str, call: ToolCall, danger: str) -> str:
@@ -6628,7 +6746,7 @@ class Errand:
         marks = (f"<data {mark} {part}>\n{head_and_tail(text, 8_000)}\n</data {mark}>" for part, text in parts.items())
         system = "\n\n".join(filter(None, (REVIEW_PROMPT, persona.settings.prompt)))
         request = Request(system, (Message(Role.USER, "\n".join(marks)),))
-        answer = await turn.pay(turn.agent.models_of(name), persona, request, lambda progress: None)
+        answer = await turn.pay(turn.agent.pick("", name), persona, request, lambda progress: None)
         return answer.message.text
 
 
@@ -6646,7 +6764,7 @@ class Turn:
     """One turn of a session: what was asked, what it has cost, what it has repeated."""
 
     NOTE_AT, END_AT = 3, 5  # equal calls with equal results
-    SIDE_BY_SIDE = 4  # other agents that it waits for at once
+    AGENTS, TOOLS = 4, 16  # that it waits for at once
 
     def __init__(
         self,
@@ -6663,17 +6781,14 @@ class Turn:
         self.gate = gate.of(persona.name if asker else "", persona.approval)
         self.chain: tuple[str, ...] = (*asker.chain, persona.name) if asker else (persona.name,)
         self.errand = asker.errand if asker else Errand(persona.settings.ask_tokens)
-        self.models = agent.models_of(persona.name, session.model)
+        self.models = agent.pick(session.model, persona.name)
+        self.window = Window(agent, persona, session, self.models, self._shorten)
         self.usage, self.model = Usage(), self.models.name
-        self.askable = asyncio.Semaphore(self.SIDE_BY_SIDE)
+        self._agents, self._tools = asyncio.Semaphore(self.AGENTS), asyncio.Semaphore(self.TOOLS)
         self._level, self._failed = 0, 0  # models of [agent] escalate that took over; failed rounds since then
         self.done: list[tuple[ToolCall, ToolResult]] = []
         self._allowed: set[tuple[int, str]] = set()  # calls that had begun before a restart
-        self._asked: Entry | None = None  # the person's words, which must never fall out of the window
         self._seen: dict[str, int] = {}  # call and result -> how often
-        self._summarised = False
-        self._sent = 0  # bytes of the messages that went out for the answer now asked for
-        self._ceiling = sys.maxsize  # bytes that messages may have; less after an overflow
 
     async def run(self, text: str, images: Sequence[Image] = ()) -> Reply:
         """Write the person's words down, and answer them."""
@@ -6681,13 +6796,14 @@ class Turn:
         self._settle()
         message = Message(Role.USER, storable(text), images=tuple(images))
         with self.store.atomic():
-            self._asked = Entry(self.store.append(self.session, message), message)
-            self.record.began(self._asked.id)
+            self.window.asked = Entry(self.store.append(self.session, message), message)
+            self.record.began(self.window.asked.id)
         return await self._rounds()
 
-    async def resume(self, asked: Entry) -> Reply:
-        """Answer words that are written down, going on from what was done for them."""
-        self._asked, self.errand.words = asked, self.errand.words or asked.message.text
+    async def resume(self, number: int) -> Reply:
+        """Answer the words of this message, going on from what was done for them."""
+        self.window.asked = asked = self.store.message(self.session, number)
+        self.errand.words = self.errand.words or asked.message.text
         entries = list(self.store.transcript(self.session, after=asked.id))
         later = [entry.message for entry in entries]
         if any(message.role is Role.USER for message in later):  # another process had a turn meanwhile
@@ -6703,7 +6819,9 @@ class Turn:
         """Rounds of asking and acting, until the answer is words."""
         # Those before a restart count: a command that kills openpista would else be asked for for ever.
         rounds = self.persona.settings.max_tool_rounds or AgentConfig().max_tool_rounds
-        self._escalate_for_turns()
+        failures = self.store.failures(self.session) if self.persona.settings.escalate else 0
+        for _ in range(failures // 2):  # of the turns of this session right before this one
+            self._escalate(f"{failures} failed turns")
         for _ in range(used, rounds):
             answer = await self._ask()
             if not answer.message.tool_calls:
@@ -6770,34 +6888,42 @@ class Turn:
 
     async def _ask(self, last_note: str = "") -> Completion:
         """The model's next message. An overflow leads to one smaller request, silence to one more question."""
-        self._sent = 0
         try:
             answer = await self._complete(last_note, may_call=not last_note)
         except ContextTooLong:
-            if not self._sent:
+            if not self.window.sent:
                 raise  # our own word for it: it cannot be made shorter
-            self._ceiling = int(self._sent * 0.6)
+            self.window.ceiling = int(self.window.sent * 0.6)
             answer = await self._complete(last_note, may_call=not last_note)
-        if is_empty(answer) and not last_note:
+        if is_empty(answer.message) and not last_note:
             answer = await self._complete("You said nothing. Answer in words, or call a tool.", may_call=True)
-            if is_empty(answer):
+            if is_empty(answer.message):
                 raise ProviderError(f"{answer.model} answered nothing, twice")
         return answer
 
     async def _complete(self, note: str, may_call: bool) -> Completion:
-        agent, persona = self.agent, self.persona
-        specs, limit = persona.toolbox.specs, persona.settings.max_tokens
-        messages = tuple(await self._fitting())
-        messages = messages if specs else tuple(without_calls(messages))
-        shown = await asyncio.to_thread(with_images, messages) if any(m.images for m in messages) else messages
-        request = Request(persona.system, shown, specs, may_call=may_call, note=note, max_tokens=limit)
-        self._sent = weight(messages)
+        specs, limit = self.persona.toolbox.specs, self.persona.settings.max_tokens
+        messages = await self.window.messages()
+        if any(message.images for message in messages):
+            messages = await asyncio.to_thread(with_images, messages)
+        request = Request(self.persona.system, messages, specs, may_call=may_call, note=note, max_tokens=limit)
         self.tell(Progress("thinking", usage=self.usage))
         answer = await self._spend(request, self.tell)
         self.model = answer.model
-        if answer.usage.input > 500:
-            agent.bytes_per_token = min(6.0, max(1.0, (self._frame() + self._sent) / answer.usage.input))
+        self.window.learn(answer.usage)
         return answer
+
+    async def _shorten(self, text: str) -> str:
+        """A conversation in a few words of the model; '' if it has none."""
+        self.tell(Progress("notice", "shortening the conversation"))
+        try:
+            answer = await self._spend(Request(SUMMARY_PROMPT, (Message(Role.USER, text),)), lambda progress: None)
+        except ProviderError as error:
+            log.warning("the conversation could not be summarised: %s", error)
+            return ""
+        if not answer.message.text.strip():  # perhaps a call, though it was given no tools
+            log.warning("the conversation could not be summarised: %s said nothing", answer.model)
+        return answer.message.text.strip()
 
     async def _spend(self, request: Request, tell: Tell) -> Completion:
         """What the model says, and what that costs noted. OutOfBudget before it is asked."""
@@ -6812,7 +6938,10 @@ class Turn:
         started = time.monotonic()
         answer = await models.complete(request, tell)
         log.debug("%s answered after %.2f s: %s", answer.model, time.monotonic() - started, answer.usage)
-        self.usage = self.usage.plus(answer.usage)
+        turn = self
+        while turn:  # those that wait for it too, even if it has no answer in the end
+            turn.usage = turn.usage.plus(answer.usage)
+            turn = turn.asker
         if self.asker:
             self.errand.tokens += answer.usage.input + answer.usage.output
         with contextlib.suppress(StoreError):  # not worth an answer: what fails here fails again where it counts
@@ -6830,17 +6959,12 @@ class Turn:
                 log.warning("[agent] escalate %s is left out: %s", name, error)
                 continue
             if models.name != self.models.name:
-                self.models, self._failed = models, 0
+                self.models = self.window.models = models
+                self._failed = 0
                 whose = f" for {self.persona.name}" if self.asker else ""
                 self.errand.remarks.append(f"After {reason} {models.name} took over{whose}.")
                 self.tell(Progress("notice", f"after {reason} {models.name} takes over"))
                 return
-
-    def _escalate_for_turns(self) -> None:
-        """The same for every two turns of the session that failed before this one."""
-        failures = self.store.failures(self.session) if self.persona.settings.escalate else 0
-        for _ in range(failures // 2):
-            self._escalate(f"{failures} failed turns")
 
     # ---- acting ----
 
@@ -6866,22 +6990,22 @@ class Turn:
 
     async def _call(self, message_id: int, call: ToolCall) -> ToolResult:
         """One call from its check to its result, journalled before and after."""
-        started, toolbox = False, self.persona.toolbox
+        started, asks, toolbox = False, call.name == AgentAsk.NAME, self.persona.toolbox
         try:
             review = functools.partial(self.errand.review, self) if self.agent.crew.reviewer else None
             gate = Gate("never", None) if (message_id, call.id) in self._allowed else self.gate
             if refusal := await toolbox.refusal(call, gate, review):
                 result = ToolResult(call.id, toolbox.redact(refusal), is_error=True)
             else:
-                self.store.start_call(self.session, message_id, call)
-                started = True
-                log.debug("%s %s", call.name, clip(to_json(call.arguments), 500))
-                self.tell(Progress("tool_started", call=call))
-                asks = call.name == AgentAsk.NAME
-                result = await (self.errand.ask(self, message_id, call) if asks else toolbox.run(call))
+                async with self._agents if asks else self._tools:
+                    self.store.start_call(self.session, message_id, call)
+                    started = True
+                    log.debug("%s %s", call.name, clip(to_json(call.arguments), 500))
+                    self.tell(Progress("tool_started", call=call))
+                    result = await (self.errand.ask(self, message_id, call) if asks else toolbox.run(call))
         except asyncio.CancelledError:
-            goes_on = self.record.goes_on() and (not started or call.name == AgentAsk.NAME)
-            if not goes_on:  # else the question that it, or who was asked, may wait for still stands
+            if not (self.record.goes_on() and (asks or not started)):
+                # Else the question that it, or who was asked, may wait for still stands.
                 result = ToolResult(call.id, STOPPED if started else NOT_BEGUN, is_error=True)
                 self.store.finish_call(self.session, message_id, result, "interrupted")
             raise
@@ -6896,126 +7020,8 @@ class Turn:
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._seen[key] < self.NOTE_AT:
             return result
-        note = (
-            f"[openpista: this call has given this same result {self._seen[key]} times; do something else, or answer]"
-        )
-        return result._replace(output=f"{result.output}\n{note}")
-
-    # ---- what fits into the window ----
-
-    def _frame(self) -> int:
-        """Bytes of what is sent beside the messages."""
-        return len(self.persona.system.encode()) + len(to_json(self.persona.toolbox.specs))
-
-    def _window(self) -> int:
-        return self.persona.settings.context_tokens or self.models.window
-
-    def _budget(self) -> int:
-        """Bytes of messages that fit, with room left for the answer."""
-        window = self._window()
-        tokens = window * 9 // 10 - min(self.persona.settings.max_tokens or 8_192, window // 4)
-        return min(int(tokens * self.agent.bytes_per_token) - self._frame(), self._ceiling)
-
-    async def _fitting(self) -> list[Message]:
-        """The transcript, repaired, and shortened until it fits: old results go first, then old turns."""
-        budget = self._budget()
-        if (least := weight([self._asked.message])) > budget:
-            raise self._too_long(least)  # before the past is shortened for a request that cannot be sent at all
-        summary, entries = self._load(budget)
-        if self._size(summary, entries) > budget:
-            self._elide(summary, entries, budget)
-        if self._size(summary, entries) > budget and not self._summarised and len(turns_of(entries)) > 1:
-            self._summarised = True
-            await self._summarise(summary, entries, budget)
-            summary, entries = self._load(budget)
-        size, dropped = self._size(summary, entries), 0
-        for turn in turns_of(entries)[:-1]:
-            if size <= budget:
-                break
-            size -= self._size("", turn)
-            dropped += len(turn)
-        entries = entries[dropped:]
-        if size > budget:
-            raise self._too_long(size)
-        return repair(self._shown(summary, entries))
-
-    def _too_long(self, size: int) -> ContextTooLong:
-        """What to say of messages of so many bytes: they come on top of the system prompt and the tools."""
-        tokens = int((size + self._frame()) / self.agent.bytes_per_token)
-        return ContextTooLong(
-            f"the request, about {tokens:,} tokens with [agent] prompt, skills and tools, does not fit into the window "
-            f"of {self.model}, {self._window():,} tokens, with room for an answer",
-            "shorten it, take a model with a larger window, or set [agent] context_tokens",
-        )
-
-    def _load(self, budget: int) -> tuple[str, list[Entry]]:
-        """The summary and the messages after it, as far back as could possibly fit, from the start of a turn."""
-        upto, summary = self.store.summary(self.session)
-        entries = self.store.tail(self.session, max(2 * budget, 50_000), after=upto, size=self._weight)
-        while entries and entries[0].message.role is not Role.USER:
-            entries.pop(0)
-        if not entries and self._asked:  # one giant turn: its tail, behind what was asked
-            tail = self.store.tail(self.session, max(budget // 2, 10_000), after=self._asked.id, size=self._weight)
-            entries = [self._asked, *tail]
-        return summary, entries
-
-    def _elided(self, entry: Entry, upto: int) -> Message:
-        asked = self._asked is not None and entry.id == self._asked.id  # what is being worked on stays in sight
-        return entry.message if asked else elided(entry, upto)
-
-    def _weight(self, entry: Entry) -> int:
-        return weight([self._elided(entry, self.session.elided_upto)])
-
-    def _shown(self, summary: str, entries: Sequence[Entry]) -> list[Message]:
-        head = [Message(Role.USER, f"(What was said before, in short)\n{summary}")] if summary else []
-        return head + [self._elided(entry, self.session.elided_upto) for entry in entries]
-
-    def _size(self, summary: str, entries: Sequence[Entry]) -> int:
-        return weight(self._shown(summary, entries))
-
-    def _elide(self, summary: str, entries: Sequence[Entry], budget: int) -> None:
-        """Stub old results until a third of the budget is free, so that it is not done again at once.
-
-        The mark is kept in the database: the prefix of the next requests stays the same.
-        """
-        last_answer = max((entry.id for entry in entries if entry.message.role is Role.ASSISTANT), default=0)
-        size, upto = self._size(summary, entries), self.session.elided_upto
-        for entry in entries:
-            # The newest results go only if nothing else helps.
-            if size <= (budget * 2 // 3 if entry.id < last_answer else budget):
-                break
-            if entry.id > upto:
-                size -= weight([entry.message]) - weight([self._elided(entry, entry.id)])
-                upto = entry.id
-        self.session = self.store.elide(self.session, upto)
-
-    async def _summarise(self, summary: str, entries: Sequence[Entry], budget: int) -> None:
-        """Let the model put the older turns into a few words; if it cannot, they are left out."""
-        turns = turns_of(entries)
-        sizes = itertools.accumulate(self._size("", turn) for turn in reversed(turns))
-        kept = max(1, min(len(turns) - 1, sum(size < budget // 3 for size in sizes)))
-        old = list(itertools.chain(*turns[:-kept]))
-        lines = (f"{m.role}: {head_and_tail(spoken(m), 2_000)}" for m in self._shown("", old))
-        text = "\n".join([summary, *lines])  # the last summary whole: it stands for much more than a message
-        room = max(budget // 2, 1_000) * len(text) // len(text.encode())  # in bytes: a Korean letter has three
-        self.tell(Progress("notice", "shortening the conversation"))
-        request = Request(SUMMARY_PROMPT, (Message(Role.USER, head_and_tail(text, room)),))
-        try:
-            answer = await self._spend(request, lambda progress: None)
-        except ProviderError as error:
-            log.warning("the conversation could not be summarised: %s", error)
-            return
-        if not answer.message.text.strip():  # perhaps a call, though it was given no tools
-            log.warning("the conversation could not be summarised: %s said nothing", answer.model)
-            return
-        words = head_and_tail(answer.message.text, max(budget // 12, 500))  # a character may be three bytes or more
-        self.store.summarise(self.session, old[-1].id, words)
-
-
-def task_text(call: ToolCall, asker: Persona) -> str:
-    """What another agent is told: who asks, the task, and what it has to know."""
-    parts = (ASKED_BY.format(asker.name), call.arguments["task"], call.arguments.get("context"))
-    return "\n\n".join(filter(None, parts))
+        note = f"this call has given this same result {self._seen[key]} times; do something else, or answer"
+        return result._replace(output=f"{result.output}\n[openpista: {note}]")
 
 
 def parse_verdict(text: str, reviewer: str) -> Verdict:
@@ -7024,17 +7030,6 @@ def parse_verdict(text: str, reviewer: str) -> Verdict:
     if not match:
         return Verdict("ask", f"it said nothing that can be understood: {clip(text, 100)!r}", reviewer)
     return Verdict(match[1].lower(), printable(clip(match[2], 300)), reviewer)
-
-
-def is_empty(answer: Completion) -> bool:
-    """Whether the model neither said nor called anything."""
-    return not answer.message.tool_calls and not answer.message.text.strip()
-
-
-def spoken(message: Message) -> str:
-    """A message as a line of a conversation, with its calls."""
-    calls = [f"calls {call.name} {to_json(call.arguments)}" for call in message.tool_calls]
-    return "\n".join(filter(None, [described(message, "picture {}", *message.images).text, *calls]))
 
 
 # ===== 16. Hub ================================================================

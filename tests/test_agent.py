@@ -1,6 +1,7 @@
 """The agent: transcripts that every provider takes, rounds of tools, what fits into the window, what a crash leaves."""
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -191,7 +192,7 @@ class Desk:
             ToolsConfig(workdir=str(self.folder)), {"PATH": "/usr/bin:/bin"}, self.folder, Redactor(["canary-1"])
         )
         self.agent = Agent(
-            lambda name: self.models, Toolbox(bench), self.store, settings=AgentConfig(**settings), system=system
+            lambda *_: self.models, Toolbox(bench), self.store, settings=AgentConfig(**settings), system=system
         )
         self.agent.bytes_per_token = self.bytes_per_token
         session = self.store.session(self.session.name)
@@ -671,7 +672,7 @@ calls = tuple(ToolCall(f"c{i}", "system.run", {"command": command}) for i, comma
 models = ScriptedModels([Completion(Message(Role.ASSISTANT, "", calls), Usage(), "fake/model")])
 with Store(folder / "memory.db") as store:
     bench = Bench(ToolsConfig(workdir=str(folder)), os.environ, folder, Redactor())
-    agent = Agent(lambda name: models, Toolbox(bench), store, settings=AgentConfig(), system="")
+    agent = Agent(lambda *_: models, Toolbox(bench), store, settings=AgentConfig(), system="")
     asyncio.run(agent.turn(store.session("main"), "do it", Gate("never", None), lambda progress: None))
 """
 
@@ -954,3 +955,9 @@ def test_what_is_written_beside_a_turn_is_one_transaction_with_it(desk, which):
     else:
         asyncio.run(go())
     assert [message.text for message in desk.stored] == ["hi", "hello", "do it"][: 2 + (which == "ended")]
+
+
+def test_many_calls_at_once_wait_for_places(desk):
+    desk.turn([asks(*["sleep 0.01"] * 40), said("done")])
+    steps = [{"tool_started": 1, "tool_finished": -1}.get(progress.kind, 0) for progress in desk.told]
+    assert max(itertools.accumulate(steps)) == openpista.Turn.TOOLS < steps.count(1) == 40

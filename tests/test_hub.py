@@ -126,7 +126,7 @@ class House:
         store.db.execute("PRAGMA synchronous = OFF")  # what a power cut leaves is not tested here
         self.models = ScriptedModels(answers)
         bench = Bench(ToolsConfig(workdir=str(self.folder)), {"PATH": "/usr/bin:/bin"}, self.folder, Redactor())
-        agent = Agent(lambda name: self.models, Toolbox(bench), store, settings=AgentConfig(), system="")
+        agent = Agent(lambda *_: self.models, Toolbox(bench), store, settings=AgentConfig(), system="")
         settings = {"approval": "never", "patience": QUICK} | settings
         self.hub = Hub(store, agent, {"fake": self.post.outlet, "fetch": Outlet()}, **settings)
         return self
@@ -834,7 +834,7 @@ class Life:
             store.db.execute("PRAGMA synchronous = OFF")  # the system lives on, only the process does not
             bench = Bench(ToolsConfig(workdir=str(self.folder)), os.environ, self.folder, Redactor())
             models = ScriptedModels(self.model)
-            agent = Agent(lambda name: models, Toolbox(bench), store, settings=AgentConfig(), system="")
+            agent = Agent(lambda *_: models, Toolbox(bench), store, settings=AgentConfig(), system="")
             outlets = {"fake": Outlet(self.send, repeats=self.repeats)}
             async with MortalHub(store, agent, outlets, approval="never") as hub:
                 for identity, session in self.events:

@@ -367,6 +367,7 @@ ODD = [  # routes -> what is said of them
     ([("dev", {"prefix": "!dev "}), ("ops", {"prefix": "!"}), ("dev", {})], []),
     ([("ops", {"channel": "telegram:42"}), ("dev", {"channel": "telegram"})], []),
     ([("ops", {"session": "abc"}), ("dev", {"session": "a*"})], []),
+    ([("ops", {"session": "work"}), ("dev", {"session": "work:home"})], []),
     ([("ops", {"time": "22:00-06:00"}), ("dev", {"time": "05:00-07:00"})], []),
     ([("ops", {"has_image": True}), ("dev", {"has_image": False})], []),
     ([("ops", {"pattern": "a"}), ("dev", {"pattern": "b"})], []),
@@ -493,6 +494,14 @@ def test_the_tokens_of_those_that_are_asked_are_bounded(office):
     assert desk.turn().text == "so be it"
     words = "the agents asked in this turn have used 110 of 100 tokens; [agent] ask_tokens is the limit"
     assert desk.results("default") == [words, words] or "no key" in desk.results("default")[1]
+
+
+def test_what_a_hand_over_that_failed_has_used_counts_too(office):
+    desk = office(
+        "[agents.a]", default=[calls(("a", "x")), said("alone then")], a=[calls("echo 1"), o.Unavailable("503")]
+    )
+    reply = desk.turn()
+    assert desk.results("default") == ["503"] and reply.usage == Usage(30, 0, 15)
 
 
 def test_the_asker_hears_that_another_agent_cannot_answer(office):
@@ -737,6 +746,21 @@ def test_a_reviewer_that_is_silent_is_not_waited_for(office):
         return await turn.errand.review(turn, calls("rm x").message.tool_calls[0], "rm deletes files")
 
     assert asyncio.run(go()) == ("ask", "it did not answer within 0.05 s", "guard")
+
+
+def test_a_reviewer_looks_at_four_calls_at_once(office):
+    now, most = [], []
+
+    async def look(request):
+        now.append(1)
+        most.append(len(now))
+        await asyncio.sleep(0.005)
+        now.pop()
+        return said("ALLOW: fine")
+
+    desk = office(GUARD, default=[calls(*(f"rm -f {i}" for i in range(9))), said("done")], guard=look)
+    desk.turn()
+    assert len(most) == 9 == len(desk.asked) and max(most) == o.Errand.REVIEWS
 
 
 def test_the_reviewer_is_not_asked_about_what_is_harmless_allowed_or_denied_anyway(office):

@@ -424,7 +424,7 @@ def hub_of(store, answers, outlets, zone=UTC, **settings):
     toolbox = Toolbox(bench)
     toolbox.add(openpista.cron_tools(Jobs(store), zone))
     models = ScriptedModels(answers)
-    agent = Agent(lambda name: models, toolbox, store, settings=AgentConfig(), system="")
+    agent = Agent(lambda *_: models, toolbox, store, settings=AgentConfig(), system="")
     return Hub(store, agent, outlets, **settings)
 
 
