@@ -6131,7 +6131,7 @@ def mismatch(route: RouteConfig, event: Event, now: datetime) -> str:
     known = facts(event)
     for name in GLOBS:
         wanted = getattr(route, name)
-        if wanted and not any(fnmatch.fnmatchcase(text, wanted) for text in known[name]):
+        if wanted and not any(text and fnmatch.fnmatchcase(text, wanted) for text in known[name]):
             return f"{name} is {known[name][-1]!r}, not {wanted!r}"
     if route.has_image not in (None, has := bool(event.metadata.get("images"))):
         return "it has an image" if has else "it has no image"
@@ -6189,7 +6189,7 @@ def covers(first: RouteConfig, later: RouteConfig) -> bool:
 def glob_covers(wide: str, narrow: str) -> bool:
     """Whether all names that the narrow pattern takes are taken by the wide one; '' takes all."""
     plain = [name for name in (narrow, narrow.partition(":")[0]) if name and not set(name) & set("*?[")]
-    return wide in ("", "*", narrow) or any(fnmatch.fnmatchcase(name, wide) for name in plain)
+    return wide in ("", narrow, narrow and "*") or any(fnmatch.fnmatchcase(name, wide) for name in plain)
 
 
 def route_warnings(routes: Sequence[RouteConfig]) -> list[str]:
