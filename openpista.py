@@ -16505,7 +16505,7 @@ class Daemon:
 
     async def _take(self, ctx: Context) -> None:
         """Use other settings from now on. An error leaves all as it was."""
-        former = self.ctx
+        former, crew = self.ctx, self.app.agent.crew
         ctx.redact.add(*ctx.config.secrets())
         with contextlib.suppress(CredentialError):  # said when somebody asks
             chosen_endpoints(ctx)
@@ -16517,7 +16517,7 @@ class Daemon:
                 await self.gateway.reload(ctx.config.gateway)
             self.scheduler.sync_config(ctx.config.cron)  # last: a job that is removed takes its history with it
         except PistaError:
-            self._furnish(former)
+            self.app.agent.crew = crew  # not made anew: a prompt's file may be what is gone
             if self.gateway:
                 await self.gateway.reload(former.config.gateway)
             raise
