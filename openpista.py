@@ -16808,6 +16808,7 @@ BACKUP_HEAD = b"openpista backup 1\n"
 BACKUP_PIECE = 1 << 20  # bytes, and 16 more when it is sealed
 SECRET_FILES = ("credentials.toml", "environment", "gateway.pem", "telegram.token", "known_gateways", "history")
 BACKED_UP = ("config.toml", *SECRET_FILES)
+KINDS = ("about.json", "memory.db", "skills", "prompts", *BACKED_UP)  # what a name in it begins with
 
 
 def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
@@ -16863,9 +16864,22 @@ def to_back_up(ctx: Context) -> dict[str, Path]:
     paths["config.toml"] = read_config(ctx.args.config, ctx.environ)[1] or paths["config.toml"]
     inside = (path for path in sorted(skills.rglob("*")) if not path.is_symlink())  # a link leads anywhere
     paths |= {f"skills/{path.relative_to(skills)}": path for path in inside}
+    paths |= {name: path for name, path in prompt_files(ctx).items() if path not in paths.values()}
     if ctx.config.gateway.tls_cert:
         log.warning("[gateway] tls_cert and tls_key are not openpista's, and left out")
     return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def prompt_files(ctx: Context) -> dict[str, Path]:
+    """The prompts of agents that are files in the home folder, by their names in a backup."""
+    found = {}
+    for path in (user_path(role.prompt_file) for role in ctx.config.agents.values() if role.prompt_file):
+        inside = os.path.relpath(ctx.home / path, ctx.home)
+        if not inside.startswith(".."):
+            found[f"prompts/{inside}"] = ctx.home / inside
+        else:
+            log.warning("the prompt_file %s is not in %s, and left out", path, ctx.home)
+    return found
 
 
 def copy_database(path: Path, target: Path) -> None:
@@ -16904,7 +16918,7 @@ def write_backup(ctx: Context, path: Path, passphrase: str) -> list[str]:
 
 def tops_of(kept: Iterable[str]) -> list[str]:
     """The names of what is in a backup; the skills are one."""
-    return list(dict.fromkeys(name.partition("/")[0] for name in kept))
+    return list(dict.fromkeys("skills" if name.startswith("skills/") else name for name in kept))
 
 
 def pack(plain: Any, kept: Mapping[str, Path]) -> None:
@@ -16935,7 +16949,7 @@ def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], d
         with tarfile.open(mode="r:gz", fileobj=plain) as tar:
             for entry in tar:
                 top, *more = Path(entry.name).parts
-                if not entry.isreg() or ".." in more or top not in ("about.json", "memory.db", "skills", *BACKED_UP):
+                if not entry.isreg() or ".." in more or top not in KINDS:
                     raise PistaError(f"{path} holds {clip(entry.name, 80)!r}, which no backup does")
                 target = kept[entry.name] = folder.joinpath(top, *more)
                 make_private(target.parent)
@@ -16960,14 +16974,14 @@ def calm(path: Path) -> int:
     return count
 
 
-def places(ctx: Context, folder: Path) -> dict[str, Path]:
+def places(ctx: Context, folder: Path, kept: Iterable[str]) -> dict[str, Path]:
     """Where the parts of a backup in a folder go: its own configuration says where the database and skills are."""
     if (folder / "config.toml").is_file():
         try:
             ctx = ctx._replace(config=load_config(folder / "config.toml", ctx.environ))
         except ConfigError as error:
             log.warning("the configuration in the backup does not fit, and will have to be mended: %s", error)
-    own = {name: ctx.home / name for name in BACKED_UP}
+    own = {name: ctx.home / name.removeprefix("prompts/") for name in tops_of(kept)}
     return own | {"memory.db": ctx.database.absolute(), "skills": ctx.workspace / "skills"}
 
 
@@ -16998,7 +17012,8 @@ def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=ctx.home if ctx.home.is_dir() else None) as name:
         folder = Path(name)
         note, kept = unpack(path, passphrase, folder)
-        open_ones, where = calm(folder / "memory.db") if (folder / "memory.db").exists() else 0, places(ctx, folder)
+        open_ones = calm(folder / "memory.db") if (folder / "memory.db").exists() else 0
+        where = places(ctx, folder, kept)
         print(printable(f"made {note['made_at'][:16].replace('T', ' ')} UTC by {note['version']} on {note['machine']}"))
         print_table([("FILE", "PLACE"), *((name, str(where[name])) for name in tops_of(kept))])
         if dry_run:
@@ -17008,7 +17023,7 @@ def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
         for_database = where["memory.db"].with_name(f"{where['memory.db'].name}.pid")
         said = "openpista runs, pid {}, and would go on with the old files"
         with held(ctx.home / PID_FILE, said), held(for_database, said):
-            asides = put_in({folder / name: where[name] for name in tops_of(kept)}, f"{utc_now():%Y%m%d-%H%M%S}")
+            asides = put_in({folder / name: where[name] for name in tops_of(kept)}, f"{utc_now():%Y%m%d-%H%M%S-%f}")
     print("restored" + "".join(f"; what was there is in {aside}" for aside in asides))
     if open_ones:
         print(f"{plural(open_ones, 'message')} had no answer yet: ask again, if that is still wanted")
