@@ -2456,7 +2456,8 @@ class Upkeep(Table):
         AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = sessions.name AND state IN ('waiting', 'running'))
         AND NOT EXISTS (SELECT 1 FROM jobs WHERE session = sessions.name)
         AND NOT EXISTS (SELECT 1 FROM chats WHERE session = sessions.name)
-        AND NOT EXISTS (SELECT 1 FROM handovers WHERE session_id = sessions.id AND answer IS NULL)
+        AND NOT EXISTS (SELECT 1 FROM handovers JOIN tool_calls USING (message_id, call_id)
+                         WHERE handovers.session_id = sessions.id AND state IN ('asked', 'started'))
         AND (sessions.name NOT LIKE '%:%' OR parent IS NOT NULL
              OR EXISTS (SELECT 1 FROM chats WHERE place = sessions.name AND session != ''))
     """  # a chat that is in no other session is in the one with the name of its place: telegram:42
