@@ -17089,6 +17089,9 @@ async def check_configuration(ctx: Context, endpoints: Sequence[Endpoint]) -> As
 async def check_home(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """The home folder: whose it is, who may enter, and how much room there is."""
     folder = ctx.home
+    if folder.exists() and not folder.is_dir():
+        yield Finding("problem", f"{folder} is no folder", "move it away, or set OPENPISTA_HOME to another place")
+        return
     if not folder.is_dir():
         yield Finding("ok", f"{folder} is made when it is needed")
         return
@@ -17128,6 +17131,19 @@ async def check_database(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIt
         yield Finding("problem", f"{path} is of a newer openpista (schema {version})", "use the newer openpista.pyz")
     else:
         yield Finding("ok", f"{path}, {read}, {path.stat().st_size:,} bytes, schema {version} of {known}")
+
+
+async def check_agents(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Agents and routes that cannot be, or not as they were meant."""
+    crew, models = furnish(ctx), Pool(ctx)
+    try:
+        for warning in check_crew(ctx, crew, models, EVERY_TOOL):
+            yield Finding("warning", warning, "see [agents] and [[routes]] of the configuration")
+        yield Finding("ok", f"{plural(len(crew.personas), 'agent')}, {plural(len(crew.routes), 'route')}")
+    except ConfigError as error:
+        yield Finding("problem", error.args[0], error.hint or "correct it in the configuration")
+    finally:
+        await models.renew()
 
 
 async def check_skills(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
@@ -17394,7 +17410,16 @@ async def check_gateway(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIte
             yield Finding("warning", f"{found['version']} runs, this is {__version__}", "stop it, and start it again")
 
 
-HERE = (check_python, check_configuration, check_home, check_database, check_skills, check_jobs, check_service)
+HERE = (
+    check_python,
+    check_configuration,
+    check_home,
+    check_database,
+    check_agents,
+    check_skills,
+    check_jobs,
+    check_service,
+)
 AWAY = (check_proxy, check_dns, check_ipv6, check_clock, check_provider, check_telegram, check_gateway)
 CHECKS = (*HERE, *AWAY)
 AT_START = (check_configuration, check_home, check_skills, check_service)  # quick, and not said by what follows
@@ -17656,6 +17681,9 @@ async def consult(ctx: Context) -> int:
     endpoints: list[Endpoint] = []
     with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the provider
         endpoints = chosen_endpoints(ctx)
+    for role in ctx.config.agents.values() if endpoints else ():
+        with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the agents
+            endpoints += [other for other in chosen_endpoints(ctx, "", role) if other not in endpoints]
     found = [(name, fixed(one) if ctx.args.fix else one) for name, one in await examine(ctx, CHECKS, endpoints)]
     rows = [(name, level, ctx.redact(what), ctx.redact(mend)) for name, (level, what, mend, _) in found]
     levels = [level for _, level, *_ in rows]
