@@ -11140,6 +11140,14 @@ def check_crew(ctx: Context, crew: Crew, models: Pool, tools: Iterable[str]) -> 
             said.append(f"agent {name} cannot answer: {error}")
         except ConfigError as error:
             raise ConfigError(f"agents.{name}: {error.args[0]}", error.hint) from None
+        for other in ctx.config.agents[name].asks or ():
+            if not fnmatch.filter(ctx.config.agents, other):
+                said.append(f"agent {name}: there is no agent {other!r} to ask{near(other, ctx.config.agents)}")
+    for wanted in dict.fromkeys(itertools.chain(*(persona.settings.escalate for persona in crew.personas.values()))):
+        try:
+            models.pick(wanted, "")
+        except (CredentialError, ConfigError) as error:
+            said.append(f"escalate {wanted!r} is left out: {error}")
     return said
 
 
@@ -18120,13 +18128,13 @@ async def explain_routes(ctx: Context) -> int:
     args = ctx.args
     metadata = {"job": args.job, "images": ["an image"] if args.image else []}
     sender = args.sender or ("cron" if args.job else args.channel.partition(":")[2])
-    event = Event(args.channel, "job:" if args.job else "", args.session, args.text, sender, metadata=metadata)
     async with open_crew(ctx) as app:
-        crew, chosen = app.agent.crew, ""
+        crew, chosen, session = app.agent.crew, "", args.session or own_session(app.store, args.channel, args.job)
+        event = Event(args.channel, "job:" if args.job else "", session, args.text, sender, metadata=metadata)
         if args.at:
             crew = crew._replace(now=functools.partial(at_time, args.at, crew.now()))
         with contextlib.suppress(StoreError):
-            chosen = app.store.find_session(args.session).agent
+            chosen = app.store.find_session(session).agent
         misses = [mismatch(route, event, crew.now()) for route in crew.routes if not chosen]
         for number, why in enumerate(itertools.takewhile(bool, misses), 1):
             print(printable(f"route {number} ({crew.routes[number - 1].agent}) does not match: {why}"))
@@ -18134,6 +18142,13 @@ async def explain_routes(ctx: Context) -> int:
         model = app.models.name_of("", choice.agent)
     print(printable(f"{choice.why}\nagent {choice.agent}, {model}, gets: {choice.text}"))
     return 0
+
+
+def own_session(store: Store, channel: str, job: str) -> str:
+    """The session that a job or a chat is in now; '' where each request says it."""
+    if job:
+        return found.session if (found := Jobs(store).find(job)) else ""
+    return Chats(store).session(channel) if channel.startswith("telegram:") else ""
 
 
 def at_time(text: str, day: datetime) -> datetime:
