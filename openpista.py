@@ -11169,11 +11169,12 @@ def chosen_endpoints(ctx: Context, chosen: str = "", role: RoleConfig = RoleConf
             agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
     own = "/".join(filter(None, (role.provider or agent.provider, role.model)))
     endpoints = [resolve(chosen or own, agent, logins, ctx.environ)]
+    heard = logging.INFO if role.fallback is None and role.model else logging.WARNING  # of [agent] it is said once
     for wanted in agent.fallback if role.fallback is None else role.fallback:
         try:
             endpoints.append(resolve(wanted, agent, logins, ctx.environ))
         except CredentialError as error:
-            log.warning("[agent] fallback %s is left out: %s", wanted, error)
+            log.log(heard, "[agent] fallback %s is left out: %s", wanted, error)
     for endpoint in filter(goes_in_the_open, endpoints):
         log.warning("the key for %s goes to %s without encryption", endpoint.provider, shown_url(endpoint.base_url))
     return endpoints
@@ -17064,6 +17065,7 @@ def finding_of(error: Exception, level: str = "problem") -> Finding:
     """An error as a finding."""
     far = isinstance(error, Unavailable | ChannelBusy | ConnectionError | TimeoutError)
     hint = "see the lines about the network, or try again later" if far else ""
+    hint = "correct it, or move it away" if isinstance(error, ConfigError) else hint
     what = error.args[0] if isinstance(error, PistaError) else str(error) or f"no end within {PATIENCE:g} s"
     return Finding(level, what, getattr(error, "hint", "") or hint)
 
@@ -17149,7 +17151,7 @@ async def check_agents(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIter
             yield Finding("warning", warning, "see [agents] and [[routes]] of the configuration")
         yield Finding("ok", f"{plural(len(crew.personas), 'agent')}, {plural(len(crew.routes), 'route')}")
     except ConfigError as error:
-        yield Finding("problem", error.args[0], error.hint or "correct it in the configuration")
+        yield finding_of(error)
     finally:
         await models.renew()
 

@@ -259,6 +259,18 @@ def test_agents(doctor, text, level, check, words):
     assert words in what and mend
 
 
+def test_what_all_agents_lack_is_said_once(doctor):
+    doctor.config("".join(f"[agents.a{i}]\nmodel = 'gpt-5'\n" for i in range(3)) + "[agent]\nfallback = ['xai/grok-4']")
+    assert doctor.ills(code=0) == {} and doctor.stderr.count("fallback xai/grok-4 is left out") == 1
+
+
+def test_stored_keys_that_cannot_be_read(doctor, home):
+    (home / "credentials.toml").write_text("x=[")
+    (home / "credentials.toml").chmod(0o600)
+    what, mend = only({name: ill for name, ill in doctor.ills(code=1).items() if name != "agents"}, "provider")
+    assert "is not valid TOML" in what and mend
+
+
 def test_a_home_that_is_no_folder(openpista, tmp_path):
     (tmp_path / "taken").write_text("")
     done = openpista("doctor", env={"OPENPISTA_HOME": str(tmp_path / "taken")})
