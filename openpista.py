@@ -2456,7 +2456,8 @@ class Upkeep(Table):
         AND NOT EXISTS (SELECT 1 FROM inbox WHERE session = sessions.name AND state IN ('waiting', 'running'))
         AND NOT EXISTS (SELECT 1 FROM jobs WHERE session = sessions.name)
         AND NOT EXISTS (SELECT 1 FROM chats WHERE session = sessions.name)
-        AND NOT EXISTS (SELECT 1 FROM handovers WHERE session_id = sessions.id AND answer IS NULL)
+        AND NOT EXISTS (SELECT 1 FROM handovers JOIN tool_calls USING (message_id, call_id)
+                         WHERE handovers.session_id = sessions.id AND state IN ('asked', 'started'))
         AND (sessions.name NOT LIKE '%:%' OR parent IS NOT NULL
              OR EXISTS (SELECT 1 FROM chats WHERE place = sessions.name AND session != ''))
     """  # a chat that is in no other session is in the one with the name of its place: telegram:42
@@ -6132,7 +6133,7 @@ def mismatch(route: RouteConfig, event: Event, now: datetime) -> str:
     known = facts(event)
     for name in GLOBS:
         wanted = getattr(route, name)
-        if wanted and not any(fnmatch.fnmatchcase(text, wanted) for text in known[name]):
+        if wanted and not any(text and fnmatch.fnmatchcase(text, wanted) for text in known[name]):
             return f"{name} is {known[name][-1]!r}, not {wanted!r}"
     if route.has_image not in (None, has := bool(event.metadata.get("images"))):
         return "it has an image" if has else "it has no image"
@@ -6190,7 +6191,8 @@ def covers(first: RouteConfig, later: RouteConfig) -> bool:
 
 def glob_covers(wide: str, narrow: str) -> bool:
     """Whether all names that the narrow pattern takes are taken by the wide one; '' takes all."""
-    return wide in ("", "*", narrow) or (not set(narrow) & set("*?[") and fnmatch.fnmatchcase(narrow, wide))
+    plain = narrow and not set(narrow) & set("*?[")
+    return wide in ("", narrow, narrow and "*") or bool(plain and fnmatch.fnmatchcase(narrow, wide))
 
 
 def route_warnings(routes: Sequence[RouteConfig]) -> list[str]:
@@ -11049,6 +11051,14 @@ def check_crew(ctx: Context, crew: Crew, models: Pool, tools: Iterable[str]) -> 
             said.append(f"agent {name} cannot answer: {error}")
         except ConfigError as error:
             raise ConfigError(f"agents.{name}: {error.args[0]}", error.hint) from None
+        for other in ctx.config.agents[name].asks or ():
+            if not fnmatch.filter(ctx.config.agents, other):
+                said.append(f"agent {name}: there is no agent {other!r} to ask{near(other, ctx.config.agents)}")
+    for wanted in dict.fromkeys(itertools.chain(*(persona.settings.escalate for persona in crew.personas.values()))):
+        try:
+            models.pick(wanted, "")
+        except (CredentialError, ConfigError) as error:
+            said.append(f"escalate {wanted!r} is left out: {error}")
     return said
 
 
@@ -11070,11 +11080,12 @@ def chosen_endpoints(ctx: Context, chosen: str = "", role: RoleConfig = RoleConf
             agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
     own = "/".join(filter(None, (role.provider or agent.provider, role.model)))
     endpoints = [resolve(chosen or own, agent, logins, ctx.environ)]
+    heard = logging.INFO if role.fallback is None and role.model else logging.WARNING  # of [agent] it is said once
     for wanted in agent.fallback if role.fallback is None else role.fallback:
         try:
             endpoints.append(resolve(wanted, agent, logins, ctx.environ))
         except CredentialError as error:
-            log.warning("[agent] fallback %s is left out: %s", wanted, error)
+            log.log(heard, "[agent] fallback %s is left out: %s", wanted, error)
     for endpoint in filter(goes_in_the_open, endpoints):
         log.warning("the key for %s goes to %s without encryption", endpoint.provider, shown_url(endpoint.base_url))
     return endpoints
@@ -16424,7 +16435,7 @@ class Daemon:
 
     async def _take(self, ctx: Context) -> None:
         """Use other settings from now on. An error leaves all as it was."""
-        former = self.ctx
+        former, crew = self.ctx, self.app.agent.crew
         ctx.redact.add(*ctx.config.secrets())
         with contextlib.suppress(CredentialError):  # said when somebody asks
             chosen_endpoints(ctx)
@@ -16436,7 +16447,7 @@ class Daemon:
                 await self.gateway.reload(ctx.config.gateway)
             self.scheduler.sync_config(ctx.config.cron)  # last: a job that is removed takes its history with it
         except PistaError:
-            self._furnish(former)
+            self.app.agent.crew = crew  # not made anew: a prompt's file may be what is gone
             if self.gateway:
                 await self.gateway.reload(former.config.gateway)
             raise
@@ -16727,6 +16738,7 @@ BACKUP_HEAD = b"openpista backup 1\n"
 BACKUP_PIECE = 1 << 20  # bytes, and 16 more when it is sealed
 SECRET_FILES = ("credentials.toml", "environment", "gateway.pem", "telegram.token", "known_gateways", "history")
 BACKED_UP = ("config.toml", *SECRET_FILES)
+KINDS = ("about.json", "memory.db", "skills", "prompts", *BACKED_UP)  # what a name in it begins with
 
 
 def backup_cipher(passphrase: str, salt: bytes) -> tuple[bytes, Any]:
@@ -16782,9 +16794,22 @@ def to_back_up(ctx: Context) -> dict[str, Path]:
     paths["config.toml"] = read_config(ctx.args.config, ctx.environ)[1] or paths["config.toml"]
     inside = (path for path in sorted(skills.rglob("*")) if not path.is_symlink())  # a link leads anywhere
     paths |= {f"skills/{path.relative_to(skills)}": path for path in inside}
+    paths |= {name: path for name, path in prompt_files(ctx).items() if path not in paths.values()}
     if ctx.config.gateway.tls_cert:
         log.warning("[gateway] tls_cert and tls_key are not openpista's, and left out")
     return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def prompt_files(ctx: Context) -> dict[str, Path]:
+    """The prompts of agents that are files in the home folder, by their names in a backup."""
+    found = {}
+    for path in (user_path(role.prompt_file) for role in ctx.config.agents.values() if role.prompt_file):
+        inside = os.path.relpath(ctx.home / path, ctx.home)
+        if not inside.startswith(".."):
+            found[f"prompts/{inside}"] = ctx.home / inside
+        else:
+            log.warning("the prompt_file %s is not in %s, and left out", path, ctx.home)
+    return found
 
 
 def copy_database(path: Path, target: Path) -> None:
@@ -16823,7 +16848,7 @@ def write_backup(ctx: Context, path: Path, passphrase: str) -> list[str]:
 
 def tops_of(kept: Iterable[str]) -> list[str]:
     """The names of what is in a backup; the skills are one."""
-    return list(dict.fromkeys(name.partition("/")[0] for name in kept))
+    return list(dict.fromkeys("skills" if name.startswith("skills/") else name for name in kept))
 
 
 def pack(plain: Any, kept: Mapping[str, Path]) -> None:
@@ -16854,7 +16879,7 @@ def unpack(path: Path, passphrase: str, folder: Path) -> tuple[dict[str, str], d
         with tarfile.open(mode="r:gz", fileobj=plain) as tar:
             for entry in tar:
                 top, *more = Path(entry.name).parts
-                if not entry.isreg() or ".." in more or top not in ("about.json", "memory.db", "skills", *BACKED_UP):
+                if not entry.isreg() or ".." in more or top not in KINDS:
                     raise PistaError(f"{path} holds {clip(entry.name, 80)!r}, which no backup does")
                 target = kept[entry.name] = folder.joinpath(top, *more)
                 make_private(target.parent)
@@ -16879,14 +16904,14 @@ def calm(path: Path) -> int:
     return count
 
 
-def places(ctx: Context, folder: Path) -> dict[str, Path]:
+def places(ctx: Context, folder: Path, kept: Iterable[str]) -> dict[str, Path]:
     """Where the parts of a backup in a folder go: its own configuration says where the database and skills are."""
     if (folder / "config.toml").is_file():
         try:
             ctx = ctx._replace(config=load_config(folder / "config.toml", ctx.environ))
         except ConfigError as error:
             log.warning("the configuration in the backup does not fit, and will have to be mended: %s", error)
-    own = {name: ctx.home / name for name in BACKED_UP}
+    own = {name: ctx.home / name.removeprefix("prompts/") for name in tops_of(kept)}
     return own | {"memory.db": ctx.database.absolute(), "skills": ctx.workspace / "skills"}
 
 
@@ -16917,7 +16942,8 @@ def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=ctx.home if ctx.home.is_dir() else None) as name:
         folder = Path(name)
         note, kept = unpack(path, passphrase, folder)
-        open_ones, where = calm(folder / "memory.db") if (folder / "memory.db").exists() else 0, places(ctx, folder)
+        open_ones = calm(folder / "memory.db") if (folder / "memory.db").exists() else 0
+        where = places(ctx, folder, kept)
         print(printable(f"made {note['made_at'][:16].replace('T', ' ')} UTC by {note['version']} on {note['machine']}"))
         print_table([("FILE", "PLACE"), *((name, str(where[name])) for name in tops_of(kept))])
         if dry_run:
@@ -16927,7 +16953,7 @@ def restore(ctx: Context, path: Path, passphrase: str, dry_run: bool) -> None:
         for_database = where["memory.db"].with_name(f"{where['memory.db'].name}.pid")
         said = "openpista runs, pid {}, and would go on with the old files"
         with held(ctx.home / PID_FILE, said), held(for_database, said):
-            asides = put_in({folder / name: where[name] for name in tops_of(kept)}, f"{utc_now():%Y%m%d-%H%M%S}")
+            asides = put_in({folder / name: where[name] for name in tops_of(kept)}, f"{utc_now():%Y%m%d-%H%M%S-%f}")
     print("restored" + "".join(f"; what was there is in {aside}" for aside in asides))
     if open_ones:
         print(f"{plural(open_ones, 'message')} had no answer yet: ask again, if that is still wanted")
@@ -16959,6 +16985,7 @@ def finding_of(error: Exception, level: str = "problem") -> Finding:
     """An error as a finding."""
     far = isinstance(error, Unavailable | ChannelBusy | ConnectionError | TimeoutError)
     hint = "see the lines about the network, or try again later" if far else ""
+    hint = "correct it, or move it away" if isinstance(error, ConfigError) else hint
     what = error.args[0] if isinstance(error, PistaError) else str(error) or f"no end within {PATIENCE:g} s"
     return Finding(level, what, getattr(error, "hint", "") or hint)
 
@@ -16992,6 +17019,9 @@ async def check_configuration(ctx: Context, endpoints: Sequence[Endpoint]) -> As
 async def check_home(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
     """The home folder: whose it is, who may enter, and how much room there is."""
     folder = ctx.home
+    if folder.exists() and not folder.is_dir():
+        yield Finding("problem", f"{folder} is no folder", "move it away, or set OPENPISTA_HOME to another place")
+        return
     if not folder.is_dir():
         yield Finding("ok", f"{folder} is made when it is needed")
         return
@@ -17031,6 +17061,19 @@ async def check_database(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIt
         yield Finding("problem", f"{path} is of a newer openpista (schema {version})", "use the newer openpista.pyz")
     else:
         yield Finding("ok", f"{path}, {read}, {path.stat().st_size:,} bytes, schema {version} of {known}")
+
+
+async def check_agents(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
+    """Agents and routes that cannot be, or not as they were meant."""
+    crew, models = furnish(ctx), Pool(ctx)
+    try:
+        for warning in check_crew(ctx, crew, models, EVERY_TOOL):
+            yield Finding("warning", warning, "see [agents] and [[routes]] of the configuration")
+        yield Finding("ok", f"{plural(len(crew.personas), 'agent')}, {plural(len(crew.routes), 'route')}")
+    except ConfigError as error:
+        yield finding_of(error)
+    finally:
+        await models.renew()
 
 
 async def check_skills(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIterator[Finding]:
@@ -17297,7 +17340,16 @@ async def check_gateway(ctx: Context, endpoints: Sequence[Endpoint]) -> AsyncIte
             yield Finding("warning", f"{found['version']} runs, this is {__version__}", "stop it, and start it again")
 
 
-HERE = (check_python, check_configuration, check_home, check_database, check_skills, check_jobs, check_service)
+HERE = (
+    check_python,
+    check_configuration,
+    check_home,
+    check_database,
+    check_agents,
+    check_skills,
+    check_jobs,
+    check_service,
+)
 AWAY = (check_proxy, check_dns, check_ipv6, check_clock, check_provider, check_telegram, check_gateway)
 CHECKS = (*HERE, *AWAY)
 AT_START = (check_configuration, check_home, check_skills, check_service)  # quick, and not said by what follows
@@ -17560,6 +17612,9 @@ async def consult(ctx: Context) -> int:
     endpoints: list[Endpoint] = []
     with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the provider
         endpoints = chosen_endpoints(ctx)
+    for role in ctx.config.agents.values() if endpoints else ():
+        with contextlib.suppress(CredentialError, ConfigError):  # said by the check of the agents
+            endpoints += [other for other in chosen_endpoints(ctx, "", role) if other not in endpoints]
     found = [(name, fixed(one) if ctx.args.fix else one) for name, one in await examine(ctx, CHECKS, endpoints)]
     rows = [(name, level, ctx.redact(what), ctx.redact(mend)) for name, (level, what, mend, _) in found]
     levels = [level for _, level, *_ in rows]
@@ -17996,13 +18051,13 @@ async def explain_routes(ctx: Context) -> int:
     args = ctx.args
     metadata = {"job": args.job, "images": ["an image"] if args.image else []}
     sender = args.sender or ("cron" if args.job else args.channel.partition(":")[2])
-    event = Event(args.channel, "job:" if args.job else "", args.session, args.text, sender, metadata=metadata)
     async with open_crew(ctx) as app:
-        crew, chosen = app.agent.crew, ""
+        crew, chosen, session = app.agent.crew, "", args.session or own_session(app.store, args.channel, args.job)
+        event = Event(args.channel, "job:" if args.job else "", session, args.text, sender, metadata=metadata)
         if args.at:
             crew = crew._replace(now=functools.partial(at_time, args.at, crew.now()))
         with contextlib.suppress(StoreError):
-            chosen = app.store.find_session(args.session).agent
+            chosen = app.store.find_session(session).agent
         misses = [mismatch(route, event, crew.now()) for route in crew.routes if not chosen]
         for number, why in enumerate(itertools.takewhile(bool, misses), 1):
             print(printable(f"route {number} ({crew.routes[number - 1].agent}) does not match: {why}"))
@@ -18010,6 +18065,13 @@ async def explain_routes(ctx: Context) -> int:
         model = app.models.name_of("", choice.agent)
     print(printable(f"{choice.why}\nagent {choice.agent}, {model}, gets: {choice.text}"))
     return 0
+
+
+def own_session(store: Store, channel: str, job: str) -> str:
+    """The session that a job or a chat is in now; '' where each request says it."""
+    if job:
+        return found.session if (found := Jobs(store).find(job)) else ""
+    return Chats(store).session(channel) if channel.startswith("telegram:") else ""
 
 
 def at_time(text: str, day: datetime) -> datetime:

@@ -112,6 +112,21 @@ def test_what_is_there_is_put_aside(lived_in, backup, openpista, tmp_path):
     )
 
 
+def test_prompts_in_files(lived_in, openpista, tmp_path):
+    (tmp_path / "else.md").write_text("of another place")
+    agents = ("a", "a.md"), ("b", "a.md"), ("c", "../else.md"), ("d", "gone.md")
+    text = "".join(f"[agents.{name}]\nprompt_file = '{path}'\n" for name, path in agents)
+    (lived_in / "config.toml").write_text(OFFLINE + text)
+    (lived_in / "a.md").write_text("be brief")
+    done = openpista("backup", "saved", input=WORDS)
+    assert done.stdout.endswith("skills, prompts/a.md\n") and "else.md is not in" in done.stderr, done
+    (lived_in / "a.md").write_text("be long")
+    assert openpista("restore", "saved", input=WORDS).returncode == 0
+    assert (lived_in / "a.md").read_text() == "be brief"
+    [aside] = lived_in.glob("before-restore-*")
+    assert (aside / "a.md").read_text() == "be long"
+
+
 def test_a_dry_run_changes_nothing(lived_in, backup, openpista):
     before = contents(lived_in)
     done = openpista("restore", "saved", "--dry-run", input=WORDS)

@@ -381,6 +381,9 @@ def test_one_daemon_a_model_for_each_channel(house, openpista, openai, model, bo
         row["name"]: row["today"]["calls"] for row in json.loads(openpista("agents", "list", "--json", env=keys).stdout)
     }
     assert rows == {"default": 1, "worker": 1, "guest": 1, "phone": 1}
+    bot.say(42, "/agent guest")
+    bot.wait(42, "guest answers this session")
+    assert "/agent guest was said in session telegram:42" in openpista("routes", "test", "telegram:42", "x").stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -574,6 +577,20 @@ def test_a_hang_up_rereads_the_settings(house, tmp_path):
     assert said[1] == f"settings read from {house.home}/config.toml" and len(said) == 5
     assert all(line.startswith("settings refused, the old ones stay: ") for line in said[2:])
     assert "did you mean 'offline'?" in said[3] and "99" in said[4]
+
+
+def test_with_refused_settings_the_agents_stay_as_they_were(house):
+    path = house.home / "a.md"
+    house.configure(f"{OFFLINE}[agents.a]\nprompt_file = 'a.md'\n[[routes]]\nagent = 'a'\n")
+    path.write_text("be brief")
+    daemon = house.start()
+    path.unlink()
+    daemon.send_signal(signal.SIGHUP)
+    house.heard.wait("READY=1")
+    house.put("$ echo on > there")
+    until((house.folder / "there").exists)
+    _, out, _ = house.end(daemon)
+    assert "settings refused, the old ones stay: agents.a: cannot read the prompt_file" in out
 
 
 @pytest.mark.parametrize("wrong", ["gateway", "cron"])

@@ -243,6 +243,40 @@ def test_jobs(doctor, home):
     assert any("[[cron]] config-1" in row["what"] for row in doctor())
 
 
+AGENTS = [  # settings -> level, what, of which check
+    ("[agents.a]\nprompt_file = 'gone.md'", "problem", "agents", "cannot read the prompt_file"),
+    ("[tools]\nworkdir = '/nowhere'", "problem", "agents", "no folder /nowhere"),
+    ("[agents.a]\nprovider = 'xai'", "warning", "agents", "agent a cannot answer: no key for xai"),
+    ("[[routes]]\nagent = 'default'\nchannel = 'telegarm'", "warning", "agents", "did you mean 'telegram'?"),
+    ("[agents.a]\nmodel = 'gpt-55'", "problem", "provider", "openai/gpt-55: no such model, did you mean 'gpt-5'?"),
+]
+
+
+@pytest.mark.parametrize(("text", "level", "check", "words"), AGENTS)
+def test_agents(doctor, text, level, check, words):
+    doctor.config(text)
+    what, mend = only(doctor.ills(code=int(level == "problem")), check, level)
+    assert words in what and mend
+
+
+def test_what_all_agents_lack_is_said_once(doctor):
+    doctor.config("".join(f"[agents.a{i}]\nmodel = 'gpt-5'\n" for i in range(3)) + "[agent]\nfallback = ['xai/grok-4']")
+    assert doctor.ills(code=0) == {} and doctor.stderr.count("fallback xai/grok-4 is left out") == 1
+
+
+def test_stored_keys_that_cannot_be_read(doctor, home):
+    (home / "credentials.toml").write_text("x=[")
+    (home / "credentials.toml").chmod(0o600)
+    what, mend = only({name: ill for name, ill in doctor.ills(code=1).items() if name != "agents"}, "provider")
+    assert "is not valid TOML" in what and mend
+
+
+def test_a_home_that_is_no_folder(openpista, tmp_path):
+    (tmp_path / "taken").write_text("")
+    done = openpista("doctor", env={"OPENPISTA_HOME": str(tmp_path / "taken")})
+    assert done.returncode == 1 and re.search(r"problem +home +\S+/taken is no folder", done.stdout)
+
+
 def test_skills(doctor, home):
     folder = home / "workspace/skills/bad"
     folder.mkdir(parents=True)

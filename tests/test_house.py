@@ -52,12 +52,16 @@ def test_old_sessions_are_forgotten(store, clock):
     assert names(store) == {"new"}
 
 
-def test_an_agent_that_was_asked_keeps_its_session_until_it_has_answered(store, clock):
+@pytest.mark.parametrize("answer", ["done", None], ids=["answered", "stopped"])
+def test_an_agent_that_was_asked_keeps_its_session_until_that_is_over(store, clock, answer):
     asker, call = store.session("telegram:42"), o.ToolCall("c", "agent.ask", {})
-    handover = store.hand_over(asker, store.append(asker, o.Message(o.Role.ASSISTANT, "", (call,))), "c", "hand")
+    handover = store.hand_over(
+        asker, number := store.append(asker, o.Message(o.Role.ASSISTANT, "", (call,))), "c", "hand"
+    )
     clock.advance(o.timedelta(days=31))
     assert not o.Upkeep(store).forget_sessions(30)
-    store.note_handover(handover, answer="done")
+    store.note_handover(handover, answer=answer)
+    store.finish_call(asker, number, o.ToolResult("c", answer or o.STOPPED, answer is None))
     assert o.Upkeep(store).forget_sessions(30)
     assert names(store) == {"telegram:42"}
 

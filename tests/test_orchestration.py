@@ -84,7 +84,7 @@ def test_routes_lead_straight_to_the_executor(run, model):
     shown = run("routes", "test", "job", "check", "--job", "disks", "--at", "23:30", "--image", "--sender", "x")
     assert shown.stdout == (
         "route 1 (executor) does not match: the text does not begin with '!run '\n"
-        'route 2 matches: channel = "job"\nagent verifier, openai/o4-mini, gets: check\n'
+        'route 2 matches: job = "*"\nagent verifier, openai/o4-mini, gets: check\n'
     )
     assert run("routes", "test", "cli", "x", "--at", "25:00").stderr.startswith(
         "openpista: --at takes HH:MM, not '25:00'"

@@ -309,6 +309,8 @@ MATCHES = [  # a condition, an event that has it, one that has not
     ({"sender": "7"}, event(sender="7"), event(sender="77")),
     ({"session": "ops-*"}, event(session="ops-1"), event(session="dev")),
     ({"job": "disks"}, event(identity="job:1:x", metadata={"job": "disks"}), event(metadata={"job": "disks"})),
+    ({"job": "*"}, event(identity="job:1:x", metadata={"job": "disks"}), event()),
+    ({"chat": "*"}, event(), event(channel="cli")),
     ({"prefix": "!ops "}, event("!ops ls"), event("ops !ops ls")),
     ({"pattern": r"\bdeploy\b"}, event("please deploy it"), event("deployed")),
     ({"has_image": True}, event(metadata={"images": ["a.png"]}), event()),
@@ -372,6 +374,7 @@ ODD = [  # routes -> what is said of them
     ([("ops", {"has_image": True}), ("dev", {"has_image": False})], []),
     ([("ops", {"pattern": "a"}), ("dev", {"pattern": "b"})], []),
     ([("ops", {"channel": "tele*"})], []),
+    ([("ops", {"job": "*"}), ("dev", {"job": "disks"}), ("dev", {})], ["route 2 (agent dev) is never reached"]),
 ]
 
 
@@ -379,6 +382,15 @@ ODD = [  # routes -> what is said of them
 def test_odd_routes_are_said(rows, words):
     found = o.route_warnings(crew_of(*rows).routes)
     assert len(found) == len(words) and all(word in line for word, line in zip(words, found, strict=True))
+
+
+def test_agents_and_models_that_cannot_be_reached_are_said(office, tmp_path):
+    desk = office(
+        "[agent]\nprovider = 'offline'\n[agents.a]\nasks = ['b', 'c*']\nescalate = ['opena/gpt-5']\n[agents.b]"
+    )
+    odd = o.check_crew(desk.ctx, desk.agent.crew, o.Pool(desk.ctx), o.EVERY_TOOL)
+    assert odd[0] == "agent a: there is no agent 'c*' to ask"
+    assert len(odd) == 2 and odd[1].startswith("escalate 'opena/gpt-5' is left out: unknown provider 'opena'")
 
 
 def test_tools_that_do_not_exist_are_said(office):
