@@ -1358,7 +1358,7 @@ def store_errors(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         text = str(error)
         what, hint = next((what, hint) for pattern, what, hint in SQLITE_SAYS if re.search(pattern, text))
-        raise StoreError(what.format(path=path, text=text, wait=Store.BUSY), hint) from error
+        raise StoreError(what.format(path=path, text=text, wait=Database.BUSY), hint) from error
     except UnicodeEncodeError as error:
         raise StoreError(f"{clip(ascii(error.object), 60)} cannot be stored: it is not Unicode text") from error
     except OSError as error:
@@ -1369,7 +1369,7 @@ def store_errors(path: Path) -> Iterator[None]:
 def open_database(path: Path) -> Iterator[sqlite3.Connection]:
     """A database as it is: nothing is made, brought to date or changed by opening it."""
     address = f"{path.absolute().as_uri()}?mode=rw"
-    with store_errors(path), contextlib.closing(sqlite3.connect(address, uri=True, timeout=Store.BUSY)) as db:
+    with store_errors(path), contextlib.closing(sqlite3.connect(address, uri=True, timeout=Database.BUSY)) as db:
         yield db
 
 
@@ -1380,15 +1380,13 @@ def see_whole(db: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(f"malformed: {clip(found, 200)}")
 
 
-class Store:
-    """Sessions, messages, the journal of tool calls, and usage, in one file."""
+class Database:
+    """One SQLite file: private, brought to date when it is opened, written all or nothing."""
 
-    LEASE = 15.0  # seconds that a session stays taken without a heartbeat
     BUSY = 5.0  # seconds to wait for another process's lock
 
     def __init__(self, path: Path, now: Callable[[], datetime] = utc_now):
         self.path, self.now = path, now
-        self.owner = f"{machine_name()}:{os.getpid()}"
         self._depth = 0
         with self.border():
             make_private(path.parent)
@@ -1410,20 +1408,125 @@ class Store:
         """Close the file; harmless when it is closed."""
         self.db.close()
 
+    @contextlib.contextmanager
+    def unsynced(self) -> Iterator[None]:
+        """What is written here survives a kill -9 as all does, a power cut only with the next commit elsewhere.
+
+        Waiting for the disk is most of what a turn takes here; this is for what no power cut makes wrong.
+        """
+        if self._depth:  # it is the outermost block's to say
+            yield
+            return
+        self._run("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            self.db.execute("PRAGMA synchronous = FULL")
+
+    @contextlib.contextmanager
+    def atomic(self) -> Iterator[None]:
+        """All of the block or nothing of it; blocks may nest, the outermost counts."""
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                self._run("BEGIN IMMEDIATE")  # take the write lock now: a later upgrade could fail
+            yield
+            if self._depth == 1:
+                self._run("COMMIT")
+        except BaseException:
+            if self._depth == 1 and self.db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):  # what went wrong before is the error to tell
+                    self.db.execute("ROLLBACK")
+            raise
+        finally:
+            self._depth -= 1
+
+    def border(self) -> contextlib.AbstractContextManager[None]:
+        """SQLite's errors, and the file system's, as StoreError."""
+        return store_errors(self.path)
+
+    def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        with self.border():
+            return self.db.execute(sql, values)
+
+    def _value(self, sql: str, *values: Any) -> Any:
+        """The first column of the first row; None if there is no row."""
+        row = self._run(sql, *values).fetchone()
+        return row and row[0]
+
+    def _insert(self, table: str, verb: str = "INSERT", /, **row: Any) -> int:
+        """Write a row, given by its columns; its id."""
+        sql = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+        return self._run(sql, *row.values()).lastrowid
+
+    def _prepare(self) -> None:
+        self._run("PRAGMA foreign_keys = ON")
+        self._check()
+        self._use_wal()
+        self._run("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
+        self._migrate(migration_steps(read_asset("migrations.sql")))
+
+    def _check(self) -> None:
+        """Refuse another program's database."""
+        # In one statement: between two, another openpista could make the schema.
+        sql = "SELECT (SELECT application_id FROM pragma_application_id), EXISTS (SELECT 1 FROM sqlite_master)"
+        number, has_tables = self._run(sql).fetchone()
+        if has_tables and number != APPLICATION_ID:
+            raise StoreError(f"{self.path} is another program's database", "name another file in [database] url")
+
+    def _use_wal(self) -> None:
+        """Readers beside one writer. SQLite does not always wait by itself when two processes switch at once."""
+        until = time.monotonic() + self.BUSY
+        while True:
+            try:
+                self._run("PRAGMA journal_mode = WAL")
+                return
+            except StoreError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
+    def _migrate(self, steps: list[str]) -> None:
+        version = self._pragma("user_version")
+        if version > len(steps):
+            raise StoreError(
+                f"{self.path} was made by a newer openpista (schema {version}, this one knows {len(steps)})",
+                "use the newer openpista.pyz",
+            )
+        while (version := self._pragma("user_version")) < len(steps):
+            with self.atomic():
+                if self._pragma("user_version") != version:
+                    continue  # another process has just done this step
+                for statement in statements(steps[version]):
+                    self._run(statement)
+                self._run(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._run(f"PRAGMA user_version = {version + 1}")
+
+    def _pragma(self, name: str) -> int:
+        return self._value(f"PRAGMA {name}")
+
+
+class Store(Database):
+    """Sessions, messages, the journal of tool calls, and usage."""
+
+    LEASE = 15.0  # seconds that a session stays taken without a heartbeat
+
+    def __init__(self, path: Path, now: Callable[[], datetime] = utc_now):
+        super().__init__(path, now)
+        self.owner = f"{machine_name()}:{os.getpid()}"
+
     # ---- sessions ----
 
     def session(self, name: str) -> Session:
         """The session of this name, made if it is new."""
         with self.unsynced(), self.atomic():
             now = iso(self.now())
-            self._run("INSERT OR IGNORE INTO sessions (name, created_at, updated_at) VALUES (?, ?, ?)", name, now, now)
-            return Session(
-                *self._run("SELECT id, name, elided_upto, model, agent FROM sessions WHERE name = ?", name).fetchone()
-            )
+            self._insert("sessions", "INSERT OR IGNORE", name=name, created_at=now, updated_at=now)
+            return self.find_session(name)
 
     def find_session(self, name: str) -> Session:
         """The session of this name; StoreError if there is none."""
-        row = self._run("SELECT id, name, elided_upto, model, agent FROM sessions WHERE name = ?", name).fetchone()
+        row = self._run(f"SELECT {', '.join(Session._fields)} FROM sessions WHERE name = ?", name).fetchone()
         if row is None:
             names = [row[0] for row in self._run("SELECT name FROM sessions ORDER BY updated_at DESC LIMIT 1000")]
             raise StoreError(f"no session named {name!r}{near(name, names)}", "see `openpista sessions list`")
@@ -1442,7 +1545,7 @@ class Store:
 
     def session_count(self) -> int:
         """How many sessions there are."""
-        return self._run("SELECT count(*) FROM sessions").fetchone()[0]
+        return self._value("SELECT count(*) FROM sessions")
 
     def set_model(self, session: Session, model: str) -> None:
         """Answer this session with another model, given as provider/model; '' for the configured one."""
@@ -1454,7 +1557,7 @@ class Store:
 
     def failures(self, session: Session) -> int:
         """How many of the last turns failed, one after the other."""
-        return self._run("SELECT failures FROM sessions WHERE id = ?", session.id).fetchone()[0]
+        return self._value("SELECT failures FROM sessions WHERE id = ?", session.id)
 
     def count_failure(self, session: Session, failed: bool) -> None:
         """Note how a turn ended."""
@@ -1505,10 +1608,8 @@ class Store:
             return False
         try:
             os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
-        except ProcessLookupError:
-            return True
-        except (OSError, ValueError, OverflowError):
-            return False
+        except (OSError, ValueError, OverflowError) as error:
+            return isinstance(error, ProcessLookupError)
         return False
 
     # ---- messages ----
@@ -1519,31 +1620,23 @@ class Store:
             now = iso(self.now())
             calls = [call._asdict() for call in message.tool_calls]
             images = [{"path": image.path, "media_type": image.media_type} for image in message.images]
-            row = self._run(
-                """INSERT INTO messages
-                          (session_id, role, text, tool_calls, call_id, is_error, echo, images, created_at)
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                session.id,
-                message.role.value,
-                storable(message.text),
-                storable(to_json(calls)) if calls else None,
-                message.call_id or None,
-                int(message.is_error),
-                storable(to_json(message.echo)) if message.echo else None,
-                storable(to_json(images)) if images else None,
-                now,
+            number = self._insert(
+                "messages",
+                session_id=session.id,
+                role=message.role.value,
+                text=storable(message.text),
+                tool_calls=storable(to_json(calls)) if calls else None,
+                call_id=message.call_id or None,
+                is_error=int(message.is_error),
+                echo=storable(to_json(message.echo)) if message.echo else None,
+                images=storable(to_json(images)) if images else None,
+                created_at=now,
             )
             for call in message.tool_calls:
-                self._run(
-                    "INSERT INTO tool_calls (session_id, message_id, call_id, name, arguments) VALUES (?, ?, ?, ?, ?)",
-                    session.id,
-                    row.lastrowid,
-                    call.id,
-                    storable(call.name),
-                    storable(to_json(call.arguments)),
-                )
+                asked = {"name": storable(call.name), "arguments": storable(to_json(call.arguments))}
+                self._insert("tool_calls", session_id=session.id, message_id=number, call_id=call.id, **asked)
             self._run("UPDATE sessions SET updated_at = ? WHERE id = ?", now, session.id)
-            return row.lastrowid
+            return number
 
     def tail(
         self,
@@ -1591,8 +1684,7 @@ class Store:
 
     def summarise(self, session: Session, upto: int, text: str) -> None:
         """Let the text stand for the messages up to and with this one."""
-        sql = "INSERT INTO summaries (session_id, upto, text, created_at) VALUES (?, ?, ?, ?)"
-        self._run(sql, session.id, upto, storable(text), iso(self.now()))
+        self._insert("summaries", session_id=session.id, upto=upto, text=storable(text), created_at=iso(self.now()))
 
     def summary(self, session: Session) -> tuple[int, str]:
         """The newest summary and the last message it covers; (0, '') if there is none."""
@@ -1601,7 +1693,7 @@ class Store:
 
     # ---- the journal ----
 
-    def start_call(self, session: Session, message_id: int, call: ToolCall) -> None:
+    def start_call(self, message_id: int, call: ToolCall) -> None:
         """Note that the call begins: after this it may have had an effect."""
         sql = "UPDATE tool_calls SET state = 'started', started_at = ? WHERE message_id = ? AND call_id = ?"
         self._run(sql, iso(self.now()), message_id, call.id)
@@ -1622,11 +1714,10 @@ class Store:
             row = self._run(f"{sql} WHERE h.message_id = ? AND h.call_id = ?", message_id, call_id).fetchone()
             if row is None:
                 names = (f"{session.name}>{agent}#{number}" for number in itertools.count(1))
-                name = next(n for n in names if not self._run("SELECT 1 FROM sessions WHERE name = ?", n).fetchone())
+                name = next(n for n in names if not self._value("SELECT 1 FROM sessions WHERE name = ?", n))
                 child = self.session(name)
                 self._run("UPDATE sessions SET parent = ? WHERE id = ?", session.id, child.id)
-                sql = "INSERT INTO handovers (message_id, call_id, session_id, agent) VALUES (?, ?, ?, ?)"
-                self._run(sql, message_id, call_id, child.id, agent)
+                self._insert("handovers", message_id=message_id, call_id=call_id, session_id=child.id, agent=agent)
                 row = (name, None, None)
             return Handover(message_id, call_id, self.find_session(row[0]), *row[1:])
 
@@ -1650,19 +1741,18 @@ class Store:
         """Note one call of a model, named as provider/model."""
         provider, _, name = model.partition("/")
         with self.unsynced():
-            self._run(
-                """INSERT INTO usage (session_id, at, provider, model, input_tokens, cached_tokens, output_tokens,
-                                      cost_usd, seconds, agent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                session.id,
-                iso(self.now()),
-                provider,
-                name,
-                usage.input,
-                usage.cached,
-                usage.output,
-                usage.cost,
-                round(seconds, 3),
-                agent,
+            self._insert(
+                "usage",
+                session_id=session.id,
+                at=iso(self.now()),
+                provider=provider,
+                model=name,
+                input_tokens=usage.input,
+                cached_tokens=usage.cached,
+                output_tokens=usage.output,
+                cost_usd=usage.cost,
+                seconds=round(seconds, 3),
+                agent=agent,
             )
 
     def spent(self, moment: datetime) -> dict[str, tuple[int, int]]:
@@ -1683,102 +1773,16 @@ class Store:
         row = self._run(f"SELECT {sums} FROM usage WHERE {where}", *values).fetchone()
         return Usage(row[0] or 0, row[1] or 0, row[2] or 0, row[3])
 
-    # ---- the file ----
-
-    @contextlib.contextmanager
-    def unsynced(self) -> Iterator[None]:
-        """What is written here survives a kill -9 as all does, a power cut only with the next commit elsewhere.
-
-        Waiting for the disk is most of what a turn takes here; this is for what no power cut makes wrong.
-        """
-        if self._depth:  # it is the outermost block's to say
-            yield
-            return
-        self._run("PRAGMA synchronous = NORMAL")
-        try:
-            yield
-        finally:
-            self.db.execute("PRAGMA synchronous = FULL")
-
-    @contextlib.contextmanager
-    def atomic(self) -> Iterator[None]:
-        """All of the block or nothing of it; blocks may nest, the outermost counts."""
-        self._depth += 1
-        try:
-            if self._depth == 1:
-                self._run("BEGIN IMMEDIATE")  # take the write lock now: a later upgrade could fail
-            yield
-            if self._depth == 1:
-                self._run("COMMIT")
-        except BaseException:
-            if self._depth == 1 and self.db.in_transaction:
-                with contextlib.suppress(sqlite3.Error):  # what went wrong before is the error to tell
-                    self.db.execute("ROLLBACK")
-            raise
-        finally:
-            self._depth -= 1
-
-    def border(self) -> contextlib.AbstractContextManager[None]:
-        """SQLite's errors, and the file system's, as StoreError."""
-        return store_errors(self.path)
-
-    def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        with self.border():
-            return self.db.execute(sql, values)
-
-    def _prepare(self) -> None:
-        self._run("PRAGMA foreign_keys = ON")
-        self._check()
-        self._use_wal()
-        self._run("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
-        self._migrate(migration_steps(read_asset("migrations.sql")))
-
-    def _check(self) -> None:
-        """Refuse another program's database."""
-        # In one statement: between two, another openpista could make the schema.
-        sql = "SELECT (SELECT application_id FROM pragma_application_id), EXISTS (SELECT 1 FROM sqlite_master)"
-        number, has_tables = self._run(sql).fetchone()
-        if has_tables and number != APPLICATION_ID:
-            raise StoreError(f"{self.path} is another program's database", "name another file in [database] url")
-
-    def _use_wal(self) -> None:
-        """Readers beside one writer. SQLite does not always wait by itself when two processes switch at once."""
-        until = time.monotonic() + self.BUSY
-        while True:
-            try:
-                self._run("PRAGMA journal_mode = WAL")
-                return
-            except StoreError as error:
-                if "locked" not in str(error) or time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
-
-    def _migrate(self, steps: list[str]) -> None:
-        version = self._pragma("user_version")
-        if version > len(steps):
-            raise StoreError(
-                f"{self.path} was made by a newer openpista (schema {version}, this one knows {len(steps)})",
-                "use the newer openpista.pyz",
-            )
-        while (version := self._pragma("user_version")) < len(steps):
-            with self.atomic():
-                if self._pragma("user_version") != version:
-                    continue  # another process has just done this step
-                for statement in statements(steps[version]):
-                    self._run(statement)
-                self._run(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._run(f"PRAGMA user_version = {version + 1}")
-
-    def _pragma(self, name: str) -> int:
-        return self._run(f"PRAGMA {name}").fetchone()[0]
-
 
 def new_session_name(now: datetime, kind: str) -> str:
     """A name for a new session, such as run-20260301-090000-1f3a."""
     return f"{kind}-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
-# ---- messages in and out, jobs, devices: a small class for each table, given the Store ----
+# ===== 6b. Tables =============================================================
+#
+# Messages in and out, questions, people, chats, jobs, devices, tickets: a small
+# class for each, given the Store. They know SQL and time, and no channel.
 
 
 class Item(NamedTuple):
@@ -1876,7 +1880,8 @@ class Table:
     """Statements about one matter."""
 
     def __init__(self, store: Store):
-        self.store, self._run, self.atomic = store, store._run, store.atomic
+        self.store, self.atomic = store, store.atomic
+        self._run, self._value, self._insert = store._run, store._value, store._insert
 
     def stamp(self, **ago: float) -> str:
         """The time now, or so long ago, as it is written down."""
@@ -1899,17 +1904,12 @@ class Inbox(Table):
             ahead, waiting = self._run(sql, event.session).fetchone()
             if waiting >= limit:
                 return Receipt("full", ahead=ahead)
-            values = (storable(text) for text in (event.channel, event.identity, event.session, event.text))
-            row = self._run(
-                """INSERT INTO inbox (channel, identity, session, text, sender, reply_to, metadata, received_at)
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                *values,
-                storable(event.sender),
-                storable(to_json(dict(event.reply_to))),
-                storable(to_json(dict(event.metadata))),
-                self.stamp(),
-            )
-            return Receipt("accepted", row.lastrowid, ahead)
+            row = event._asdict() | {
+                "reply_to": to_json(dict(event.reply_to)),
+                "metadata": to_json(dict(event.metadata)),
+            }
+            row = {column: storable(value) for column, value in row.items()}
+            return Receipt("accepted", self._insert("inbox", **row, received_at=self.stamp()), ahead)
 
     def find(self, channel: str, identity: str) -> Item | None:
         """The event of this identity."""
@@ -1989,8 +1989,7 @@ class Inbox(Table):
 
     def chosen(self, number: int) -> str:
         """Who answers, or answered."""
-        row = self._run("SELECT agent FROM inbox WHERE id = ?", number).fetchone()
-        return row[0] if row else DEFAULT
+        return self._value("SELECT agent FROM inbox WHERE id = ?", number) or DEFAULT
 
     def finish(self, number: int, state: str) -> bool:
         """Note how it ended; False if it had ended before."""
@@ -2006,7 +2005,6 @@ class Inbox(Table):
 class Outbox(Table):
     """What goes out, each channel's in order."""
 
-    COLUMNS = "id, inbox_id, channel, reply_to, piece, text, metadata, attempts, created_at, next_at, in_doubt"
     OPEN = "state IN ('waiting', 'sending')"  # word for word the condition of the index
 
     def add(
@@ -2018,19 +2016,11 @@ class Outbox(Table):
         inbox_id: int | None = None,
     ) -> None:
         """Write a text down to be sent, in its pieces."""
+        row = {"inbox_id": inbox_id, "channel": channel, "created_at": self.stamp(), "next_at": self.stamp()}
+        row |= {"reply_to": storable(to_json(dict(reply_to))), "metadata": storable(to_json(dict(metadata)))}
         with self.atomic():
             for piece, text in enumerate(pieces):
-                self._run(
-                    """INSERT INTO outbox (inbox_id, channel, reply_to, piece, text, metadata, created_at, next_at)
-                       VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                    inbox_id,
-                    channel,
-                    storable(to_json(dict(reply_to))),
-                    piece,
-                    storable(text),
-                    storable(to_json(dict(metadata))),
-                    *[self.stamp()] * 2,
-                )
+                self._insert("outbox", **row, piece=piece, text=storable(text))
 
     def channels(self) -> list[str]:
         """For whom something lies here."""
@@ -2038,11 +2028,11 @@ class Outbox(Table):
 
     def unsent(self) -> int:
         """How many pieces lie here."""
-        return self._run(f"SELECT count(*) FROM outbox WHERE {self.OPEN}").fetchone()[0]
+        return self._value(f"SELECT count(*) FROM outbox WHERE {self.OPEN}")
 
     def next(self, channel: str) -> Delivery | None:
         """The oldest piece for a channel that was not sent."""
-        sql = f"SELECT {self.COLUMNS} FROM outbox WHERE channel = ? AND {self.OPEN} ORDER BY id LIMIT 1"
+        sql = f"SELECT {', '.join(Delivery._fields)} FROM outbox WHERE channel = ? AND {self.OPEN} ORDER BY id LIMIT 1"
         row = self._run(sql, channel).fetchone()
         return row and Delivery(*row[:3], json.loads(row[3]), *row[4:6], json.loads(row[6]), *row[7:])
 
@@ -2076,8 +2066,7 @@ class Outbox(Table):
 
     def answer(self, item: Item) -> Answer:
         """What became of an event: its pieces joined again."""
-        sql = "SELECT text, metadata FROM outbox WHERE inbox_id = ? ORDER BY id"
-        rows = self._run(sql, item.id).fetchall()
+        rows = self._run("SELECT text, metadata FROM outbox WHERE inbox_id = ? ORDER BY id", item.id).fetchall()
         metadata = json.loads(rows[0][1]) if rows else {}
         text = "\n\n".join(row[0] for row in rows)
         return Answer(item.state, text, bool(metadata.pop("is_error", False)), metadata)
@@ -2093,15 +2082,14 @@ class Approvals(Table):
 
     def ask(self, inbox_id: int, call: ToolCall, danger: str, seconds: float) -> tuple[Approval, bool]:
         """The question about a call, and whether it is new; one that stands is not asked again."""
-        values = (inbox_id, call.id, call.name, storable(to_json(call.arguments)))
+        asked = {"inbox_id": inbox_id, "call_id": call.id, "tool": call.name}
+        asked["arguments"] = storable(to_json(call.arguments))
         with self.atomic():
-            where = "inbox_id = ? AND call_id = ? AND tool = ? AND arguments = ? AND used_at IS NULL"
-            if standing := self._some(where, *values):
+            where = " AND ".join(f"{column} = ?" for column in asked)
+            if standing := self._some(f"{where} AND used_at IS NULL", *asked.values()):
                 return standing[-1], False
-            sql = """INSERT INTO approvals (inbox_id, call_id, tool, arguments, danger, asked_at, expires_at)
-                     VALUES (?, ?, ?, ?, ?, ?, ?)"""
-            row = self._run(sql, *values, storable(danger), self.stamp(), self.stamp(seconds=-seconds))
-            return self.get(row.lastrowid), True
+            times = {"asked_at": self.stamp(), "expires_at": self.stamp(seconds=-seconds)}
+            return self.get(self._insert("approvals", **asked, danger=storable(danger), **times)), True
 
     def get(self, number: int) -> Approval | None:
         """The question of this number."""
@@ -2146,14 +2134,12 @@ class Grants(Table):
         self.session = session
 
     def __contains__(self, call: str) -> bool:
-        return (
-            self._run("SELECT 1 FROM grants WHERE session = ? AND call = ?", self.session, call).fetchone() is not None
-        )
+        return bool(self._value("SELECT 1 FROM grants WHERE session = ? AND call = ?", self.session, call))
 
     def add(self, call: str) -> None:
         """Ask about this call no more."""
-        sql = "INSERT OR IGNORE INTO grants (session, call, granted_at) VALUES (?, ?, ?)"
-        self._run(sql, self.session, storable(call), self.stamp())
+        row = {"session": self.session, "call": storable(call), "granted_at": self.stamp()}
+        self._insert("grants", "INSERT OR IGNORE", **row)
 
     def list(self) -> list[str]:
         """The calls."""
@@ -2176,7 +2162,7 @@ class People(Table):
 
     def list(self) -> list[Person]:
         """All of them, the first who asked first."""
-        sql = "SELECT id, name, state, code, asked_at, expires_at FROM people WHERE channel = ? ORDER BY asked_at, id"
+        sql = f"SELECT {', '.join(Person._fields)} FROM people WHERE channel = ? ORDER BY asked_at, id"
         return list(itertools.starmap(Person, self._run(sql, self.channel)))
 
     def allowed(self) -> list[str]:
@@ -2185,8 +2171,7 @@ class People(Table):
 
     def state(self, who: str) -> str:
         """What became of somebody; '' if they never asked."""
-        row = self._run("SELECT state FROM people WHERE channel = ? AND id = ?", self.channel, who).fetchone()
-        return row[0] if row else ""
+        return self._value("SELECT state FROM people WHERE channel = ? AND id = ?", self.channel, who) or ""
 
     def ask(self, who: str, name: str, code: str) -> bool:
         """Give somebody a code to show to the owner; False if they had one, or too many have."""
@@ -2219,9 +2204,8 @@ class People(Table):
         return next((person for person in found if person.code == code), None)
 
     def _write(self, person: Person) -> None:
-        sql = """INSERT OR REPLACE INTO people (channel, id, name, state, code, asked_at, expires_at)
-                 VALUES (?, ?, ?, ?, ?, ?, ?)"""
-        self._run(sql, self.channel, person.id, storable(person.name), *person[2:])
+        row = person._replace(name=storable(person.name))._asdict()
+        self._insert("people", "INSERT OR REPLACE", channel=self.channel, **row)
 
 
 class Chats(Table):
@@ -2229,8 +2213,7 @@ class Chats(Table):
 
     def session(self, place: str) -> str:
         """The session of a place; its name is the place's own as long as no other was chosen."""
-        row = self._run("SELECT session FROM chats WHERE place = ?", place).fetchone()
-        return (row and row[0]) or place
+        return self._value("SELECT session FROM chats WHERE place = ?", place) or place
 
     def turn_to(self, place: str, session: str) -> None:
         """Be in this session from now on."""
@@ -2241,8 +2224,8 @@ class Chats(Table):
     def move(self, old: str, new: str) -> None:
         """A group has become another: its session, and what waits for it, move along."""
         with self.atomic():
-            self._run("INSERT OR IGNORE INTO chats (place, session) VALUES (?, ?)", new, self.session(old))
-            self._run("INSERT OR IGNORE INTO chats (place) VALUES (?)", old)
+            self._insert("chats", "INSERT OR IGNORE", place=new, session=self.session(old))
+            self._insert("chats", "INSERT OR IGNORE", place=old)
             self._run("UPDATE chats SET moved_to = ? WHERE place = ?", new, old)
             for table in ("inbox", "outbox", "jobs"):
                 self._run(f"UPDATE OR IGNORE {table} SET channel = ? WHERE channel = ?", new, old)
@@ -2257,15 +2240,12 @@ class Chats(Table):
 
     def advance(self, name: str, position: int) -> None:
         """Note that a channel has read so far."""
-        sql = "INSERT OR REPLACE INTO cursors (name, position, moved_at) VALUES (?, ?, ?)"
-        self._run(sql, name, position, self.stamp())
+        self._insert("cursors", "INSERT OR REPLACE", name=name, position=position, moved_at=self.stamp())
 
 
 class Jobs(Table):
     """Prompts on a schedule. When one is due is for the caller to say: this knows no cron."""
 
-    SETTINGS = "name, schedule, tz, prompt, session, channel, reply_to, catch_up, origin, state, next_at"
-    COLUMNS = f"id, {SETTINGS}"
     KEPT = 100  # runs of a job that are remembered
 
     def add(self, job: Job) -> Job:
@@ -2273,16 +2253,18 @@ class Jobs(Table):
         with self.atomic():
             if self.find(job.name):
                 raise StoreError(f"there is a job named {job.name!r} already", "remove it, or choose another --name")
-            sql = f"INSERT INTO jobs ({self.SETTINGS}, created_at) VALUES ({', '.join('?' * 12)})"
-            return job._replace(id=self._run(sql, *self._values(job), self.stamp()).lastrowid)
+            return job._replace(id=self._insert("jobs", **self._row(job), created_at=self.stamp()))
 
     def change(self, old: Job, new: Job) -> bool:
         """Write a job anew; False if it was fired, paused or removed meanwhile."""
-        sql = f"UPDATE jobs SET ({self.SETTINGS}) = ({', '.join('?' * 11)}) WHERE id = ? AND state = ? AND next_at IS ?"
-        return self._run(sql, *self._values(new), old.id, old.state, old.next_at).rowcount == 1
+        row = self._row(new)
+        settings = ", ".join(f"{column} = ?" for column in row)
+        sql = f"UPDATE jobs SET {settings} WHERE id = ? AND state = ? AND next_at IS ?"
+        return self._run(sql, *row.values(), old.id, old.state, old.next_at).rowcount == 1
 
-    def _values(self, job: Job) -> list[Any]:
-        return [*map(storable, job[1:7]), storable(to_json(dict(job.reply_to))), *job[8:]]
+    def _row(self, job: Job) -> dict[str, str | None]:
+        row = job._asdict() | {"reply_to": to_json(dict(job.reply_to))}
+        return {column: value and storable(value) for column, value in row.items() if column != "id"}
 
     def list(self) -> list[Job]:
         """All jobs, the next one first."""
@@ -2306,11 +2288,10 @@ class Jobs(Table):
     def next_at(self) -> str | None:
         """When the next active job is due; None if there is none."""
         sql = "SELECT next_at FROM jobs WHERE state = 'active' AND next_at IS NOT NULL ORDER BY next_at LIMIT 1"
-        row = self._run(sql).fetchone()
-        return row and row[0]
+        return self._value(sql)
 
     def _jobs(self, where: str, *values: Any) -> list[Job]:
-        rows = self._run(f"SELECT {self.COLUMNS} FROM jobs WHERE {where}", *values)
+        rows = self._run(f"SELECT {', '.join(Job._fields)} FROM jobs WHERE {where}", *values)
         return [Job(*row[:7], json.loads(row[7]), *row[8:]) for row in rows]
 
     def remove(self, name: str) -> bool:
@@ -2333,17 +2314,12 @@ class Jobs(Table):
         No next_at: it was the last time.
         """
         with self.atomic():
-            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
-            state = "active" if next_at else "done"
-            if self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount != 1:
-                return None
-            return self.run(job, job.next_at, limit)
+            return self.run(job, job.next_at, limit) if self._move(job, next_at) else None
 
     def run(self, job: Job, due_at: str, limit: int = sys.maxsize) -> Receipt:
         """Put a job into the inbox for this time, and note that in its history."""
         with self.atomic():
-            metadata = {"job": job.name, "due_at": due_at}
-            identity = f"job:{job.id}:{due_at}"
+            identity, metadata = f"job:{job.id}:{due_at}", {"job": job.name, "due_at": due_at}
             event = Event(job.channel or "job", identity, job.session, job.prompt, "cron", job.reply_to, metadata)
             receipt = Inbox(self.store).add(event, limit)
             self.note(job, due_at, receipt.id or None, "" if receipt.id else "left out: the session's queue is full")
@@ -2352,17 +2328,19 @@ class Jobs(Table):
     def skip(self, job: Job, next_at: datetime | None, note: str) -> bool:
         """Move a due job's time without firing, and note why; False if another process was quicker."""
         with self.atomic():
-            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
-            state = "active" if next_at else "done"
-            moved = self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount == 1
-            if moved:
+            if moved := self._move(job, next_at):
                 self.note(job, job.next_at, None, note)
             return moved
 
+    def _move(self, job: Job, next_at: datetime | None) -> bool:
+        sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
+        state = "active" if next_at else "done"
+        return self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount == 1
+
     def note(self, job: Job, due_at: str, inbox_id: int | None, note: str) -> None:
         """Write down that a job ran, or why it did not; the oldest runs are forgotten."""
-        sql = "INSERT OR IGNORE INTO job_runs (job_id, due_at, fired_at, inbox_id, note) VALUES (?, ?, ?, ?, ?)"
-        self._run(sql, job.id, due_at, self.stamp(), inbox_id, storable(note))
+        row = {"job_id": job.id, "due_at": due_at, "fired_at": self.stamp(), "inbox_id": inbox_id}
+        self._insert("job_runs", "INSERT OR IGNORE", **row, note=storable(note))
         old = "SELECT due_at FROM job_runs WHERE job_id = ? ORDER BY due_at DESC LIMIT 1 OFFSET ?"
         self._run(f"DELETE FROM job_runs WHERE job_id = ? AND due_at <= ({old})", job.id, job.id, self.KEPT)
 
@@ -2390,16 +2368,14 @@ class Devices(Table):
     def add(self, name: str, token_hash: str) -> None:
         """Let a new device in, or a revoked one with a new token; StoreError if the name is taken."""
         with self.atomic():
-            if self._run("SELECT 1 FROM devices WHERE name = ? AND revoked_at IS NULL", name).fetchone():
+            if self._value("SELECT 1 FROM devices WHERE name = ? AND revoked_at IS NULL", name):
                 raise StoreError(f"there is a device named {name!r} already", "revoke it, or choose another name")
             self._run("DELETE FROM devices WHERE name = ?", name)
-            sql = "INSERT INTO devices (name, token_hash, created_at) VALUES (?, ?, ?)"
-            self._run(sql, name, token_hash, self.stamp())
+            self._insert("devices", name=name, token_hash=token_hash, created_at=self.stamp())
 
     def list(self) -> list[Device]:
         """All devices, by name."""
-        rows = self._run("SELECT name, created_at, last_seen, revoked_at FROM devices ORDER BY name")
-        return [Device(*row) for row in rows]
+        return [Device(*row) for row in self._run(f"SELECT {', '.join(Device._fields)} FROM devices ORDER BY name")]
 
     def find(self, token_hash: str) -> str | None:
         """The name of the device with this token, in a time that does not tell how near a guess was."""
@@ -2429,9 +2405,9 @@ class Tickets(Table):
 
     def add(self, label: bytes, body: Mapping[str, Any], seconds: float) -> None:
         """Keep a ticket for so long."""
-        sql = "INSERT OR REPLACE INTO tickets (label, body, expires_at) VALUES (?, ?, ?)"
+        row = {"label": label.hex(), "body": to_json(dict(body)), "expires_at": self.stamp(seconds=-seconds)}
         with self.store.unsynced():
-            self._run(sql, label.hex(), to_json(dict(body)), self.stamp(seconds=-seconds))
+            self._insert("tickets", "INSERT OR REPLACE", **row)
 
     def pop(self, label: bytes) -> dict[str, Any] | None:
         """Take a ticket out; None if there is none that is still good."""
@@ -6873,7 +6849,7 @@ class Turn:
             if refusal := await toolbox.refusal(call, gate, review):
                 result = ToolResult(call.id, toolbox.redact(refusal), is_error=True)
             else:
-                self.store.start_call(self.session, message_id, call)
+                self.store.start_call(message_id, call)
                 started = True
                 log.debug("%s %s", call.name, clip(to_json(call.arguments), 500))
                 self.tell(Progress("tool_started", call=call))
