@@ -132,7 +132,7 @@ log = logging.getLogger("openpista")
 # ===== 1. Errors ==============================================================
 #
 # PistaError                     exit code 1: the work failed
-#   UsageError, ConfigError                2: wrong words or settings
+#   UsageError, ConfigError, CronError     2: wrong words, settings or schedules
 #   CredentialError                        3: a key is missing or refused
 #   StoreError                             the database
 #   ProviderError                          a model's server, for good
@@ -144,6 +144,9 @@ log = logging.getLogger("openpista")
 #   ChannelError                           a channel does not deliver, for good
 #     ChannelBusy                          ... for now: worth another try
 #     BotError                             ... Telegram refuses, and says why
+#   GatewayError                           the other side cannot be reached, or is gone
+#     WrongServer                          ... it is not the one that is pinned
+#     WireError                            ... it breaks the protocol
 #   OutOfBudget                            an agent has used what it may in a day, or a turn
 #   MissingPackage                         a package that should be shipped
 #
@@ -613,12 +616,9 @@ def write_private(path: Path, text: str) -> None:
 
 def put_aside(path: Path) -> Path:
     """Move a damaged file out of the way, so that nothing of it is lost; where it is now."""
-    for number in itertools.count(1):
-        aside = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
-        if not aside.exists():
-            path.rename(aside)
-            return aside
-    raise AssertionError("unreachable")
+    endings = itertools.chain([""], map("-{}".format, itertools.count(2)))
+    names = (path.with_name(f"{path.name}.damaged{ending}") for ending in endings)
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -669,10 +669,7 @@ class Redactor:
 
     COVER = "\ufdd0"  # no character of any language: Unicode keeps it for uses like this
     LIKELY = r"(?<!\d)\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
-
-    BEGUN = Pattern(
-        r"(?:(?<!\d)\d+(?::[A-Za-z0-9_-]*)?|\bs(?:k(?:-[A-Za-z0-9_-]*)?)?)\Z"
-    )  # perhaps half of a LIKELY one
+    BEGUN = Pattern(r"(?:(?<!\d)\d+(?::[A-Za-z0-9_-]*)?|\bs(?:k(?:-[A-Za-z0-9_-]*)?)?)\Z")  # perhaps half of one
 
     def __init__(self, secrets: Iterable[str] = ()):
         self._secrets: set[str] = set()
@@ -923,10 +920,8 @@ NO_NAMES = (DEFAULT, "reset")  # that an agent cannot have: they mean something 
 TYPE_NAMES = {str: "a string", Secret: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def build(cls: type, table: Any, where: str = "") -> Any:
+def build(cls: type, table: dict[str, Any], where: str = "") -> Any:
     """A NamedTuple of settings from a TOML table; ConfigError names what does not fit."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where.rstrip('.')} must be a table, not {table!r}")
     hints = get_type_hints(cls)
     for key in table:
         if key not in hints:
@@ -936,10 +931,11 @@ def build(cls: type, table: Any, where: str = "") -> Any:
 
 def convert(kind: Any, value: Any, where: str) -> Any:
     """The value as a setting of this kind."""
-    if hasattr(kind, "_fields"):
-        return build(kind, value, where + ".")
-    if get_origin(kind) is Mapping:
-        return build_named(get_args(kind)[1], value, where)
+    is_noun, is_named = hasattr(kind, "_fields"), get_origin(kind) is Mapping
+    if is_noun or is_named:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a table, not {value!r}")
+        return build(kind, value, where + ".") if is_noun else build_named(get_args(kind)[1], value, where)
     kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)  # of "a list, or nothing" the list
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
@@ -955,17 +951,15 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {' or '.join(TYPE_NAMES[one] for one in kinds)}, not {shown}")
 
 
-def build_named(cls: type, table: Any, where: str) -> Mapping[str, Any]:
+def build_named(cls: type, table: dict[str, Any], where: str) -> Mapping[str, Any]:
     """Settings of one kind, by names of the person's choice."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table, not {table!r}")
     for name in table:
         if not re.fullmatch(r"[A-Za-z][\w-]{0,31}", name, re.ASCII) or name in NO_NAMES:
             hint = f"1 to 32 letters, digits, _ and -, the first a letter; not {' or '.join(NO_NAMES)}"
             raise ConfigError(f"{where}: {clip(name, 60)!r} cannot be a name", hint)
     if len({name.lower() for name in table}) < len(table):
         raise ConfigError(f"two of {where} have one name: {', '.join(table)}", "capital letters do not count")
-    return MappingProxyType({name: build(cls, value, f"{where}.{name}.") for name, value in table.items()})
+    return MappingProxyType({name: convert(cls, value, f"{where}.{name}") for name, value in table.items()})
 
 
 def fits(kind: type, value: Any) -> bool:
@@ -1013,25 +1007,25 @@ def distrust(path: Path, config: Config, own_workspace: Path) -> None:
 
     It could send the keys of the environment elsewhere, or let commands run unasked.
     """
-    said, hint = "", f"if you trust it, name it: --config {path}"
+    hint = f"if you trust it, name it: --config {path}"
     if os.name == "posix" and path.stat().st_uid not in (0, os.getuid()):
         raise ConfigError(f"{path} belongs to another user", hint)
-    agent, tools, telegram = config.agent, config.tools, config.channels.telegram
-    if agent.base_url and not is_loopback(agent.base_url):
-        said = "sends your key to another address (agent.base_url)"
-    elif "never" in (tools.approval, *(role.approval for role in config.agents.values())):
-        said = "lets commands run unasked (tools.approval)"
-    elif any(role.prompt_file for role in config.agents.values()):
-        said = "sends a file to a model (prompt_file)"
-    elif tools.keep_env:
-        said = "shows secrets of the environment to commands (tools.keep_env)"
-    elif telegram.base_url != TelegramConfig().base_url and not is_loopback(telegram.base_url):
-        said = "sends your bot's token to another address (channels.telegram.base_url)"
-    elif telegram.token or telegram.allowed_users or telegram.allowed_groups:
-        said = "lets others have commands run (channels.telegram)"
-    elif config.skills.workspace and user_path(config.skills.workspace) != own_workspace:
-        said = "brings programs that run unasked (skills.workspace)"
-    if said:
+    agent, tools, telegram, roles = config.agent, config.tools, config.channels.telegram, config.agents.values()
+    workspace, bot_url = config.skills.workspace, telegram.base_url
+    grounds = {
+        "sends your key to another address (agent.base_url)": agent.base_url and not is_loopback(agent.base_url),
+        "lets commands run unasked (tools.approval)": "never" in (tools.approval, *(role.approval for role in roles)),
+        "sends a file to a model (prompt_file)": any(role.prompt_file for role in roles),
+        "shows secrets of the environment to commands (tools.keep_env)": tools.keep_env,
+        "sends your bot's token to another address (channels.telegram.base_url)": (
+            bot_url != TelegramConfig().base_url and not is_loopback(bot_url)
+        ),
+        "lets others have commands run (channels.telegram)": (
+            telegram.token or telegram.allowed_users or telegram.allowed_groups
+        ),
+        "brings programs that run unasked (skills.workspace)": workspace and user_path(workspace) != own_workspace,
+    }
+    if said := next((words for words, holds in grounds.items() if holds), ""):
         raise ConfigError(f"{path} {said}, and counts only because openpista was started in its folder", hint)
 
 
@@ -1205,14 +1199,11 @@ class Credentials:
         self._tighten()
         found = {}
         for provider, table in load_toml(self.path).items():
-            fields = table if isinstance(table, dict) else {"": table}
-            if not set(fields) <= {"api_key", "base_url", "model"} or not all(
-                isinstance(v, str) for v in fields.values()
-            ):
-                raise ConfigError(
-                    f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside"
-                )
-            found[provider] = Login(provider, **fields)
+            is_login = isinstance(table, dict) and set(table) <= set(Login._fields[1:])
+            if not is_login or not all(isinstance(value, str) for value in table.values()):
+                hint = "mend it; `auth login` would keep it aside"
+                raise ConfigError(f"{self.path}: [{provider}] is not a login", hint)
+            found[provider] = Login(provider, **table)
         return found
 
     def save(self, login: Login) -> None:
@@ -1243,11 +1234,9 @@ class Credentials:
         lines = ["# Written by `openpista auth login`. Keep it to yourself.", ""]
         for login in logins:
             bare = re.fullmatch(r"[A-Za-z0-9_-]+", login.provider)  # one that somebody wrote by hand may be none
+            fields = zip(Login._fields[1:], login[1:], strict=True)
             lines.append(f"[{login.provider if bare else toml_string(login.provider)}]")
-            lines += [
-                f"{key} = {toml_string(value)}" for key, value in login._asdict().items() if key != "provider" and value
-            ]
-            lines.append("")
+            lines += [*(f"{key} = {toml_string(value)}" for key, value in fields if value), ""]
         try:
             write_private(self.path, "\n".join(lines))
         except OSError as error:
@@ -1256,9 +1245,9 @@ class Credentials:
 
 # ===== 6. Store ===============================================================
 #
-# One SQLite file. Its methods are plain and synchronous: each is one short
-# statement or one short transaction. What SQLite says goes through `border`,
-# the one place where its errors become ours.
+# One SQLite file: Database is the file, Store what the agent keeps in it. Methods
+# are plain and synchronous: each is one short statement or one short transaction.
+# What SQLite says goes through `store_errors`, where its errors become ours.
 
 APPLICATION_ID = 0x70697374  # "pist": tells our file from another program's
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # Linux's PROC_PID_INIT_INO: not in a container
@@ -1348,6 +1337,18 @@ def machine_name() -> str:
         spaces = os.stat("/proc/self/ns/pid").st_ino
         return socket.gethostname() if spaces == INITIAL_PID_NAMESPACE else f"{socket.gethostname()}/{spaces}"
     return socket.gethostname()
+
+
+def has_ended(owner: str) -> bool:
+    """Whether a process, given as host:pid, was one of this machine and is gone."""
+    host, _, pid = owner.rpartition(":")
+    if host != machine_name() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
+    except (OSError, ValueError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 @contextlib.contextmanager
@@ -1489,10 +1490,8 @@ class Database:
     def _migrate(self, steps: list[str]) -> None:
         version = self._pragma("user_version")
         if version > len(steps):
-            raise StoreError(
-                f"{self.path} was made by a newer openpista (schema {version}, this one knows {len(steps)})",
-                "use the newer openpista.pyz",
-            )
+            said = f"{self.path} was made by a newer openpista (schema {version}, this one knows {len(steps)})"
+            raise StoreError(said, "use the newer openpista.pyz")
         while (version := self._pragma("user_version")) < len(steps):
             with self.atomic():
                 if self._pragma("user_version") != version:
@@ -1598,19 +1597,9 @@ class Store(Database):
     def lease_holder(self, session: Session) -> str:
         """Who works on the session now, as host:pid; '' if nobody. A process that is gone holds nothing."""
         row = self._run("SELECT owner, lease_until FROM sessions WHERE id = ?", session.id).fetchone()
-        if row is None or row[0] is None or row[1] < iso(self.now()) or self._is_gone(row[0]):
+        if row is None or row[0] is None or row[1] < iso(self.now()) or has_ended(row[0]):
             return ""
         return row[0]
-
-    def _is_gone(self, owner: str) -> bool:
-        host, _, pid = owner.rpartition(":")
-        if host != self.owner.rpartition(":")[0] or os.name != "posix":
-            return False
-        try:
-            os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
-        except (OSError, ValueError, OverflowError) as error:
-            return isinstance(error, ProcessLookupError)
-        return False
 
     # ---- messages ----
 
@@ -1876,6 +1865,11 @@ class Device(NamedTuple):
     revoked_at: str | None
 
 
+def packed(facts: Mapping[str, Any]) -> str:
+    """The facts as the JSON of a column."""
+    return storable(to_json(dict(facts)))
+
+
 class Table:
     """Statements about one matter."""
 
@@ -1904,11 +1898,8 @@ class Inbox(Table):
             ahead, waiting = self._run(sql, event.session).fetchone()
             if waiting >= limit:
                 return Receipt("full", ahead=ahead)
-            row = event._asdict() | {
-                "reply_to": to_json(dict(event.reply_to)),
-                "metadata": to_json(dict(event.metadata)),
-            }
-            row = {column: storable(value) for column, value in row.items()}
+            values = (storable(value) if isinstance(value, str) else packed(value) for value in event)
+            row = dict(zip(Event._fields, values, strict=True))
             return Receipt("accepted", self._insert("inbox", **row, received_at=self.stamp()), ahead)
 
     def find(self, channel: str, identity: str) -> Item | None:
@@ -1949,9 +1940,8 @@ class Inbox(Table):
 
     def said_in(self, channel: str, message: int) -> Item | None:
         """The newest event of a channel that came as this message."""
-        return self._one(
-            "channel = ? AND json_extract(reply_to, '$.message') = ? ORDER BY id DESC LIMIT 1", channel, message
-        )
+        where = "channel = ? AND json_extract(reply_to, '$.message') = ?"
+        return self._one(f"{where} ORDER BY id DESC LIMIT 1", channel, message)
 
     def album(self, channel: str, name: str) -> Item | None:
         """The event of a channel that an album began, while its turn has not."""
@@ -1961,7 +1951,7 @@ class Inbox(Table):
     def rewrite(self, number: int, text: str, metadata: Mapping[str, Any]) -> bool:
         """Put other words in the place of an event's; False if its turn has begun."""
         sql = "UPDATE inbox SET text = ?, metadata = ? WHERE id = ? AND state = 'waiting' AND message_id IS NULL"
-        return self._run(sql, storable(text), storable(to_json(dict(metadata))), number).rowcount == 1
+        return self._run(sql, storable(text), packed(metadata), number).rowcount == 1
 
     def show(self, number: int, name: str) -> None:
         """Note which message of the channel shows the progress."""
@@ -2016,8 +2006,8 @@ class Outbox(Table):
         inbox_id: int | None = None,
     ) -> None:
         """Write a text down to be sent, in its pieces."""
-        row = {"inbox_id": inbox_id, "channel": channel, "created_at": self.stamp(), "next_at": self.stamp()}
-        row |= {"reply_to": storable(to_json(dict(reply_to))), "metadata": storable(to_json(dict(metadata)))}
+        row = {"inbox_id": inbox_id, "channel": channel, "reply_to": packed(reply_to), "metadata": packed(metadata)}
+        row |= {"created_at": self.stamp(), "next_at": self.stamp()}
         with self.atomic():
             for piece, text in enumerate(pieces):
                 self._insert("outbox", **row, piece=piece, text=storable(text))
@@ -2082,8 +2072,7 @@ class Approvals(Table):
 
     def ask(self, inbox_id: int, call: ToolCall, danger: str, seconds: float) -> tuple[Approval, bool]:
         """The question about a call, and whether it is new; one that stands is not asked again."""
-        asked = {"inbox_id": inbox_id, "call_id": call.id, "tool": call.name}
-        asked["arguments"] = storable(to_json(call.arguments))
+        asked = {"inbox_id": inbox_id, "call_id": call.id, "tool": call.name, "arguments": packed(call.arguments)}
         with self.atomic():
             where = " AND ".join(f"{column} = ?" for column in asked)
             if standing := self._some(f"{where} AND used_at IS NULL", *asked.values()):
@@ -2263,7 +2252,7 @@ class Jobs(Table):
         return self._run(sql, *row.values(), old.id, old.state, old.next_at).rowcount == 1
 
     def _row(self, job: Job) -> dict[str, str | None]:
-        row = job._asdict() | {"reply_to": to_json(dict(job.reply_to))}
+        row = job._asdict() | {"reply_to": packed(job.reply_to)}
         return {column: value and storable(value) for column, value in row.items() if column != "id"}
 
     def list(self) -> list[Job]:
@@ -2405,7 +2394,7 @@ class Tickets(Table):
 
     def add(self, label: bytes, body: Mapping[str, Any], seconds: float) -> None:
         """Keep a ticket for so long."""
-        row = {"label": label.hex(), "body": to_json(dict(body)), "expires_at": self.stamp(seconds=-seconds)}
+        row = {"label": label.hex(), "body": packed(body), "expires_at": self.stamp(seconds=-seconds)}
         with self.store.unsynced():
             self._insert("tickets", "INSERT OR REPLACE", **row)
 
