@@ -375,12 +375,8 @@ class Usage(NamedTuple):
     def plus(self, other: Usage) -> Usage:
         """The sum; its cost is known if one of the two is."""
         costs = [usage.cost for usage in (self, other) if usage.cost is not None]
-        return Usage(
-            self.input + other.input,
-            self.cached + other.cached,
-            self.output + other.output,
-            sum(costs) if costs else None,
-        )
+        cost = sum(costs) if costs else None
+        return Usage(self.input + other.input, self.cached + other.cached, self.output + other.output, cost)
 
 
 class Request(NamedTuple):
@@ -999,7 +995,7 @@ def find_config(chosen: str | None, environ: Mapping[str, str]) -> Path | None:
             raise ConfigError(f"no configuration file {path}")
         return path
     candidates = [here() / "config.toml", home(environ) / "config.toml"]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.isfile(path)), None)  # is_file fails where one may not look
 
 
 def distrust(path: Path, config: Config, own_workspace: Path) -> None:
@@ -1317,11 +1313,7 @@ SQLITE_SAYS = (  # words of SQLite's -> what that means, and what to do
         "{path} is damaged or no database: {text}",
         "`openpista restore FILE` puts a backup in its place; else move it away, or name another in [database] url",
     ),
-    (
-        "full|disk I/O",
-        "cannot write the database {path}: {text}",
-        "make room on the disk; what was stored is kept",
-    ),
+    ("full|disk I/O", "cannot write the database {path}: {text}", "make room on the disk; what was stored is kept"),
     (
         "readonly|unable to open",
         "cannot write the database {path}: {text}",
@@ -1389,12 +1381,16 @@ class Database:
     def __init__(self, path: Path, now: Callable[[], datetime] = utc_now):
         self.path, self.now = path, now
         self._depth = 0
-        with self.border():
+        with store_errors(self.path):
             make_private(path.parent)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would make it readable to all
             self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None)
         try:
-            self._prepare()
+            self._run("PRAGMA foreign_keys = ON")
+            self._check()
+            self._use_wal()
+            self._run("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
+            self._migrate(migration_steps(read_asset("migrations.sql")))
         except BaseException:
             self.db.close()
             raise
@@ -1442,12 +1438,8 @@ class Database:
         finally:
             self._depth -= 1
 
-    def border(self) -> contextlib.AbstractContextManager[None]:
-        """SQLite's errors, and the file system's, as StoreError."""
-        return store_errors(self.path)
-
     def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        with self.border():
+        with store_errors(self.path):
             return self.db.execute(sql, values)
 
     def _value(self, sql: str, *values: Any) -> Any:
@@ -1459,13 +1451,6 @@ class Database:
         """Write a row, given by its columns; its id."""
         sql = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
         return self._run(sql, *row.values()).lastrowid
-
-    def _prepare(self) -> None:
-        self._run("PRAGMA foreign_keys = ON")
-        self._check()
-        self._use_wal()
-        self._run("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
-        self._migrate(migration_steps(read_asset("migrations.sql")))
 
     def _check(self) -> None:
         """Refuse another program's database."""
@@ -1655,7 +1640,7 @@ class Store(Database):
 
     def _messages(self, where: str, *values: Any) -> Iterator[Entry]:
         columns = "id, role, text, tool_calls, call_id, is_error, echo, images, created_at"
-        with self.border():
+        with store_errors(self.path):
             for row in self.db.execute(f"SELECT {columns} FROM messages WHERE {where}", values):
                 try:
                     calls = tuple(ToolCall(**call) for call in json.loads(row[3] or "[]"))
@@ -2455,7 +2440,7 @@ class Upkeep(Table):
 
     def checkpoint(self) -> None:
         """Shrink the write-ahead log; for a thread of its own."""
-        with self.store.border(), contextlib.closing(sqlite3.connect(self.store.path, timeout=0)) as db:
+        with store_errors(self.store.path), contextlib.closing(sqlite3.connect(self.store.path, timeout=0)) as db:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the long part, which holds up nobody
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what came meanwhile; if somebody reads, another time
 
@@ -2604,21 +2589,25 @@ def encode_chat(request: Request) -> dict[str, Any]:
     names = wire_names(request.tools)
     body: dict[str, Any] = {
         "model": request.model,
-        "messages": [{"role": "system", "content": request.system}],
+        "messages": [
+            {"role": "system", "content": request.system},
+            *(chat_message(request, message, names) for message in request.messages),
+        ],
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    for message in request.messages:
-        body["messages"].append(CHAT_MESSAGES[message.role](request, message, names))
-    if request.tools:
-        body["tools"] = [
-            {"type": "function", "function": tool_dict(tool, names, "parameters")} for tool in request.tools
-        ]
-        if not request.may_call:
-            body["tool_choice"] = "none"
+    offer(body, request, lambda tool: {"type": "function", "function": tool_dict(tool, names, "parameters")})
     if request.max_tokens:
         body["max_completion_tokens" if reasons(request.model) else "max_tokens"] = request.max_tokens
     return body
+
+
+def offer(body: dict[str, Any], request: Request, show: Callable[[ToolSpec], Any], none: Any = "none") -> None:
+    """Put the tools into a body, and, if they may not be called, the format's word for that."""
+    if request.tools:
+        body["tools"] = [show(tool) for tool in request.tools]
+        if not request.may_call:
+            body["tool_choice"] = none
 
 
 def tool_dict(tool: ToolSpec, names: Mapping[str, str], schema: str) -> dict[str, Any]:
@@ -2626,8 +2615,13 @@ def tool_dict(tool: ToolSpec, names: Mapping[str, str], schema: str) -> dict[str
     return {"name": names[tool.name], "description": tool.description, schema: tool.parameters}
 
 
-def chat_assistant(request: Request, message: Message, names: WireNames) -> dict[str, Any]:
-    """An assistant's message with its calls, and the reasoning that DeepSeek and OpenRouter want to see again."""
+def chat_message(request: Request, message: Message, names: WireNames) -> dict[str, Any]:
+    """A message; an assistant's with its calls, and the reasoning that DeepSeek and OpenRouter want to see again."""
+    if message.role is Role.USER:
+        return {"role": "user", "content": parts_of(request, message, "text", chat_image)}
+    if message.role is Role.TOOL:
+        answered = wire_id(request, message.call_id)
+        return {"role": "tool", "tool_call_id": answered, "content": content_of(request, message)}
     entry: dict[str, Any] = {"role": "assistant", "content": message.text}
     echo = echo_for(request, message)
     if message.tool_calls:
@@ -2649,20 +2643,6 @@ def chat_image(image: Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(image)}}
 
 
-CHAT_MESSAGES = {
-    Role.USER: lambda request, message, names: {
-        "role": "user",
-        "content": parts_of(request, message, "text", chat_image),
-    },
-    Role.ASSISTANT: chat_assistant,
-    Role.TOOL: lambda request, message, names: {
-        "role": "tool",
-        "tool_call_id": wire_id(request, message.call_id),
-        "content": content_of(request, message),
-    },
-}
-
-
 def encode_responses(request: Request) -> dict[str, Any]:
     """The body for POST /responses; nothing is kept at the vendor's."""
     names = wire_names(request.tools)
@@ -2675,12 +2655,7 @@ def encode_responses(request: Request) -> dict[str, Any]:
     }
     if reasons(request.model):
         body["include"] = ["reasoning.encrypted_content"]
-    if request.tools:
-        body["tools"] = [
-            {"type": "function", "strict": False, **tool_dict(tool, names, "parameters")} for tool in request.tools
-        ]
-        if not request.may_call:
-            body["tool_choice"] = "none"
+    offer(body, request, lambda tool: {"type": "function", "strict": False, **tool_dict(tool, names, "parameters")})
     if request.max_tokens:
         body["max_output_tokens"] = request.max_tokens
     return body
@@ -2749,10 +2724,7 @@ def encode_messages(request: Request) -> dict[str, Any]:
     if body["messages"]:
         last = body["messages"][-1]["content"]
         last[-1] = last[-1] | {"cache_control": {"type": "ephemeral"}}
-    if request.tools:
-        body["tools"] = [tool_dict(tool, names, "input_schema") for tool in request.tools]
-        if not request.may_call:
-            body["tool_choice"] = {"type": "none"}
+    offer(body, request, lambda tool: tool_dict(tool, names, "input_schema"), none={"type": "none"})
     return body
 
 
@@ -2813,7 +2785,7 @@ def parse_arguments(raw: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 CUT = ("length", "model_length", "max_tokens", "max_output_tokens", "model_context_window_exceeded")
-BROKEN_OFF = ("error", "insufficient_system_resource", "failed", "cancelled")  # OpenRouter, DeepSeek, Responses
+BROKEN_OFF = ("", "error", "insufficient_system_resource", "failed", "cancelled")  # OpenRouter, DeepSeek, Responses
 
 
 class Decoder:
@@ -2837,9 +2809,9 @@ class Decoder:
         try:
             event = json.loads(data)
         except (ValueError, RecursionError):
-            raise Unavailable(f"the server sent an event that is not JSON: {clip(data, 80)!r}") from None
+            event = None
         if not isinstance(event, dict):
-            raise Unavailable(f"the server sent an event that is no object: {clip(data, 80)!r}")
+            raise Unavailable(f"the server sent an event that is no JSON object: {clip(data, 80)!r}")
         try:
             words = "" + self.take(event)  # what is no text is an unknown form too
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -2853,10 +2825,8 @@ class Decoder:
 
     def completion(self, model: str, names: Mapping[str, str]) -> Completion:
         """The whole answer; an answer that has not ended is an error, never an answer."""
-        if not self.finish:
-            raise Unavailable("the answer ended in the middle")
         if self.finish in BROKEN_OFF:
-            raise Unavailable(f"the answer ended in the middle ({self.finish})")
+            raise Unavailable(f"the answer ended in the middle{f' ({self.finish})' if self.finish else ''}")
         if self.finish in ("content_filter", "refusal"):
             raise ProviderError(f"the provider's filter stopped the answer ({self.finish})")
         taken: set[str] = set()
@@ -2931,16 +2901,10 @@ def text_of(content: Any) -> str:
 
 def chat_usage(usage: dict[str, Any]) -> Usage:
     """Usage as Chat Completions counts it; OpenRouter adds the cost."""
-    cached = (
-        (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
-    )
-    cost = usage.get("cost")
-    return Usage(
-        tokens_of(usage.get("prompt_tokens")),
-        tokens_of(cached),
-        tokens_of(usage.get("completion_tokens")),
-        float(cost) if isinstance(cost, (int, float)) else None,
-    )
+    details, cost = usage.get("prompt_tokens_details") or {}, usage.get("cost")
+    cached = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")
+    counts = usage.get("prompt_tokens"), cached, usage.get("completion_tokens")
+    return Usage(*map(tokens_of, counts), float(cost) if isinstance(cost, (int, float)) else None)
 
 
 def tokens_of(count: Any) -> int:
@@ -2974,18 +2938,15 @@ class ResponsesDecoder(Decoder):
 
     def _end(self, response: dict[str, Any]) -> None:
         usage = response.get("usage") or {}
-        cached = (usage.get("input_tokens_details") or {}).get("cached_tokens") or 0
-        self.usage = Usage(
-            tokens_of(usage.get("input_tokens")), tokens_of(cached), tokens_of(usage.get("output_tokens"))
-        )
+        cached = (usage.get("input_tokens_details") or {}).get("cached_tokens")
+        self.usage = Usage(*map(tokens_of, (usage.get("input_tokens"), cached, usage.get("output_tokens"))))
         self.ended = True
         reason = (response.get("incomplete_details") or {}).get("reason")
         self.finish = reason or response.get("status") or "completed"
         # Only encrypted reasoning can come back, since nothing is kept at the vendor's; else words and calls do.
         if any(item.get("encrypted_content") for item in self._items):
-            self.echo["items"] = [
-                item for item in self._items if item["type"] != "reasoning" or item.get("encrypted_content")
-            ]
+            useful = (item for item in self._items if item["type"] != "reasoning" or item.get("encrypted_content"))
+            self.echo["items"] = list(useful)
 
 
 class MessagesDecoder(Decoder):
@@ -3109,14 +3070,13 @@ FORMATS = {
 #
 # A vendor is a row in PROVIDERS. `resolve` makes an Endpoint of a row, the
 # settings, the environment and the stored logins; an HttpProvider asks it, and
-# Models asks the next one when it fails. Foreign errors become ours in `our_errors`
-# and `refusal`.
+# Models asks the next one when it fails. What httpx raises becomes ours in
+# `our_errors`, what a server refuses in `refusal` and `unseen`.
 
 
 class ProviderSpec(NamedTuple):
     """What is known of a vendor."""
 
-    format: str
     base_url: str
     model: str  # the default; '' where only the person can know
     key_env: tuple[str, ...] = ()  # where its key is usually found; () where none is needed
@@ -3124,47 +3084,46 @@ class ProviderSpec(NamedTuple):
     context: int = 0  # tokens of its models' windows, where the model's name says nothing
     id_pattern: str = Request._field_defaults["id_pattern"]
     hears: str = ""  # its model for speech; '' where there is none
+    format: str = "chat"
 
 
 PROVIDERS = {  # word in config.toml -> how to reach it
     "openai": ProviderSpec(
-        "chat", "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL", hears="gpt-transcribe"
+        "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL", hears="gpt-transcribe"
     ),
     "anthropic": ProviderSpec(
-        "messages", "https://api.anthropic.com/v1", "claude-sonnet-4-5", ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
+        "https://api.anthropic.com/v1",
+        "claude-sonnet-4-5",
+        ("ANTHROPIC_API_KEY",),
+        "ANTHROPIC_BASE_URL",
+        format="messages",
     ),
-    "opencode": ProviderSpec("chat", "https://opencode.ai/zen/v1", "gpt-5-codex", ("OPENCODE_API_KEY",)),
-    "openrouter": ProviderSpec("chat", "https://openrouter.ai/api/v1", "openai/gpt-4o", ("OPENROUTER_API_KEY",)),
+    "opencode": ProviderSpec("https://opencode.ai/zen/v1", "gpt-5-codex", ("OPENCODE_API_KEY",)),
+    "openrouter": ProviderSpec("https://openrouter.ai/api/v1", "openai/gpt-4o", ("OPENROUTER_API_KEY",)),
     "together": ProviderSpec(
-        "chat", "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo", ("TOGETHER_API_KEY",)
+        "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo", ("TOGETHER_API_KEY",)
     ),
-    "ollama": ProviderSpec("chat", "http://localhost:11434/v1", "llama3.2", (), "OLLAMA_HOST", context=8_192),
+    "ollama": ProviderSpec("http://localhost:11434/v1", "llama3.2", (), "OLLAMA_HOST", context=8_192),
     "groq": ProviderSpec(
-        "chat",
-        "https://api.groq.com/openai/v1",
-        "llama-3.3-70b-versatile",
-        ("GROQ_API_KEY",),
-        hears="whisper-large-v3-turbo",
+        "https://api.groq.com/openai/v1", "llama-3.3-70b-versatile", ("GROQ_API_KEY",), hears="whisper-large-v3-turbo"
     ),
     "gemini": ProviderSpec(
-        "chat",
         "https://generativelanguage.googleapis.com/v1beta/openai",
         "gemini-2.5-flash",
         ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"),
     ),
-    "deepseek": ProviderSpec("chat", "https://api.deepseek.com/v1", "deepseek-chat", ("DEEPSEEK_API_KEY",)),
+    "deepseek": ProviderSpec("https://api.deepseek.com/v1", "deepseek-chat", ("DEEPSEEK_API_KEY",)),
     "mistral": ProviderSpec(
-        "chat",
         "https://api.mistral.ai/v1",
         "mistral-large-latest",
         ("MISTRAL_API_KEY",),
         id_pattern="[a-zA-Z0-9]{9}",
         hears="voxtral-mini-transcribe-latest",
     ),
-    "xai": ProviderSpec("chat", "https://api.x.ai/v1", "grok-4", ("XAI_API_KEY",)),
-    "lmstudio": ProviderSpec("chat", "http://localhost:1234/v1", "", (), "LMSTUDIO_BASE_URL", context=8_192),
-    "custom": ProviderSpec("chat", "", ""),
-    "offline": ProviderSpec("", "", "shell"),
+    "xai": ProviderSpec("https://api.x.ai/v1", "grok-4", ("XAI_API_KEY",)),
+    "lmstudio": ProviderSpec("http://localhost:1234/v1", "", (), "LMSTUDIO_BASE_URL", context=8_192),
+    "custom": ProviderSpec("", ""),
+    "offline": ProviderSpec("", "shell", format=""),
 }
 ZEN_FORMATS = (  # OpenCode Zen speaks another format for each family; the first prefix that fits counts
     ("gpt-", "responses"),
@@ -3356,22 +3315,18 @@ def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
     limits = httpx.Limits(keepalive_expiry=60)  # seconds; at the usual 5 s each turn of a chat would connect anew
     headers = {"user-agent": f"openpista/{__version__}"}
     try:
-        settings = {"verify": context, "timeout": timeouts, "limits": limits, "headers": headers}
-        return httpx.AsyncClient(**settings, follow_redirects=False)
+        return httpx.AsyncClient(verify=context, timeout=timeouts, limits=limits, headers=headers)
     except (ImportError, ValueError, httpx.InvalidURL) as error:  # no package for SOCKS, or no address at all
-        raise ConfigError(
-            f"the proxy of the environment cannot be used: {error}", "see HTTPS_PROXY, ALL_PROXY"
-        ) from None
+        said = f"the proxy of the environment cannot be used: {error}"
+        raise ConfigError(said, "see HTTPS_PROXY, ALL_PROXY") from None
 
 
 def trusted_context() -> Any:
     """TLS that trusts $SSL_CERT_FILE or $REQUESTS_CA_BUNDLE, and $SSL_CERT_DIR; else certifi's bundle, from memory."""
     import ssl
 
-    file, folder = (
-        os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE"),
-        os.environ.get("SSL_CERT_DIR"),
-    )
+    file = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    folder = os.environ.get("SSL_CERT_DIR")
     if file and os.path.isdir(file):  # requests takes a folder there too
         file, folder = None, folder or file
     try:
@@ -3613,12 +3568,9 @@ class HttpProvider:
             first, self.format = self.format, "responses" if self.format == "chat" else "chat"
             try:
                 return await self._mending(request, tell)
-            except WrongFormat:
+            except ProviderError as second:
                 self.format = first
-                raise error from None
-            except ProviderError:
-                self.format = first
-                raise
+                raise error if isinstance(second, WrongFormat) else second from None
 
     async def _mending(self, request: Request, tell: Tell) -> Completion:
         """Ask; each thing that the vendor refuses is left out or renamed once, from then on."""
@@ -3663,10 +3615,9 @@ class HttpProvider:
         async with self._client.stream("POST", url, content=content, headers=headers) as response:
             log.debug("%s: status %d after %.2f s", self.name, response.status_code, time.monotonic() - started)
             if response.status_code != 200:
-                raw, shown = await read_some(response, 64 << 10), any(m.images for m in request.messages)
-                raise (shown and unseen(self.endpoint, response, raw)) or refusal(
-                    self.endpoint, self.name, response, raw
-                )
+                raw = await read_some(response, 64 << 10)
+                blame = any(m.images for m in request.messages) and unseen(self.endpoint, response, raw)
+                raise blame or refusal(self.endpoint, self.name, response, raw)
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             decoder = form.decoder()
             if kind == "application/json" and self.format == "chat":  # a server that does not stream
@@ -3675,10 +3626,8 @@ class HttpProvider:
                 await self._feed(decoder, response, tell)
             else:
                 start = clip((await read_some(response, 500)).decode("utf-8", "replace"), 60)
-                raise ProviderError(
-                    f"{shown_url(self.endpoint.base_url)} answered {kind}, no event stream ({start!r})",
-                    "is base_url right?",
-                )
+                said = f"{shown_url(self.endpoint.base_url)} answered {kind}, no event stream ({start!r})"
+                raise ProviderError(said, "is base_url right?")
         return decoder.completion(self.name, wire_names(request.tools))
 
     async def _feed(self, decoder: Decoder, response: httpx.Response, tell: Tell) -> None:
@@ -3785,9 +3734,8 @@ async def transcribe(endpoint: Endpoint, path: str | Path, *, timeout: float = 1
     try:
         return storable(json.loads(raw)["text"]).strip()
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise ProviderError(
-            f"{endpoint.provider}/{model} sent no text: {words_of(raw, endpoint.key.value)[0]!r}"
-        ) from None
+        said = words_of(raw, endpoint.key.value)[0]
+        raise ProviderError(f"{endpoint.provider}/{model} sent no text: {said!r}") from None
 
 
 class OfflineProvider:

@@ -322,7 +322,7 @@ MOMENTARY = [
     ({"text": "Hello, world.", "cut": 2, "clean": True}, "the answer ended in the middle"),
     ({"text": "Hello, world.", "cut_bytes": 150}, "broke"),
     ({"garbage": True}, "the answer ended in the middle"),
-    ({"garbage": "data: {oops\n\n"}, "not JSON"),
+    ({"garbage": "data: {oops\n\n"}, "no JSON object"),
     ({"text": "Hello, world.", "error_event": True}, ""),
 ]
 
