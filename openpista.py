@@ -3645,39 +3645,31 @@ class HttpProvider:
 
 
 class Mend(NamedTuple):
-    """What to change in a body when a vendor's words complain about it."""
+    """What to rename in a body, or to leave out of it, when a vendor's words complain about it."""
 
     complaint: str
-    change: Callable[[dict[str, Any]], Any]
-    needs: str = ""  # the key of the body that it is about
+    key: str  # of the body
+    name: str = ""  # that it takes instead; '': it is left out
 
     def fits(self, words: str, body: dict[str, Any]) -> bool:
         """Whether this is what the vendor complains about, and the body has it."""
-        return re.search(self.complaint, words, re.IGNORECASE) is not None and (not self.needs or self.needs in body)
+        return self.key in body and re.search(self.complaint, words, re.IGNORECASE) is not None
 
-
-def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
-    """A change that moves a value to another key."""
-
-    def change(body: dict[str, Any]) -> None:
-        if old in body:
-            body[new] = body.pop(old)
-
-    return change
-
-
-def forget_reasoning(body: dict[str, Any]) -> None:
-    """Leave out what only a model that reasons takes."""
-    if body.pop("include", None):  # else it is a body of another format
-        body["input"] = [item for item in body["input"] if item.get("type") != "reasoning"]
+    def change(self, body: dict[str, Any]) -> None:
+        """Do it, if it is in the body at all: that may have another format by now."""
+        value = body.pop(self.key, None)
+        if value and self.name:
+            body[self.name] = value
+        if value and self.key == "include":  # and so what only a model that reasons takes
+            body["input"] = [item for item in body["input"] if item.get("type") != "reasoning"]
 
 
 MENDS = (
-    Mend("max_completion_tokens", rename("max_tokens", "max_completion_tokens"), "max_tokens"),
-    Mend("max_completion_tokens", rename("max_completion_tokens", "max_tokens"), "max_completion_tokens"),
-    Mend("stream_options", lambda body: body.pop("stream_options", None), "stream_options"),
-    Mend("encrypted|reasoning|include", forget_reasoning, "include"),
-    Mend("tool_choice", lambda body: body.pop("tool_choice", None), "tool_choice"),
+    Mend("max_completion_tokens", "max_tokens", "max_completion_tokens"),
+    Mend("max_completion_tokens", "max_completion_tokens", "max_tokens"),
+    Mend("stream_options", "stream_options"),
+    Mend("encrypted|reasoning|include", "include"),
+    Mend("tool_choice", "tool_choice"),
 )
 
 

@@ -817,9 +817,10 @@ def test_two_turns_that_fail_at_once_do_not_turn_the_line_back(model):
     assert [provider.name for provider in models.providers] == ["openai/m2", "openai/m3", "openai/m1"]
 
 
-def test_a_mend_of_one_format_leaves_another_one_alone(model):
+def test_the_mends_of_one_format_leave_another_one_alone(model):
     body = {"model": "m", "messages": []}
-    openpista.forget_reasoning(body)
+    for mend in MENDS:
+        mend.change(body)
     assert body == {"model": "m", "messages": []}
 
 
