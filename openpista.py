@@ -132,7 +132,7 @@ log = logging.getLogger("openpista")
 # ===== 1. Errors ==============================================================
 #
 # PistaError                     exit code 1: the work failed
-#   UsageError, ConfigError                2: wrong words or settings
+#   UsageError, ConfigError, CronError     2: wrong words, settings or schedules
 #   CredentialError                        3: a key is missing or refused
 #   StoreError                             the database
 #   ProviderError                          a model's server, for good
@@ -144,6 +144,9 @@ log = logging.getLogger("openpista")
 #   ChannelError                           a channel does not deliver, for good
 #     ChannelBusy                          ... for now: worth another try
 #     BotError                             ... Telegram refuses, and says why
+#   GatewayError                           the other side cannot be reached, or is gone
+#     WrongServer                          ... it is not the one that is pinned
+#     WireError                            ... it breaks the protocol
 #   OutOfBudget                            an agent has used what it may in a day, or a turn
 #   MissingPackage                         a package that should be shipped
 #
@@ -372,12 +375,8 @@ class Usage(NamedTuple):
     def plus(self, other: Usage) -> Usage:
         """The sum; its cost is known if one of the two is."""
         costs = [usage.cost for usage in (self, other) if usage.cost is not None]
-        return Usage(
-            self.input + other.input,
-            self.cached + other.cached,
-            self.output + other.output,
-            sum(costs) if costs else None,
-        )
+        cost = sum(costs) if costs else None
+        return Usage(self.input + other.input, self.cached + other.cached, self.output + other.output, cost)
 
 
 class Request(NamedTuple):
@@ -613,12 +612,9 @@ def write_private(path: Path, text: str) -> None:
 
 def put_aside(path: Path) -> Path:
     """Move a damaged file out of the way, so that nothing of it is lost; where it is now."""
-    for number in itertools.count(1):
-        aside = path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")
-        if not aside.exists():
-            path.rename(aside)
-            return aside
-    raise AssertionError("unreachable")
+    endings = itertools.chain([""], map("-{}".format, itertools.count(2)))
+    names = (path.with_name(f"{path.name}.damaged{ending}") for ending in endings)
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -669,10 +665,7 @@ class Redactor:
 
     COVER = "\ufdd0"  # no character of any language: Unicode keeps it for uses like this
     LIKELY = r"(?<!\d)\d{6,}:[A-Za-z0-9_-]{30,}|\bsk-[A-Za-z0-9_-]{20,}"  # Telegram's tokens; OpenAI's and others' keys
-
-    BEGUN = Pattern(
-        r"(?:(?<!\d)\d+(?::[A-Za-z0-9_-]*)?|\bs(?:k(?:-[A-Za-z0-9_-]*)?)?)\Z"
-    )  # perhaps half of a LIKELY one
+    BEGUN = Pattern(r"(?:(?<!\d)\d+(?::[A-Za-z0-9_-]*)?|\bs(?:k(?:-[A-Za-z0-9_-]*)?)?)\Z")  # perhaps half of one
 
     def __init__(self, secrets: Iterable[str] = ()):
         self._secrets: set[str] = set()
@@ -923,10 +916,8 @@ NO_NAMES = (DEFAULT, "reset")  # that an agent cannot have: they mean something 
 TYPE_NAMES = {str: "a string", Secret: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def build(cls: type, table: Any, where: str = "") -> Any:
+def build(cls: type, table: dict[str, Any], where: str = "") -> Any:
     """A NamedTuple of settings from a TOML table; ConfigError names what does not fit."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where.rstrip('.')} must be a table, not {table!r}")
     hints = get_type_hints(cls)
     for key in table:
         if key not in hints:
@@ -936,10 +927,11 @@ def build(cls: type, table: Any, where: str = "") -> Any:
 
 def convert(kind: Any, value: Any, where: str) -> Any:
     """The value as a setting of this kind."""
-    if hasattr(kind, "_fields"):
-        return build(kind, value, where + ".")
-    if get_origin(kind) is Mapping:
-        return build_named(get_args(kind)[1], value, where)
+    is_noun, is_named = hasattr(kind, "_fields"), get_origin(kind) is Mapping
+    if is_noun or is_named:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a table, not {value!r}")
+        return build(kind, value, where + ".") if is_noun else build_named(get_args(kind)[1], value, where)
     kind = next((one for one in get_args(kind) if get_origin(one) is tuple), kind)  # of "a list, or nothing" the list
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
@@ -955,17 +947,15 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {' or '.join(TYPE_NAMES[one] for one in kinds)}, not {shown}")
 
 
-def build_named(cls: type, table: Any, where: str) -> Mapping[str, Any]:
+def build_named(cls: type, table: dict[str, Any], where: str) -> Mapping[str, Any]:
     """Settings of one kind, by names of the person's choice."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where} must be a table, not {table!r}")
     for name in table:
         if not re.fullmatch(r"[A-Za-z][\w-]{0,31}", name, re.ASCII) or name in NO_NAMES:
             hint = f"1 to 32 letters, digits, _ and -, the first a letter; not {' or '.join(NO_NAMES)}"
             raise ConfigError(f"{where}: {clip(name, 60)!r} cannot be a name", hint)
     if len({name.lower() for name in table}) < len(table):
         raise ConfigError(f"two of {where} have one name: {', '.join(table)}", "capital letters do not count")
-    return MappingProxyType({name: build(cls, value, f"{where}.{name}.") for name, value in table.items()})
+    return MappingProxyType({name: convert(cls, value, f"{where}.{name}") for name, value in table.items()})
 
 
 def fits(kind: type, value: Any) -> bool:
@@ -1005,7 +995,7 @@ def find_config(chosen: str | None, environ: Mapping[str, str]) -> Path | None:
             raise ConfigError(f"no configuration file {path}")
         return path
     candidates = [here() / "config.toml", home(environ) / "config.toml"]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.isfile(path)), None)  # is_file fails where one may not look
 
 
 def distrust(path: Path, config: Config, own_workspace: Path) -> None:
@@ -1013,25 +1003,25 @@ def distrust(path: Path, config: Config, own_workspace: Path) -> None:
 
     It could send the keys of the environment elsewhere, or let commands run unasked.
     """
-    said, hint = "", f"if you trust it, name it: --config {path}"
+    hint = f"if you trust it, name it: --config {path}"
     if os.name == "posix" and path.stat().st_uid not in (0, os.getuid()):
         raise ConfigError(f"{path} belongs to another user", hint)
-    agent, tools, telegram = config.agent, config.tools, config.channels.telegram
-    if agent.base_url and not is_loopback(agent.base_url):
-        said = "sends your key to another address (agent.base_url)"
-    elif "never" in (tools.approval, *(role.approval for role in config.agents.values())):
-        said = "lets commands run unasked (tools.approval)"
-    elif any(role.prompt_file for role in config.agents.values()):
-        said = "sends a file to a model (prompt_file)"
-    elif tools.keep_env:
-        said = "shows secrets of the environment to commands (tools.keep_env)"
-    elif telegram.base_url != TelegramConfig().base_url and not is_loopback(telegram.base_url):
-        said = "sends your bot's token to another address (channels.telegram.base_url)"
-    elif telegram.token or telegram.allowed_users or telegram.allowed_groups:
-        said = "lets others have commands run (channels.telegram)"
-    elif config.skills.workspace and user_path(config.skills.workspace) != own_workspace:
-        said = "brings programs that run unasked (skills.workspace)"
-    if said:
+    agent, tools, telegram, roles = config.agent, config.tools, config.channels.telegram, config.agents.values()
+    workspace, bot_url = config.skills.workspace, telegram.base_url
+    grounds = {
+        "sends your key to another address (agent.base_url)": agent.base_url and not is_loopback(agent.base_url),
+        "lets commands run unasked (tools.approval)": "never" in (tools.approval, *(role.approval for role in roles)),
+        "sends a file to a model (prompt_file)": any(role.prompt_file for role in roles),
+        "shows secrets of the environment to commands (tools.keep_env)": tools.keep_env,
+        "sends your bot's token to another address (channels.telegram.base_url)": (
+            bot_url != TelegramConfig().base_url and not is_loopback(bot_url)
+        ),
+        "lets others have commands run (channels.telegram)": (
+            telegram.token or telegram.allowed_users or telegram.allowed_groups
+        ),
+        "brings programs that run unasked (skills.workspace)": workspace and user_path(workspace) != own_workspace,
+    }
+    if said := next((words for words, holds in grounds.items() if holds), ""):
         raise ConfigError(f"{path} {said}, and counts only because openpista was started in its folder", hint)
 
 
@@ -1205,14 +1195,11 @@ class Credentials:
         self._tighten()
         found = {}
         for provider, table in load_toml(self.path).items():
-            fields = table if isinstance(table, dict) else {"": table}
-            if not set(fields) <= {"api_key", "base_url", "model"} or not all(
-                isinstance(v, str) for v in fields.values()
-            ):
-                raise ConfigError(
-                    f"{self.path}: [{provider}] is not a login", "mend it; `auth login` would keep it aside"
-                )
-            found[provider] = Login(provider, **fields)
+            is_login = isinstance(table, dict) and set(table) <= set(Login._fields[1:])
+            if not is_login or not all(isinstance(value, str) for value in table.values()):
+                hint = "mend it; `auth login` would keep it aside"
+                raise ConfigError(f"{self.path}: [{provider}] is not a login", hint)
+            found[provider] = Login(provider, **table)
         return found
 
     def save(self, login: Login) -> None:
@@ -1243,11 +1230,9 @@ class Credentials:
         lines = ["# Written by `openpista auth login`. Keep it to yourself.", ""]
         for login in logins:
             bare = re.fullmatch(r"[A-Za-z0-9_-]+", login.provider)  # one that somebody wrote by hand may be none
+            fields = zip(Login._fields[1:], login[1:], strict=True)
             lines.append(f"[{login.provider if bare else toml_string(login.provider)}]")
-            lines += [
-                f"{key} = {toml_string(value)}" for key, value in login._asdict().items() if key != "provider" and value
-            ]
-            lines.append("")
+            lines += [*(f"{key} = {toml_string(value)}" for key, value in fields if value), ""]
         try:
             write_private(self.path, "\n".join(lines))
         except OSError as error:
@@ -1256,9 +1241,9 @@ class Credentials:
 
 # ===== 6. Store ===============================================================
 #
-# One SQLite file. Its methods are plain and synchronous: each is one short
-# statement or one short transaction. What SQLite says goes through `border`,
-# the one place where its errors become ours.
+# One SQLite file: Database is the file, Store what the agent keeps in it. Methods
+# are plain and synchronous: each is one short statement or one short transaction.
+# What SQLite says goes through `store_errors`, where its errors become ours.
 
 APPLICATION_ID = 0x70697374  # "pist": tells our file from another program's
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # Linux's PROC_PID_INIT_INO: not in a container
@@ -1328,11 +1313,7 @@ SQLITE_SAYS = (  # words of SQLite's -> what that means, and what to do
         "{path} is damaged or no database: {text}",
         "`openpista restore FILE` puts a backup in its place; else move it away, or name another in [database] url",
     ),
-    (
-        "full|disk I/O",
-        "cannot write the database {path}: {text}",
-        "make room on the disk; what was stored is kept",
-    ),
+    ("full|disk I/O", "cannot write the database {path}: {text}", "make room on the disk; what was stored is kept"),
     (
         "readonly|unable to open",
         "cannot write the database {path}: {text}",
@@ -1350,6 +1331,18 @@ def machine_name() -> str:
     return socket.gethostname()
 
 
+def has_ended(owner: str) -> bool:
+    """Whether a process, given as host:pid, was one of this machine and is gone."""
+    host, _, pid = owner.rpartition(":")
+    if host != machine_name() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
+    except (OSError, ValueError, OverflowError) as error:
+        return isinstance(error, ProcessLookupError)
+    return False
+
+
 @contextlib.contextmanager
 def store_errors(path: Path) -> Iterator[None]:
     """SQLite's errors about this file, and the file system's, as StoreError."""
@@ -1358,7 +1351,7 @@ def store_errors(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         text = str(error)
         what, hint = next((what, hint) for pattern, what, hint in SQLITE_SAYS if re.search(pattern, text))
-        raise StoreError(what.format(path=path, text=text, wait=Store.BUSY), hint) from error
+        raise StoreError(what.format(path=path, text=text, wait=Database.BUSY), hint) from error
     except UnicodeEncodeError as error:
         raise StoreError(f"{clip(ascii(error.object), 60)} cannot be stored: it is not Unicode text") from error
     except OSError as error:
@@ -1369,7 +1362,7 @@ def store_errors(path: Path) -> Iterator[None]:
 def open_database(path: Path) -> Iterator[sqlite3.Connection]:
     """A database as it is: nothing is made, brought to date or changed by opening it."""
     address = f"{path.absolute().as_uri()}?mode=rw"
-    with store_errors(path), contextlib.closing(sqlite3.connect(address, uri=True, timeout=Store.BUSY)) as db:
+    with store_errors(path), contextlib.closing(sqlite3.connect(address, uri=True, timeout=Database.BUSY)) as db:
         yield db
 
 
@@ -1380,22 +1373,24 @@ def see_whole(db: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(f"malformed: {clip(found, 200)}")
 
 
-class Store:
-    """Sessions, messages, the journal of tool calls, and usage, in one file."""
+class Database:
+    """One SQLite file: private, brought to date when it is opened, written all or nothing."""
 
-    LEASE = 15.0  # seconds that a session stays taken without a heartbeat
     BUSY = 5.0  # seconds to wait for another process's lock
 
     def __init__(self, path: Path, now: Callable[[], datetime] = utc_now):
         self.path, self.now = path, now
-        self.owner = f"{machine_name()}:{os.getpid()}"
         self._depth = 0
-        with self.border():
+        with store_errors(self.path):
             make_private(path.parent)
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would make it readable to all
             self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None)
         try:
-            self._prepare()
+            self._run("PRAGMA foreign_keys = ON")
+            self._check()
+            self._use_wal()
+            self._run("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
+            self._migrate(migration_steps(read_asset("migrations.sql")))
         except BaseException:
             self.db.close()
             raise
@@ -1410,20 +1405,112 @@ class Store:
         """Close the file; harmless when it is closed."""
         self.db.close()
 
+    @contextlib.contextmanager
+    def unsynced(self) -> Iterator[None]:
+        """What is written here survives a kill -9 as all does, a power cut only with the next commit elsewhere.
+
+        Waiting for the disk is most of what a turn takes here; this is for what no power cut makes wrong.
+        """
+        if self._depth:  # it is the outermost block's to say
+            yield
+            return
+        self._run("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            self.db.execute("PRAGMA synchronous = FULL")
+
+    @contextlib.contextmanager
+    def atomic(self) -> Iterator[None]:
+        """All of the block or nothing of it; blocks may nest, the outermost counts."""
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                self._run("BEGIN IMMEDIATE")  # take the write lock now: a later upgrade could fail
+            yield
+            if self._depth == 1:
+                self._run("COMMIT")
+        except BaseException:
+            if self._depth == 1 and self.db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):  # what went wrong before is the error to tell
+                    self.db.execute("ROLLBACK")
+            raise
+        finally:
+            self._depth -= 1
+
+    def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        with store_errors(self.path):
+            return self.db.execute(sql, values)
+
+    def _value(self, sql: str, *values: Any) -> Any:
+        """The first column of the first row; None if there is no row."""
+        row = self._run(sql, *values).fetchone()
+        return row and row[0]
+
+    def _insert(self, table: str, verb: str = "INSERT", /, **row: Any) -> int:
+        """Write a row, given by its columns; its id."""
+        sql = f"{verb} INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+        return self._run(sql, *row.values()).lastrowid
+
+    def _check(self) -> None:
+        """Refuse another program's database."""
+        # In one statement: between two, another openpista could make the schema.
+        sql = "SELECT (SELECT application_id FROM pragma_application_id), EXISTS (SELECT 1 FROM sqlite_master)"
+        number, has_tables = self._run(sql).fetchone()
+        if has_tables and number != APPLICATION_ID:
+            raise StoreError(f"{self.path} is another program's database", "name another file in [database] url")
+
+    def _use_wal(self) -> None:
+        """Readers beside one writer. SQLite does not always wait by itself when two processes switch at once."""
+        until = time.monotonic() + self.BUSY
+        while True:
+            try:
+                self._run("PRAGMA journal_mode = WAL")
+                return
+            except StoreError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+
+    def _migrate(self, steps: list[str]) -> None:
+        version = self._pragma("user_version")
+        if version > len(steps):
+            said = f"{self.path} was made by a newer openpista (schema {version}, this one knows {len(steps)})"
+            raise StoreError(said, "use the newer openpista.pyz")
+        while (version := self._pragma("user_version")) < len(steps):
+            with self.atomic():
+                if self._pragma("user_version") != version:
+                    continue  # another process has just done this step
+                for statement in statements(steps[version]):
+                    self._run(statement)
+                self._run(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._run(f"PRAGMA user_version = {version + 1}")
+
+    def _pragma(self, name: str) -> int:
+        return self._value(f"PRAGMA {name}")
+
+
+class Store(Database):
+    """Sessions, messages, the journal of tool calls, and usage."""
+
+    LEASE = 15.0  # seconds that a session stays taken without a heartbeat
+
+    def __init__(self, path: Path, now: Callable[[], datetime] = utc_now):
+        super().__init__(path, now)
+        self.owner = f"{machine_name()}:{os.getpid()}"
+
     # ---- sessions ----
 
     def session(self, name: str) -> Session:
         """The session of this name, made if it is new."""
         with self.unsynced(), self.atomic():
             now = iso(self.now())
-            self._run("INSERT OR IGNORE INTO sessions (name, created_at, updated_at) VALUES (?, ?, ?)", name, now, now)
-            return Session(
-                *self._run("SELECT id, name, elided_upto, model, agent FROM sessions WHERE name = ?", name).fetchone()
-            )
+            self._insert("sessions", "INSERT OR IGNORE", name=name, created_at=now, updated_at=now)
+            return self.find_session(name)
 
     def find_session(self, name: str) -> Session:
         """The session of this name; StoreError if there is none."""
-        row = self._run("SELECT id, name, elided_upto, model, agent FROM sessions WHERE name = ?", name).fetchone()
+        row = self._run(f"SELECT {', '.join(Session._fields)} FROM sessions WHERE name = ?", name).fetchone()
         if row is None:
             names = [row[0] for row in self._run("SELECT name FROM sessions ORDER BY updated_at DESC LIMIT 1000")]
             raise StoreError(f"no session named {name!r}{near(name, names)}", "see `openpista sessions list`")
@@ -1442,7 +1529,7 @@ class Store:
 
     def session_count(self) -> int:
         """How many sessions there are."""
-        return self._run("SELECT count(*) FROM sessions").fetchone()[0]
+        return self._value("SELECT count(*) FROM sessions")
 
     def set_model(self, session: Session, model: str) -> None:
         """Answer this session with another model, given as provider/model; '' for the configured one."""
@@ -1454,7 +1541,7 @@ class Store:
 
     def failures(self, session: Session) -> int:
         """How many of the last turns failed, one after the other."""
-        return self._run("SELECT failures FROM sessions WHERE id = ?", session.id).fetchone()[0]
+        return self._value("SELECT failures FROM sessions WHERE id = ?", session.id)
 
     def count_failure(self, session: Session, failed: bool) -> None:
         """Note how a turn ended."""
@@ -1495,21 +1582,9 @@ class Store:
     def lease_holder(self, session: Session) -> str:
         """Who works on the session now, as host:pid; '' if nobody. A process that is gone holds nothing."""
         row = self._run("SELECT owner, lease_until FROM sessions WHERE id = ?", session.id).fetchone()
-        if row is None or row[0] is None or row[1] < iso(self.now()) or self._is_gone(row[0]):
+        if row is None or row[0] is None or row[1] < iso(self.now()) or has_ended(row[0]):
             return ""
         return row[0]
-
-    def _is_gone(self, owner: str) -> bool:
-        host, _, pid = owner.rpartition(":")
-        if host != self.owner.rpartition(":")[0] or os.name != "posix":
-            return False
-        try:
-            os.kill(int(pid), 0)  # signal 0 only asks whether the process is there
-        except ProcessLookupError:
-            return True
-        except (OSError, ValueError, OverflowError):
-            return False
-        return False
 
     # ---- messages ----
 
@@ -1519,31 +1594,23 @@ class Store:
             now = iso(self.now())
             calls = [call._asdict() for call in message.tool_calls]
             images = [{"path": image.path, "media_type": image.media_type} for image in message.images]
-            row = self._run(
-                """INSERT INTO messages
-                          (session_id, role, text, tool_calls, call_id, is_error, echo, images, created_at)
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                session.id,
-                message.role.value,
-                storable(message.text),
-                storable(to_json(calls)) if calls else None,
-                message.call_id or None,
-                int(message.is_error),
-                storable(to_json(message.echo)) if message.echo else None,
-                storable(to_json(images)) if images else None,
-                now,
+            number = self._insert(
+                "messages",
+                session_id=session.id,
+                role=message.role.value,
+                text=storable(message.text),
+                tool_calls=storable(to_json(calls)) if calls else None,
+                call_id=message.call_id or None,
+                is_error=int(message.is_error),
+                echo=storable(to_json(message.echo)) if message.echo else None,
+                images=storable(to_json(images)) if images else None,
+                created_at=now,
             )
             for call in message.tool_calls:
-                self._run(
-                    "INSERT INTO tool_calls (session_id, message_id, call_id, name, arguments) VALUES (?, ?, ?, ?, ?)",
-                    session.id,
-                    row.lastrowid,
-                    call.id,
-                    storable(call.name),
-                    storable(to_json(call.arguments)),
-                )
+                asked = {"name": storable(call.name), "arguments": storable(to_json(call.arguments))}
+                self._insert("tool_calls", session_id=session.id, message_id=number, call_id=call.id, **asked)
             self._run("UPDATE sessions SET updated_at = ? WHERE id = ?", now, session.id)
-            return row.lastrowid
+            return number
 
     def tail(
         self,
@@ -1573,7 +1640,7 @@ class Store:
 
     def _messages(self, where: str, *values: Any) -> Iterator[Entry]:
         columns = "id, role, text, tool_calls, call_id, is_error, echo, images, created_at"
-        with self.border():
+        with store_errors(self.path):
             for row in self.db.execute(f"SELECT {columns} FROM messages WHERE {where}", values):
                 try:
                     calls = tuple(ToolCall(**call) for call in json.loads(row[3] or "[]"))
@@ -1591,8 +1658,7 @@ class Store:
 
     def summarise(self, session: Session, upto: int, text: str) -> None:
         """Let the text stand for the messages up to and with this one."""
-        sql = "INSERT INTO summaries (session_id, upto, text, created_at) VALUES (?, ?, ?, ?)"
-        self._run(sql, session.id, upto, storable(text), iso(self.now()))
+        self._insert("summaries", session_id=session.id, upto=upto, text=storable(text), created_at=iso(self.now()))
 
     def summary(self, session: Session) -> tuple[int, str]:
         """The newest summary and the last message it covers; (0, '') if there is none."""
@@ -1601,7 +1667,7 @@ class Store:
 
     # ---- the journal ----
 
-    def start_call(self, session: Session, message_id: int, call: ToolCall) -> None:
+    def start_call(self, message_id: int, call: ToolCall) -> None:
         """Note that the call begins: after this it may have had an effect."""
         sql = "UPDATE tool_calls SET state = 'started', started_at = ? WHERE message_id = ? AND call_id = ?"
         self._run(sql, iso(self.now()), message_id, call.id)
@@ -1622,11 +1688,10 @@ class Store:
             row = self._run(f"{sql} WHERE h.message_id = ? AND h.call_id = ?", message_id, call_id).fetchone()
             if row is None:
                 names = (f"{session.name}>{agent}#{number}" for number in itertools.count(1))
-                name = next(n for n in names if not self._run("SELECT 1 FROM sessions WHERE name = ?", n).fetchone())
+                name = next(n for n in names if not self._value("SELECT 1 FROM sessions WHERE name = ?", n))
                 child = self.session(name)
                 self._run("UPDATE sessions SET parent = ? WHERE id = ?", session.id, child.id)
-                sql = "INSERT INTO handovers (message_id, call_id, session_id, agent) VALUES (?, ?, ?, ?)"
-                self._run(sql, message_id, call_id, child.id, agent)
+                self._insert("handovers", message_id=message_id, call_id=call_id, session_id=child.id, agent=agent)
                 row = (name, None, None)
             return Handover(message_id, call_id, self.find_session(row[0]), *row[1:])
 
@@ -1650,19 +1715,18 @@ class Store:
         """Note one call of a model, named as provider/model."""
         provider, _, name = model.partition("/")
         with self.unsynced():
-            self._run(
-                """INSERT INTO usage (session_id, at, provider, model, input_tokens, cached_tokens, output_tokens,
-                                      cost_usd, seconds, agent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-                session.id,
-                iso(self.now()),
-                provider,
-                name,
-                usage.input,
-                usage.cached,
-                usage.output,
-                usage.cost,
-                round(seconds, 3),
-                agent,
+            self._insert(
+                "usage",
+                session_id=session.id,
+                at=iso(self.now()),
+                provider=provider,
+                model=name,
+                input_tokens=usage.input,
+                cached_tokens=usage.cached,
+                output_tokens=usage.output,
+                cost_usd=usage.cost,
+                seconds=round(seconds, 3),
+                agent=agent,
             )
 
     def spent(self, moment: datetime) -> dict[str, tuple[int, int]]:
@@ -1683,102 +1747,16 @@ class Store:
         row = self._run(f"SELECT {sums} FROM usage WHERE {where}", *values).fetchone()
         return Usage(row[0] or 0, row[1] or 0, row[2] or 0, row[3])
 
-    # ---- the file ----
-
-    @contextlib.contextmanager
-    def unsynced(self) -> Iterator[None]:
-        """What is written here survives a kill -9 as all does, a power cut only with the next commit elsewhere.
-
-        Waiting for the disk is most of what a turn takes here; this is for what no power cut makes wrong.
-        """
-        if self._depth:  # it is the outermost block's to say
-            yield
-            return
-        self._run("PRAGMA synchronous = NORMAL")
-        try:
-            yield
-        finally:
-            self.db.execute("PRAGMA synchronous = FULL")
-
-    @contextlib.contextmanager
-    def atomic(self) -> Iterator[None]:
-        """All of the block or nothing of it; blocks may nest, the outermost counts."""
-        self._depth += 1
-        try:
-            if self._depth == 1:
-                self._run("BEGIN IMMEDIATE")  # take the write lock now: a later upgrade could fail
-            yield
-            if self._depth == 1:
-                self._run("COMMIT")
-        except BaseException:
-            if self._depth == 1 and self.db.in_transaction:
-                with contextlib.suppress(sqlite3.Error):  # what went wrong before is the error to tell
-                    self.db.execute("ROLLBACK")
-            raise
-        finally:
-            self._depth -= 1
-
-    def border(self) -> contextlib.AbstractContextManager[None]:
-        """SQLite's errors, and the file system's, as StoreError."""
-        return store_errors(self.path)
-
-    def _run(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        with self.border():
-            return self.db.execute(sql, values)
-
-    def _prepare(self) -> None:
-        self._run("PRAGMA foreign_keys = ON")
-        self._check()
-        self._use_wal()
-        self._run("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
-        self._migrate(migration_steps(read_asset("migrations.sql")))
-
-    def _check(self) -> None:
-        """Refuse another program's database."""
-        # In one statement: between two, another openpista could make the schema.
-        sql = "SELECT (SELECT application_id FROM pragma_application_id), EXISTS (SELECT 1 FROM sqlite_master)"
-        number, has_tables = self._run(sql).fetchone()
-        if has_tables and number != APPLICATION_ID:
-            raise StoreError(f"{self.path} is another program's database", "name another file in [database] url")
-
-    def _use_wal(self) -> None:
-        """Readers beside one writer. SQLite does not always wait by itself when two processes switch at once."""
-        until = time.monotonic() + self.BUSY
-        while True:
-            try:
-                self._run("PRAGMA journal_mode = WAL")
-                return
-            except StoreError as error:
-                if "locked" not in str(error) or time.monotonic() > until:
-                    raise
-                time.sleep(0.1)
-
-    def _migrate(self, steps: list[str]) -> None:
-        version = self._pragma("user_version")
-        if version > len(steps):
-            raise StoreError(
-                f"{self.path} was made by a newer openpista (schema {version}, this one knows {len(steps)})",
-                "use the newer openpista.pyz",
-            )
-        while (version := self._pragma("user_version")) < len(steps):
-            with self.atomic():
-                if self._pragma("user_version") != version:
-                    continue  # another process has just done this step
-                for statement in statements(steps[version]):
-                    self._run(statement)
-                self._run(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._run(f"PRAGMA user_version = {version + 1}")
-
-    def _pragma(self, name: str) -> int:
-        return self._run(f"PRAGMA {name}").fetchone()[0]
-
 
 def new_session_name(now: datetime, kind: str) -> str:
     """A name for a new session, such as run-20260301-090000-1f3a."""
     return f"{kind}-{now:%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
 
 
-# ---- messages in and out, jobs, devices: a small class for each table, given the Store ----
+# ===== 6b. Tables =============================================================
+#
+# Messages in and out, questions, people, chats, jobs, devices, tickets: a small
+# class for each, given the Store. They know SQL and time, and no channel.
 
 
 class Item(NamedTuple):
@@ -1872,11 +1850,17 @@ class Device(NamedTuple):
     revoked_at: str | None
 
 
+def packed(facts: Mapping[str, Any]) -> str:
+    """The facts as the JSON of a column."""
+    return storable(to_json(dict(facts)))
+
+
 class Table:
     """Statements about one matter."""
 
     def __init__(self, store: Store):
-        self.store, self._run, self.atomic = store, store._run, store.atomic
+        self.store, self.atomic = store, store.atomic
+        self._run, self._value, self._insert = store._run, store._value, store._insert
 
     def stamp(self, **ago: float) -> str:
         """The time now, or so long ago, as it is written down."""
@@ -1899,17 +1883,9 @@ class Inbox(Table):
             ahead, waiting = self._run(sql, event.session).fetchone()
             if waiting >= limit:
                 return Receipt("full", ahead=ahead)
-            values = (storable(text) for text in (event.channel, event.identity, event.session, event.text))
-            row = self._run(
-                """INSERT INTO inbox (channel, identity, session, text, sender, reply_to, metadata, received_at)
-                   VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                *values,
-                storable(event.sender),
-                storable(to_json(dict(event.reply_to))),
-                storable(to_json(dict(event.metadata))),
-                self.stamp(),
-            )
-            return Receipt("accepted", row.lastrowid, ahead)
+            values = (storable(value) if isinstance(value, str) else packed(value) for value in event)
+            row = dict(zip(Event._fields, values, strict=True))
+            return Receipt("accepted", self._insert("inbox", **row, received_at=self.stamp()), ahead)
 
     def find(self, channel: str, identity: str) -> Item | None:
         """The event of this identity."""
@@ -1949,9 +1925,8 @@ class Inbox(Table):
 
     def said_in(self, channel: str, message: int) -> Item | None:
         """The newest event of a channel that came as this message."""
-        return self._one(
-            "channel = ? AND json_extract(reply_to, '$.message') = ? ORDER BY id DESC LIMIT 1", channel, message
-        )
+        where = "channel = ? AND json_extract(reply_to, '$.message') = ?"
+        return self._one(f"{where} ORDER BY id DESC LIMIT 1", channel, message)
 
     def album(self, channel: str, name: str) -> Item | None:
         """The event of a channel that an album began, while its turn has not."""
@@ -1961,7 +1936,7 @@ class Inbox(Table):
     def rewrite(self, number: int, text: str, metadata: Mapping[str, Any]) -> bool:
         """Put other words in the place of an event's; False if its turn has begun."""
         sql = "UPDATE inbox SET text = ?, metadata = ? WHERE id = ? AND state = 'waiting' AND message_id IS NULL"
-        return self._run(sql, storable(text), storable(to_json(dict(metadata))), number).rowcount == 1
+        return self._run(sql, storable(text), packed(metadata), number).rowcount == 1
 
     def show(self, number: int, name: str) -> None:
         """Note which message of the channel shows the progress."""
@@ -1989,8 +1964,7 @@ class Inbox(Table):
 
     def chosen(self, number: int) -> str:
         """Who answers, or answered."""
-        row = self._run("SELECT agent FROM inbox WHERE id = ?", number).fetchone()
-        return row[0] if row else DEFAULT
+        return self._value("SELECT agent FROM inbox WHERE id = ?", number) or DEFAULT
 
     def finish(self, number: int, state: str) -> bool:
         """Note how it ended; False if it had ended before."""
@@ -2006,7 +1980,6 @@ class Inbox(Table):
 class Outbox(Table):
     """What goes out, each channel's in order."""
 
-    COLUMNS = "id, inbox_id, channel, reply_to, piece, text, metadata, attempts, created_at, next_at, in_doubt"
     OPEN = "state IN ('waiting', 'sending')"  # word for word the condition of the index
 
     def add(
@@ -2018,19 +1991,11 @@ class Outbox(Table):
         inbox_id: int | None = None,
     ) -> None:
         """Write a text down to be sent, in its pieces."""
+        row = {"inbox_id": inbox_id, "channel": channel, "reply_to": packed(reply_to), "metadata": packed(metadata)}
+        row |= {"created_at": self.stamp(), "next_at": self.stamp()}
         with self.atomic():
             for piece, text in enumerate(pieces):
-                self._run(
-                    """INSERT INTO outbox (inbox_id, channel, reply_to, piece, text, metadata, created_at, next_at)
-                       VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
-                    inbox_id,
-                    channel,
-                    storable(to_json(dict(reply_to))),
-                    piece,
-                    storable(text),
-                    storable(to_json(dict(metadata))),
-                    *[self.stamp()] * 2,
-                )
+                self._insert("outbox", **row, piece=piece, text=storable(text))
 
     def channels(self) -> list[str]:
         """For whom something lies here."""
@@ -2038,11 +2003,11 @@ class Outbox(Table):
 
     def unsent(self) -> int:
         """How many pieces lie here."""
-        return self._run(f"SELECT count(*) FROM outbox WHERE {self.OPEN}").fetchone()[0]
+        return self._value(f"SELECT count(*) FROM outbox WHERE {self.OPEN}")
 
     def next(self, channel: str) -> Delivery | None:
         """The oldest piece for a channel that was not sent."""
-        sql = f"SELECT {self.COLUMNS} FROM outbox WHERE channel = ? AND {self.OPEN} ORDER BY id LIMIT 1"
+        sql = f"SELECT {', '.join(Delivery._fields)} FROM outbox WHERE channel = ? AND {self.OPEN} ORDER BY id LIMIT 1"
         row = self._run(sql, channel).fetchone()
         return row and Delivery(*row[:3], json.loads(row[3]), *row[4:6], json.loads(row[6]), *row[7:])
 
@@ -2076,8 +2041,7 @@ class Outbox(Table):
 
     def answer(self, item: Item) -> Answer:
         """What became of an event: its pieces joined again."""
-        sql = "SELECT text, metadata FROM outbox WHERE inbox_id = ? ORDER BY id"
-        rows = self._run(sql, item.id).fetchall()
+        rows = self._run("SELECT text, metadata FROM outbox WHERE inbox_id = ? ORDER BY id", item.id).fetchall()
         metadata = json.loads(rows[0][1]) if rows else {}
         text = "\n\n".join(row[0] for row in rows)
         return Answer(item.state, text, bool(metadata.pop("is_error", False)), metadata)
@@ -2093,15 +2057,13 @@ class Approvals(Table):
 
     def ask(self, inbox_id: int, call: ToolCall, danger: str, seconds: float) -> tuple[Approval, bool]:
         """The question about a call, and whether it is new; one that stands is not asked again."""
-        values = (inbox_id, call.id, call.name, storable(to_json(call.arguments)))
+        asked = {"inbox_id": inbox_id, "call_id": call.id, "tool": call.name, "arguments": packed(call.arguments)}
         with self.atomic():
-            where = "inbox_id = ? AND call_id = ? AND tool = ? AND arguments = ? AND used_at IS NULL"
-            if standing := self._some(where, *values):
+            where = " AND ".join(f"{column} = ?" for column in asked)
+            if standing := self._some(f"{where} AND used_at IS NULL", *asked.values()):
                 return standing[-1], False
-            sql = """INSERT INTO approvals (inbox_id, call_id, tool, arguments, danger, asked_at, expires_at)
-                     VALUES (?, ?, ?, ?, ?, ?, ?)"""
-            row = self._run(sql, *values, storable(danger), self.stamp(), self.stamp(seconds=-seconds))
-            return self.get(row.lastrowid), True
+            times = {"asked_at": self.stamp(), "expires_at": self.stamp(seconds=-seconds)}
+            return self.get(self._insert("approvals", **asked, danger=storable(danger), **times)), True
 
     def get(self, number: int) -> Approval | None:
         """The question of this number."""
@@ -2146,14 +2108,12 @@ class Grants(Table):
         self.session = session
 
     def __contains__(self, call: str) -> bool:
-        return (
-            self._run("SELECT 1 FROM grants WHERE session = ? AND call = ?", self.session, call).fetchone() is not None
-        )
+        return bool(self._value("SELECT 1 FROM grants WHERE session = ? AND call = ?", self.session, call))
 
     def add(self, call: str) -> None:
         """Ask about this call no more."""
-        sql = "INSERT OR IGNORE INTO grants (session, call, granted_at) VALUES (?, ?, ?)"
-        self._run(sql, self.session, storable(call), self.stamp())
+        row = {"session": self.session, "call": storable(call), "granted_at": self.stamp()}
+        self._insert("grants", "INSERT OR IGNORE", **row)
 
     def list(self) -> list[str]:
         """The calls."""
@@ -2176,7 +2136,7 @@ class People(Table):
 
     def list(self) -> list[Person]:
         """All of them, the first who asked first."""
-        sql = "SELECT id, name, state, code, asked_at, expires_at FROM people WHERE channel = ? ORDER BY asked_at, id"
+        sql = f"SELECT {', '.join(Person._fields)} FROM people WHERE channel = ? ORDER BY asked_at, id"
         return list(itertools.starmap(Person, self._run(sql, self.channel)))
 
     def allowed(self) -> list[str]:
@@ -2185,8 +2145,7 @@ class People(Table):
 
     def state(self, who: str) -> str:
         """What became of somebody; '' if they never asked."""
-        row = self._run("SELECT state FROM people WHERE channel = ? AND id = ?", self.channel, who).fetchone()
-        return row[0] if row else ""
+        return self._value("SELECT state FROM people WHERE channel = ? AND id = ?", self.channel, who) or ""
 
     def ask(self, who: str, name: str, code: str) -> bool:
         """Give somebody a code to show to the owner; False if they had one, or too many have."""
@@ -2219,9 +2178,8 @@ class People(Table):
         return next((person for person in found if person.code == code), None)
 
     def _write(self, person: Person) -> None:
-        sql = """INSERT OR REPLACE INTO people (channel, id, name, state, code, asked_at, expires_at)
-                 VALUES (?, ?, ?, ?, ?, ?, ?)"""
-        self._run(sql, self.channel, person.id, storable(person.name), *person[2:])
+        row = person._replace(name=storable(person.name))._asdict()
+        self._insert("people", "INSERT OR REPLACE", channel=self.channel, **row)
 
 
 class Chats(Table):
@@ -2229,8 +2187,7 @@ class Chats(Table):
 
     def session(self, place: str) -> str:
         """The session of a place; its name is the place's own as long as no other was chosen."""
-        row = self._run("SELECT session FROM chats WHERE place = ?", place).fetchone()
-        return (row and row[0]) or place
+        return self._value("SELECT session FROM chats WHERE place = ?", place) or place
 
     def turn_to(self, place: str, session: str) -> None:
         """Be in this session from now on."""
@@ -2241,8 +2198,8 @@ class Chats(Table):
     def move(self, old: str, new: str) -> None:
         """A group has become another: its session, and what waits for it, move along."""
         with self.atomic():
-            self._run("INSERT OR IGNORE INTO chats (place, session) VALUES (?, ?)", new, self.session(old))
-            self._run("INSERT OR IGNORE INTO chats (place) VALUES (?)", old)
+            self._insert("chats", "INSERT OR IGNORE", place=new, session=self.session(old))
+            self._insert("chats", "INSERT OR IGNORE", place=old)
             self._run("UPDATE chats SET moved_to = ? WHERE place = ?", new, old)
             for table in ("inbox", "outbox", "jobs"):
                 self._run(f"UPDATE OR IGNORE {table} SET channel = ? WHERE channel = ?", new, old)
@@ -2257,15 +2214,12 @@ class Chats(Table):
 
     def advance(self, name: str, position: int) -> None:
         """Note that a channel has read so far."""
-        sql = "INSERT OR REPLACE INTO cursors (name, position, moved_at) VALUES (?, ?, ?)"
-        self._run(sql, name, position, self.stamp())
+        self._insert("cursors", "INSERT OR REPLACE", name=name, position=position, moved_at=self.stamp())
 
 
 class Jobs(Table):
     """Prompts on a schedule. When one is due is for the caller to say: this knows no cron."""
 
-    SETTINGS = "name, schedule, tz, prompt, session, channel, reply_to, catch_up, origin, state, next_at"
-    COLUMNS = f"id, {SETTINGS}"
     KEPT = 100  # runs of a job that are remembered
 
     def add(self, job: Job) -> Job:
@@ -2273,16 +2227,18 @@ class Jobs(Table):
         with self.atomic():
             if self.find(job.name):
                 raise StoreError(f"there is a job named {job.name!r} already", "remove it, or choose another --name")
-            sql = f"INSERT INTO jobs ({self.SETTINGS}, created_at) VALUES ({', '.join('?' * 12)})"
-            return job._replace(id=self._run(sql, *self._values(job), self.stamp()).lastrowid)
+            return job._replace(id=self._insert("jobs", **self._row(job), created_at=self.stamp()))
 
     def change(self, old: Job, new: Job) -> bool:
         """Write a job anew; False if it was fired, paused or removed meanwhile."""
-        sql = f"UPDATE jobs SET ({self.SETTINGS}) = ({', '.join('?' * 11)}) WHERE id = ? AND state = ? AND next_at IS ?"
-        return self._run(sql, *self._values(new), old.id, old.state, old.next_at).rowcount == 1
+        row = self._row(new)
+        settings = ", ".join(f"{column} = ?" for column in row)
+        sql = f"UPDATE jobs SET {settings} WHERE id = ? AND state = ? AND next_at IS ?"
+        return self._run(sql, *row.values(), old.id, old.state, old.next_at).rowcount == 1
 
-    def _values(self, job: Job) -> list[Any]:
-        return [*map(storable, job[1:7]), storable(to_json(dict(job.reply_to))), *job[8:]]
+    def _row(self, job: Job) -> dict[str, str | None]:
+        row = job._asdict() | {"reply_to": packed(job.reply_to)}
+        return {column: value and storable(value) for column, value in row.items() if column != "id"}
 
     def list(self) -> list[Job]:
         """All jobs, the next one first."""
@@ -2306,11 +2262,10 @@ class Jobs(Table):
     def next_at(self) -> str | None:
         """When the next active job is due; None if there is none."""
         sql = "SELECT next_at FROM jobs WHERE state = 'active' AND next_at IS NOT NULL ORDER BY next_at LIMIT 1"
-        row = self._run(sql).fetchone()
-        return row and row[0]
+        return self._value(sql)
 
     def _jobs(self, where: str, *values: Any) -> list[Job]:
-        rows = self._run(f"SELECT {self.COLUMNS} FROM jobs WHERE {where}", *values)
+        rows = self._run(f"SELECT {', '.join(Job._fields)} FROM jobs WHERE {where}", *values)
         return [Job(*row[:7], json.loads(row[7]), *row[8:]) for row in rows]
 
     def remove(self, name: str) -> bool:
@@ -2333,17 +2288,12 @@ class Jobs(Table):
         No next_at: it was the last time.
         """
         with self.atomic():
-            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
-            state = "active" if next_at else "done"
-            if self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount != 1:
-                return None
-            return self.run(job, job.next_at, limit)
+            return self.run(job, job.next_at, limit) if self._move(job, next_at) else None
 
     def run(self, job: Job, due_at: str, limit: int = sys.maxsize) -> Receipt:
         """Put a job into the inbox for this time, and note that in its history."""
         with self.atomic():
-            metadata = {"job": job.name, "due_at": due_at}
-            identity = f"job:{job.id}:{due_at}"
+            identity, metadata = f"job:{job.id}:{due_at}", {"job": job.name, "due_at": due_at}
             event = Event(job.channel or "job", identity, job.session, job.prompt, "cron", job.reply_to, metadata)
             receipt = Inbox(self.store).add(event, limit)
             self.note(job, due_at, receipt.id or None, "" if receipt.id else "left out: the session's queue is full")
@@ -2352,17 +2302,19 @@ class Jobs(Table):
     def skip(self, job: Job, next_at: datetime | None, note: str) -> bool:
         """Move a due job's time without firing, and note why; False if another process was quicker."""
         with self.atomic():
-            sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
-            state = "active" if next_at else "done"
-            moved = self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount == 1
-            if moved:
+            if moved := self._move(job, next_at):
                 self.note(job, job.next_at, None, note)
             return moved
 
+    def _move(self, job: Job, next_at: datetime | None) -> bool:
+        sql = "UPDATE jobs SET next_at = ?, state = ? WHERE id = ? AND next_at = ? AND state = 'active'"
+        state = "active" if next_at else "done"
+        return self._run(sql, next_at and iso(next_at), state, job.id, job.next_at).rowcount == 1
+
     def note(self, job: Job, due_at: str, inbox_id: int | None, note: str) -> None:
         """Write down that a job ran, or why it did not; the oldest runs are forgotten."""
-        sql = "INSERT OR IGNORE INTO job_runs (job_id, due_at, fired_at, inbox_id, note) VALUES (?, ?, ?, ?, ?)"
-        self._run(sql, job.id, due_at, self.stamp(), inbox_id, storable(note))
+        row = {"job_id": job.id, "due_at": due_at, "fired_at": self.stamp(), "inbox_id": inbox_id}
+        self._insert("job_runs", "INSERT OR IGNORE", **row, note=storable(note))
         old = "SELECT due_at FROM job_runs WHERE job_id = ? ORDER BY due_at DESC LIMIT 1 OFFSET ?"
         self._run(f"DELETE FROM job_runs WHERE job_id = ? AND due_at <= ({old})", job.id, job.id, self.KEPT)
 
@@ -2390,16 +2342,14 @@ class Devices(Table):
     def add(self, name: str, token_hash: str) -> None:
         """Let a new device in, or a revoked one with a new token; StoreError if the name is taken."""
         with self.atomic():
-            if self._run("SELECT 1 FROM devices WHERE name = ? AND revoked_at IS NULL", name).fetchone():
+            if self._value("SELECT 1 FROM devices WHERE name = ? AND revoked_at IS NULL", name):
                 raise StoreError(f"there is a device named {name!r} already", "revoke it, or choose another name")
             self._run("DELETE FROM devices WHERE name = ?", name)
-            sql = "INSERT INTO devices (name, token_hash, created_at) VALUES (?, ?, ?)"
-            self._run(sql, name, token_hash, self.stamp())
+            self._insert("devices", name=name, token_hash=token_hash, created_at=self.stamp())
 
     def list(self) -> list[Device]:
         """All devices, by name."""
-        rows = self._run("SELECT name, created_at, last_seen, revoked_at FROM devices ORDER BY name")
-        return [Device(*row) for row in rows]
+        return [Device(*row) for row in self._run(f"SELECT {', '.join(Device._fields)} FROM devices ORDER BY name")]
 
     def find(self, token_hash: str) -> str | None:
         """The name of the device with this token, in a time that does not tell how near a guess was."""
@@ -2429,9 +2379,9 @@ class Tickets(Table):
 
     def add(self, label: bytes, body: Mapping[str, Any], seconds: float) -> None:
         """Keep a ticket for so long."""
-        sql = "INSERT OR REPLACE INTO tickets (label, body, expires_at) VALUES (?, ?, ?)"
+        row = {"label": label.hex(), "body": packed(body), "expires_at": self.stamp(seconds=-seconds)}
         with self.store.unsynced():
-            self._run(sql, label.hex(), to_json(dict(body)), self.stamp(seconds=-seconds))
+            self._insert("tickets", "INSERT OR REPLACE", **row)
 
     def pop(self, label: bytes) -> dict[str, Any] | None:
         """Take a ticket out; None if there is none that is still good."""
@@ -2491,7 +2441,7 @@ class Upkeep(Table):
 
     def checkpoint(self) -> None:
         """Shrink the write-ahead log; for a thread of its own."""
-        with self.store.border(), contextlib.closing(sqlite3.connect(self.store.path, timeout=0)) as db:
+        with store_errors(self.store.path), contextlib.closing(sqlite3.connect(self.store.path, timeout=0)) as db:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")  # the long part, which holds up nobody
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what came meanwhile; if somebody reads, another time
 
@@ -2640,21 +2590,25 @@ def encode_chat(request: Request) -> dict[str, Any]:
     names = wire_names(request.tools)
     body: dict[str, Any] = {
         "model": request.model,
-        "messages": [{"role": "system", "content": request.system}],
+        "messages": [
+            {"role": "system", "content": request.system},
+            *(chat_message(request, message, names) for message in request.messages),
+        ],
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    for message in request.messages:
-        body["messages"].append(CHAT_MESSAGES[message.role](request, message, names))
-    if request.tools:
-        body["tools"] = [
-            {"type": "function", "function": tool_dict(tool, names, "parameters")} for tool in request.tools
-        ]
-        if not request.may_call:
-            body["tool_choice"] = "none"
+    offer(body, request, lambda tool: {"type": "function", "function": tool_dict(tool, names, "parameters")})
     if request.max_tokens:
         body["max_completion_tokens" if reasons(request.model) else "max_tokens"] = request.max_tokens
     return body
+
+
+def offer(body: dict[str, Any], request: Request, show: Callable[[ToolSpec], Any], none: Any = "none") -> None:
+    """Put the tools into a body, and, if they may not be called, the format's word for that."""
+    if request.tools:
+        body["tools"] = [show(tool) for tool in request.tools]
+        if not request.may_call:
+            body["tool_choice"] = none
 
 
 def tool_dict(tool: ToolSpec, names: Mapping[str, str], schema: str) -> dict[str, Any]:
@@ -2662,8 +2616,13 @@ def tool_dict(tool: ToolSpec, names: Mapping[str, str], schema: str) -> dict[str
     return {"name": names[tool.name], "description": tool.description, schema: tool.parameters}
 
 
-def chat_assistant(request: Request, message: Message, names: WireNames) -> dict[str, Any]:
-    """An assistant's message with its calls, and the reasoning that DeepSeek and OpenRouter want to see again."""
+def chat_message(request: Request, message: Message, names: WireNames) -> dict[str, Any]:
+    """A message; an assistant's with its calls, and the reasoning that DeepSeek and OpenRouter want to see again."""
+    if message.role is Role.USER:
+        return {"role": "user", "content": parts_of(request, message, "text", chat_image)}
+    if message.role is Role.TOOL:
+        answered = wire_id(request, message.call_id)
+        return {"role": "tool", "tool_call_id": answered, "content": content_of(request, message)}
     entry: dict[str, Any] = {"role": "assistant", "content": message.text}
     echo = echo_for(request, message)
     if message.tool_calls:
@@ -2685,20 +2644,6 @@ def chat_image(image: Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(image)}}
 
 
-CHAT_MESSAGES = {
-    Role.USER: lambda request, message, names: {
-        "role": "user",
-        "content": parts_of(request, message, "text", chat_image),
-    },
-    Role.ASSISTANT: chat_assistant,
-    Role.TOOL: lambda request, message, names: {
-        "role": "tool",
-        "tool_call_id": wire_id(request, message.call_id),
-        "content": content_of(request, message),
-    },
-}
-
-
 def encode_responses(request: Request) -> dict[str, Any]:
     """The body for POST /responses; nothing is kept at the vendor's."""
     names = wire_names(request.tools)
@@ -2711,12 +2656,7 @@ def encode_responses(request: Request) -> dict[str, Any]:
     }
     if reasons(request.model):
         body["include"] = ["reasoning.encrypted_content"]
-    if request.tools:
-        body["tools"] = [
-            {"type": "function", "strict": False, **tool_dict(tool, names, "parameters")} for tool in request.tools
-        ]
-        if not request.may_call:
-            body["tool_choice"] = "none"
+    offer(body, request, lambda tool: {"type": "function", "strict": False, **tool_dict(tool, names, "parameters")})
     if request.max_tokens:
         body["max_output_tokens"] = request.max_tokens
     return body
@@ -2785,10 +2725,7 @@ def encode_messages(request: Request) -> dict[str, Any]:
     if body["messages"]:
         last = body["messages"][-1]["content"]
         last[-1] = last[-1] | {"cache_control": {"type": "ephemeral"}}
-    if request.tools:
-        body["tools"] = [tool_dict(tool, names, "input_schema") for tool in request.tools]
-        if not request.may_call:
-            body["tool_choice"] = {"type": "none"}
+    offer(body, request, lambda tool: tool_dict(tool, names, "input_schema"), none={"type": "none"})
     return body
 
 
@@ -2849,7 +2786,7 @@ def parse_arguments(raw: str | dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 CUT = ("length", "model_length", "max_tokens", "max_output_tokens", "model_context_window_exceeded")
-BROKEN_OFF = ("error", "insufficient_system_resource", "failed", "cancelled")  # OpenRouter, DeepSeek, Responses
+BROKEN_OFF = ("", "error", "insufficient_system_resource", "failed", "cancelled")  # OpenRouter, DeepSeek, Responses
 
 
 class Decoder:
@@ -2873,9 +2810,9 @@ class Decoder:
         try:
             event = json.loads(data)
         except (ValueError, RecursionError):
-            raise Unavailable(f"the server sent an event that is not JSON: {clip(data, 80)!r}") from None
+            event = None
         if not isinstance(event, dict):
-            raise Unavailable(f"the server sent an event that is no object: {clip(data, 80)!r}")
+            raise Unavailable(f"the server sent an event that is no JSON object: {clip(data, 80)!r}")
         try:
             words = "" + self.take(event)  # what is no text is an unknown form too
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -2889,10 +2826,8 @@ class Decoder:
 
     def completion(self, model: str, names: Mapping[str, str]) -> Completion:
         """The whole answer; an answer that has not ended is an error, never an answer."""
-        if not self.finish:
-            raise Unavailable("the answer ended in the middle")
         if self.finish in BROKEN_OFF:
-            raise Unavailable(f"the answer ended in the middle ({self.finish})")
+            raise Unavailable(f"the answer ended in the middle{f' ({self.finish})' if self.finish else ''}")
         if self.finish in ("content_filter", "refusal"):
             raise ProviderError(f"the provider's filter stopped the answer ({self.finish})")
         taken: set[str] = set()
@@ -2967,16 +2902,10 @@ def text_of(content: Any) -> str:
 
 def chat_usage(usage: dict[str, Any]) -> Usage:
     """Usage as Chat Completions counts it; OpenRouter adds the cost."""
-    cached = (
-        (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or usage.get("prompt_cache_hit_tokens") or 0
-    )
-    cost = usage.get("cost")
-    return Usage(
-        tokens_of(usage.get("prompt_tokens")),
-        tokens_of(cached),
-        tokens_of(usage.get("completion_tokens")),
-        float(cost) if isinstance(cost, (int, float)) else None,
-    )
+    details, cost = usage.get("prompt_tokens_details") or {}, usage.get("cost")
+    cached = details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")
+    counts = usage.get("prompt_tokens"), cached, usage.get("completion_tokens")
+    return Usage(*map(tokens_of, counts), float(cost) if isinstance(cost, (int, float)) else None)
 
 
 def tokens_of(count: Any) -> int:
@@ -3010,18 +2939,15 @@ class ResponsesDecoder(Decoder):
 
     def _end(self, response: dict[str, Any]) -> None:
         usage = response.get("usage") or {}
-        cached = (usage.get("input_tokens_details") or {}).get("cached_tokens") or 0
-        self.usage = Usage(
-            tokens_of(usage.get("input_tokens")), tokens_of(cached), tokens_of(usage.get("output_tokens"))
-        )
+        cached = (usage.get("input_tokens_details") or {}).get("cached_tokens")
+        self.usage = Usage(*map(tokens_of, (usage.get("input_tokens"), cached, usage.get("output_tokens"))))
         self.ended = True
         reason = (response.get("incomplete_details") or {}).get("reason")
         self.finish = reason or response.get("status") or "completed"
         # Only encrypted reasoning can come back, since nothing is kept at the vendor's; else words and calls do.
         if any(item.get("encrypted_content") for item in self._items):
-            self.echo["items"] = [
-                item for item in self._items if item["type"] != "reasoning" or item.get("encrypted_content")
-            ]
+            useful = (item for item in self._items if item["type"] != "reasoning" or item.get("encrypted_content"))
+            self.echo["items"] = list(useful)
 
 
 class MessagesDecoder(Decoder):
@@ -3145,14 +3071,13 @@ FORMATS = {
 #
 # A vendor is a row in PROVIDERS. `resolve` makes an Endpoint of a row, the
 # settings, the environment and the stored logins; an HttpProvider asks it, and
-# Models asks the next one when it fails. Foreign errors become ours in `our_errors`
-# and `refusal`.
+# Models asks the next one when it fails. What httpx raises becomes ours in
+# `our_errors`, what a server refuses in `refusal` and `unseen`.
 
 
 class ProviderSpec(NamedTuple):
     """What is known of a vendor."""
 
-    format: str
     base_url: str
     model: str  # the default; '' where only the person can know
     key_env: tuple[str, ...] = ()  # where its key is usually found; () where none is needed
@@ -3160,47 +3085,46 @@ class ProviderSpec(NamedTuple):
     context: int = 0  # tokens of its models' windows, where the model's name says nothing
     id_pattern: str = Request._field_defaults["id_pattern"]
     hears: str = ""  # its model for speech; '' where there is none
+    format: str = "chat"
 
 
 PROVIDERS = {  # word in config.toml -> how to reach it
     "openai": ProviderSpec(
-        "chat", "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL", hears="gpt-transcribe"
+        "https://api.openai.com/v1", "gpt-4o", ("OPENAI_API_KEY",), "OPENAI_BASE_URL", hears="gpt-transcribe"
     ),
     "anthropic": ProviderSpec(
-        "messages", "https://api.anthropic.com/v1", "claude-sonnet-4-5", ("ANTHROPIC_API_KEY",), "ANTHROPIC_BASE_URL"
+        "https://api.anthropic.com/v1",
+        "claude-sonnet-4-5",
+        ("ANTHROPIC_API_KEY",),
+        "ANTHROPIC_BASE_URL",
+        format="messages",
     ),
-    "opencode": ProviderSpec("chat", "https://opencode.ai/zen/v1", "gpt-5-codex", ("OPENCODE_API_KEY",)),
-    "openrouter": ProviderSpec("chat", "https://openrouter.ai/api/v1", "openai/gpt-4o", ("OPENROUTER_API_KEY",)),
+    "opencode": ProviderSpec("https://opencode.ai/zen/v1", "gpt-5-codex", ("OPENCODE_API_KEY",)),
+    "openrouter": ProviderSpec("https://openrouter.ai/api/v1", "openai/gpt-4o", ("OPENROUTER_API_KEY",)),
     "together": ProviderSpec(
-        "chat", "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo", ("TOGETHER_API_KEY",)
+        "https://api.together.xyz/v1", "meta-llama/Llama-3.3-70B-Instruct-Turbo", ("TOGETHER_API_KEY",)
     ),
-    "ollama": ProviderSpec("chat", "http://localhost:11434/v1", "llama3.2", (), "OLLAMA_HOST", context=8_192),
+    "ollama": ProviderSpec("http://localhost:11434/v1", "llama3.2", (), "OLLAMA_HOST", context=8_192),
     "groq": ProviderSpec(
-        "chat",
-        "https://api.groq.com/openai/v1",
-        "llama-3.3-70b-versatile",
-        ("GROQ_API_KEY",),
-        hears="whisper-large-v3-turbo",
+        "https://api.groq.com/openai/v1", "llama-3.3-70b-versatile", ("GROQ_API_KEY",), hears="whisper-large-v3-turbo"
     ),
     "gemini": ProviderSpec(
-        "chat",
         "https://generativelanguage.googleapis.com/v1beta/openai",
         "gemini-2.5-flash",
         ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"),
     ),
-    "deepseek": ProviderSpec("chat", "https://api.deepseek.com/v1", "deepseek-chat", ("DEEPSEEK_API_KEY",)),
+    "deepseek": ProviderSpec("https://api.deepseek.com/v1", "deepseek-chat", ("DEEPSEEK_API_KEY",)),
     "mistral": ProviderSpec(
-        "chat",
         "https://api.mistral.ai/v1",
         "mistral-large-latest",
         ("MISTRAL_API_KEY",),
         id_pattern="[a-zA-Z0-9]{9}",
         hears="voxtral-mini-transcribe-latest",
     ),
-    "xai": ProviderSpec("chat", "https://api.x.ai/v1", "grok-4", ("XAI_API_KEY",)),
-    "lmstudio": ProviderSpec("chat", "http://localhost:1234/v1", "", (), "LMSTUDIO_BASE_URL", context=8_192),
-    "custom": ProviderSpec("chat", "", ""),
-    "offline": ProviderSpec("", "", "shell"),
+    "xai": ProviderSpec("https://api.x.ai/v1", "grok-4", ("XAI_API_KEY",)),
+    "lmstudio": ProviderSpec("http://localhost:1234/v1", "", (), "LMSTUDIO_BASE_URL", context=8_192),
+    "custom": ProviderSpec("", ""),
+    "offline": ProviderSpec("", "shell", format=""),
 }
 ZEN_FORMATS = (  # OpenCode Zen speaks another format for each family; the first prefix that fits counts
     ("gpt-", "responses"),
@@ -3392,22 +3316,18 @@ def open_http(url: str, idle_timeout: float) -> httpx.AsyncClient:
     limits = httpx.Limits(keepalive_expiry=60)  # seconds; at the usual 5 s each turn of a chat would connect anew
     headers = {"user-agent": f"openpista/{__version__}"}
     try:
-        settings = {"verify": context, "timeout": timeouts, "limits": limits, "headers": headers}
-        return httpx.AsyncClient(**settings, follow_redirects=False)
+        return httpx.AsyncClient(verify=context, timeout=timeouts, limits=limits, headers=headers)
     except (ImportError, ValueError, httpx.InvalidURL) as error:  # no package for SOCKS, or no address at all
-        raise ConfigError(
-            f"the proxy of the environment cannot be used: {error}", "see HTTPS_PROXY, ALL_PROXY"
-        ) from None
+        said = f"the proxy of the environment cannot be used: {error}"
+        raise ConfigError(said, "see HTTPS_PROXY, ALL_PROXY") from None
 
 
 def trusted_context() -> Any:
     """TLS that trusts $SSL_CERT_FILE or $REQUESTS_CA_BUNDLE, and $SSL_CERT_DIR; else certifi's bundle, from memory."""
     import ssl
 
-    file, folder = (
-        os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE"),
-        os.environ.get("SSL_CERT_DIR"),
-    )
+    file = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    folder = os.environ.get("SSL_CERT_DIR")
     if file and os.path.isdir(file):  # requests takes a folder there too
         file, folder = None, folder or file
     try:
@@ -3649,12 +3569,9 @@ class HttpProvider:
             first, self.format = self.format, "responses" if self.format == "chat" else "chat"
             try:
                 return await self._mending(request, tell)
-            except WrongFormat:
+            except ProviderError as second:
                 self.format = first
-                raise error from None
-            except ProviderError:
-                self.format = first
-                raise
+                raise error if isinstance(second, WrongFormat) else second from None
 
     async def _mending(self, request: Request, tell: Tell) -> Completion:
         """Ask; each thing that the vendor refuses is left out or renamed once, from then on."""
@@ -3699,10 +3616,9 @@ class HttpProvider:
         async with self._client.stream("POST", url, content=content, headers=headers) as response:
             log.debug("%s: status %d after %.2f s", self.name, response.status_code, time.monotonic() - started)
             if response.status_code != 200:
-                raw, shown = await read_some(response, 64 << 10), any(m.images for m in request.messages)
-                raise (shown and unseen(self.endpoint, response, raw)) or refusal(
-                    self.endpoint, self.name, response, raw
-                )
+                raw = await read_some(response, 64 << 10)
+                blame = any(m.images for m in request.messages) and unseen(self.endpoint, response, raw)
+                raise blame or refusal(self.endpoint, self.name, response, raw)
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             decoder = form.decoder()
             if kind == "application/json" and self.format == "chat":  # a server that does not stream
@@ -3711,10 +3627,8 @@ class HttpProvider:
                 await self._feed(decoder, response, tell)
             else:
                 start = clip((await read_some(response, 500)).decode("utf-8", "replace"), 60)
-                raise ProviderError(
-                    f"{shown_url(self.endpoint.base_url)} answered {kind}, no event stream ({start!r})",
-                    "is base_url right?",
-                )
+                said = f"{shown_url(self.endpoint.base_url)} answered {kind}, no event stream ({start!r})"
+                raise ProviderError(said, "is base_url right?")
         return decoder.completion(self.name, wire_names(request.tools))
 
     async def _feed(self, decoder: Decoder, response: httpx.Response, tell: Tell) -> None:
@@ -3732,39 +3646,31 @@ class HttpProvider:
 
 
 class Mend(NamedTuple):
-    """What to change in a body when a vendor's words complain about it."""
+    """What to rename in a body, or to leave out of it, when a vendor's words complain about it."""
 
     complaint: str
-    change: Callable[[dict[str, Any]], Any]
-    needs: str = ""  # the key of the body that it is about
+    key: str  # of the body
+    name: str = ""  # that it takes instead; '': it is left out
 
     def fits(self, words: str, body: dict[str, Any]) -> bool:
         """Whether this is what the vendor complains about, and the body has it."""
-        return re.search(self.complaint, words, re.IGNORECASE) is not None and (not self.needs or self.needs in body)
+        return self.key in body and re.search(self.complaint, words, re.IGNORECASE) is not None
 
-
-def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
-    """A change that moves a value to another key."""
-
-    def change(body: dict[str, Any]) -> None:
-        if old in body:
-            body[new] = body.pop(old)
-
-    return change
-
-
-def forget_reasoning(body: dict[str, Any]) -> None:
-    """Leave out what only a model that reasons takes."""
-    if body.pop("include", None):  # else it is a body of another format
-        body["input"] = [item for item in body["input"] if item.get("type") != "reasoning"]
+    def change(self, body: dict[str, Any]) -> None:
+        """Do it, if it is in the body at all: that may have another format by now."""
+        value = body.pop(self.key, None)
+        if value and self.name:
+            body[self.name] = value
+        if value and self.key == "include":  # and so what only a model that reasons takes
+            body["input"] = [item for item in body["input"] if item.get("type") != "reasoning"]
 
 
 MENDS = (
-    Mend("max_completion_tokens", rename("max_tokens", "max_completion_tokens"), "max_tokens"),
-    Mend("max_completion_tokens", rename("max_completion_tokens", "max_tokens"), "max_completion_tokens"),
-    Mend("stream_options", lambda body: body.pop("stream_options", None), "stream_options"),
-    Mend("encrypted|reasoning|include", forget_reasoning, "include"),
-    Mend("tool_choice", lambda body: body.pop("tool_choice", None), "tool_choice"),
+    Mend("max_completion_tokens", "max_tokens", "max_completion_tokens"),
+    Mend("max_completion_tokens", "max_completion_tokens", "max_tokens"),
+    Mend("stream_options", "stream_options"),
+    Mend("encrypted|reasoning|include", "include"),
+    Mend("tool_choice", "tool_choice"),
 )
 
 
@@ -3821,9 +3727,8 @@ async def transcribe(endpoint: Endpoint, path: str | Path, *, timeout: float = 1
     try:
         return storable(json.loads(raw)["text"]).strip()
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise ProviderError(
-            f"{endpoint.provider}/{model} sent no text: {words_of(raw, endpoint.key.value)[0]!r}"
-        ) from None
+        said = words_of(raw, endpoint.key.value)[0]
+        raise ProviderError(f"{endpoint.provider}/{model} sent no text: {said!r}") from None
 
 
 class OfflineProvider:
@@ -7000,7 +6905,7 @@ class Turn:
                 result = ToolResult(call.id, toolbox.redact(refusal), is_error=True)
             else:
                 async with self._agents if asks else self._tools:
-                    self.store.start_call(self.session, message_id, call)
+                    self.store.start_call(message_id, call)
                     started = True
                     log.debug("%s %s", call.name, clip(to_json(call.arguments), 500))
                     self.tell(Progress("tool_started", call=call))

@@ -697,7 +697,7 @@ def test_a_killed_turn_goes_on_and_repeats_nothing(desk, tmp_path):
 def test_calls_that_never_began_are_told_apart(desk):
     place = desk.store.append(desk.session, user("do it"))
     place = desk.store.append(desk.session, assistant("", "c0", "c1"))
-    desk.store.start_call(desk.session, place, ToolCall("c0", "system.run", {}))
+    desk.store.start_call(place, ToolCall("c0", "system.run", {}))
     desk.turn([said("ok")])
     assert [m.text for m in desk.stored if m.role is Role.TOOL] == [openpista.UNKNOWN, openpista.NOT_BEGUN]
     assert all(m.is_error for m in desk.stored if m.role is Role.TOOL)
@@ -890,7 +890,7 @@ def cut_off(desk):
     place = desk.store.append(desk.session, assistant("", "c0"))
     desk.store.finish_call(desk.session, place, ToolResult("c0", "done"))
     place = desk.store.append(desk.session, assistant("", "c1", "c2"))
-    desk.store.start_call(desk.session, place, ToolCall("c1", "system.run", {}))
+    desk.store.start_call(place, ToolCall("c1", "system.run", {}))
     return asked
 
 

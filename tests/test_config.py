@@ -1,10 +1,12 @@
 """Config: every setting and its default, what is refused and in which words, and what the environment changes."""
 
 import os
+import subprocess
 import typing
 from pathlib import Path
 
 import pytest
+from launcher import Process
 
 import openpista
 from openpista import CHOICES, ENVIRONMENT, RANGES, Config, ConfigError, Secret, build, load_config
@@ -327,6 +329,30 @@ def test_a_folder_called_config_toml_is_no_configuration(tmp_path, monkeypatch):
     (tmp_path / "config.toml").mkdir()
     monkeypatch.chdir(tmp_path)
     assert openpista.find_config(None, {"OPENPISTA_HOME": str(tmp_path / "home")}) is None
+
+
+LOOK = """
+import os, sys
+from openpista import find_config
+os.chdir(sys.argv[1])
+if os.getuid() == 0:  # for root no mode counts
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+else:
+    os.chmod(".", 0)
+print(find_config(None, {"OPENPISTA_HOME": sys.argv[1]}))
+sys.exit()
+"""
+
+
+def test_a_folder_that_one_may_not_look_into(tmp_path):
+    """As with `sudo -u`, in the home of somebody else."""
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o700)
+    (folder / "config.toml").touch()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = Process([str(folder)], os.environ, Path(openpista.__file__).parent, prepare=LOOK, **pipes)
+    assert child.communicate(timeout=20) == ("None\n", "")
+    folder.chmod(0o700)
 
 
 COMMAND_LINES = [

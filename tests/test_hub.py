@@ -816,9 +816,9 @@ class Life:
                     life.reach("asked" if message.tool_calls else "answering")
                 return number
 
-            def start_call(self, session, message_id, call):
+            def start_call(self, message_id, call):
                 life.reach("starting")
-                super().start_call(session, message_id, call)
+                super().start_call(message_id, call)
                 life.reach("started")
 
             def finish_call(self, session, message_id, result, state="finished"):

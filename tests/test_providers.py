@@ -322,7 +322,7 @@ MOMENTARY = [
     ({"text": "Hello, world.", "cut": 2, "clean": True}, "the answer ended in the middle"),
     ({"text": "Hello, world.", "cut_bytes": 150}, "broke"),
     ({"garbage": True}, "the answer ended in the middle"),
-    ({"garbage": "data: {oops\n\n"}, "not JSON"),
+    ({"garbage": "data: {oops\n\n"}, "no JSON object"),
     ({"text": "Hello, world.", "error_event": True}, ""),
 ]
 
@@ -817,9 +817,10 @@ def test_two_turns_that_fail_at_once_do_not_turn_the_line_back(model):
     assert [provider.name for provider in models.providers] == ["openai/m2", "openai/m3", "openai/m1"]
 
 
-def test_a_mend_of_one_format_leaves_another_one_alone(model):
+def test_the_mends_of_one_format_leave_another_one_alone(model):
     body = {"model": "m", "messages": []}
-    openpista.forget_reasoning(body)
+    for mend in MENDS:
+        mend.change(body)
     assert body == {"model": "m", "messages": []}
 
 

@@ -580,7 +580,7 @@ def cut_off(desk, *, asked=True, begun=True, answer=None):
     words = store.append(session, Message(Role.USER, "do it"))
     call = ToolCall("c0", "agent.ask", {"agent": "executor", "task": "make it"})
     place = store.append(session, Message(Role.ASSISTANT, "", (call,)))
-    store.start_call(session, place, call)
+    store.start_call(place, call)
     if not begun:
         return words
     handover = store.hand_over(session, place, "c0", "executor")
@@ -588,7 +588,7 @@ def cut_off(desk, *, asked=True, begun=True, answer=None):
         store.note_handover(handover, asked=store.append(handover.session, Message(Role.USER, "make it")))
         ran = ToolCall("e0", "system.run", {"command": "echo again >>effects"})
         place = store.append(handover.session, Message(Role.ASSISTANT, "", (ran,)))
-        store.start_call(handover.session, place, ran)
+        store.start_call(place, ran)
     if answer:
         store.note_handover(handover, answer=answer)
     return words
