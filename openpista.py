@@ -10615,9 +10615,9 @@ def inline(text: str, style: Style) -> str:
 
 # ===== 22. Console ============================================================
 #
-# What a person sees while a turn runs: a line of progress, the answer as it
-# comes, a question before a risky call. Nothing a model or a tool says reaches
-# the terminal with its control characters.
+# What a person sees: while a turn runs a line of progress, the answer as it comes,
+# a question before a risky call; besides, statuses, tables and complaints. Nothing
+# a model or a tool says reaches the terminal with its control characters.
 
 HALF_ESCAPE = Pattern(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
 
@@ -10663,39 +10663,44 @@ class Console:
         if self._said and reply.text.startswith(self._said):
             self._print(reply.text[len(self._said) :] + "\n")
         else:
-            self._break()
+            self.abandon()
             self._print(reply.text + "\n")
         self._said = ""
         self._note(took(reply, seconds))
+
+    def abandon(self) -> None:
+        """End the line: what was said before a tool ran, or before the answer broke off, is no part of the answer."""
+        self._clear()
+        if self._held:
+            self._print(self.redact(self._held))
+            self._said, self._held = self._said + self._held, ""
+        if self._said and not self._said.endswith("\n"):
+            self._print("\n")
+        self._said = ""
 
     def close(self) -> None:
         """Leave no half-painted line."""
         self._status = ""
         self._clear()
 
-    def abandon(self) -> None:
-        """End the line of an answer that broke off."""
-        self._break()
-
     async def ask(self, call: ToolCall, danger: str) -> Decision:
         """Ask at the terminal; no answer is a no."""
-        self._clear()
-        self._status = ""
+        self.close()
         self.err.write(f"\n{asked_for(call, danger)}\n")
         forget_typed(self.keys)
         self.err.write("Run it? [y]es, [a]lways this command, [N]o and nothing risky this turn: ")
         self.err.flush()
-        words, answer = {"y": Decision.ONCE, "yes": Decision.ONCE, "a": Decision.ALWAYS, "always": Decision.ALWAYS}, ""
+        answer = None
         self._later = []  # what ends meanwhile is noted behind the answer, not in the middle of the question
         try:
-            answer = await read_line(self.keys)
+            answer = await LineReader(self.keys).next()
         finally:
-            if not answer:
+            if answer is None:
                 self.err.write("\n")
             notes, self._later = self._later, None
             for note in notes:
                 self._note(note)
-        return words.get(answer.strip().lower(), Decision.DENY)
+        return DECISIONS.get((answer or "").strip().lower(), Decision.DENY)
 
     # ---- how each kind of progress is shown ----
 
@@ -10713,11 +10718,11 @@ class Console:
             self._print(said)
 
     def _again(self, progress: Progress) -> None:
-        self._break()
+        self.abandon()
         self._note(progress.text)
 
     def _tool_started(self, progress: Progress) -> None:
-        self._break()
+        self.abandon()
         self._set(f"▶ {whose(progress, title(progress.call))}")
 
     def _tool_finished(self, progress: Progress) -> None:
@@ -10769,16 +10774,6 @@ class Console:
             self.err.write(self._dim(self.redact(printable(text))) + "\n")
             self.err.flush()
 
-    def _break(self) -> None:
-        """What was said before a tool ran, or before the line broke, is not a part of the answer."""
-        self._clear()
-        if self._held:
-            self._print(self.redact(self._held))
-            self._said, self._held = self._said + self._held, ""
-        if self._said and not self._said.endswith("\n"):
-            self._print("\n")
-        self._said = ""
-
     def _print(self, text: str) -> None:
         self.out.write(printable(text) if self.streams else text)
         self.out.flush()
@@ -10795,6 +10790,10 @@ SHOW = {
     "tool_started": Console._tool_started,
     "tool_finished": Console._tool_finished,
 }
+
+
+# What says what to a risky call; the Korean letters lie on the same keys.
+DECISIONS = by_key({Decision.ONCE: "y yes ㅛ", Decision.ALWAYS: "a always ㅁ", Decision.DENY: "n no ㅜ"})
 
 
 def title(call: ToolCall) -> str:
@@ -10838,6 +10837,46 @@ def tokens(usage: Usage) -> str:
     """Usage in a few words."""
     cost = "" if usage.cost is None else f", ${usage.cost:.4f}"
     return f"{usage.input + usage.output:,} tokens{cost}"
+
+
+def gateway_line(addresses: Iterable[tuple[str, int]], sha256: str) -> str:
+    """Where a gateway listens, as in URLs, and what its clients pin."""
+    places = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
+    return f"{places}, sha256 {sha256}"
+
+
+def jobs_line(jobs: Mapping[str, Any]) -> str:
+    """How many jobs there are, and when the next one is due."""
+    due = f", the next at {jobs['next_at'][:16].replace('T', ' ')} UTC" if jobs["next_at"] else ""
+    return f"{jobs['active']}{due}" if jobs["active"] else "none"
+
+
+def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """A daemon's status for a person."""
+    now, used = utc_now(), Usage(**found["usage_today"])
+    running = f", in a turn: {', '.join(found['running'])}" if found["running"] else ""
+    ages = ((name, f"{since(at, now)} ago" if at else "not used yet") for name, at in found["channels"].items())
+    return {
+        "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
+        "model": found["model"],
+        "gateway": gateway_line(**found["gateway"]) if found["gateway"] else "off",
+        "sessions": f"{found['sessions']:,}{running}",
+        "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
+        "channels": ", ".join(f"{name} ({age})" for name, age in ages) or "none",
+        **({"telegram": said} if (said := (found.get("telegram") or {}).get("problem")) else {}),
+        "jobs": jobs_line(found["jobs"]),
+        "used today": tokens(used),
+        "memory": f"{found['memory'] / 2**20:.0f} MiB",
+    }
+
+
+def since(moment: str, now: datetime) -> str:
+    """How long ago a moment was, roughly: 5 s, 12 min, 3 h, 9 d."""
+    seconds = max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def indented(text: str) -> str:
@@ -10950,28 +10989,43 @@ def print_models(found: Catalogue, whole: bool = False) -> None:
         print(f"{plural(left, 'model')} left out; `openpista models list --all` lists all", file=sys.stderr)
 
 
-async def read_line(handle: int) -> str:
-    """A line from a file descriptor, without a thread that could not be stopped; '' at its end."""
-    loop, found = asyncio.get_running_loop(), bytearray()
-    ready = asyncio.Event()
-    loop.add_reader(handle, ready.set)
-    try:
-        while b"\n" not in found:
-            ready.clear()
+class LineReader:
+    """Lines of a file descriptor as they come, without a thread that could not be stopped."""
+
+    LONGEST = 4 << 20  # bytes; what is longer is cut there
+
+    def __init__(self, handle: int):
+        self.handle, self._held, self._ended = handle, bytearray(), False
+
+    async def next(self) -> str | None:
+        """The next line without its end; None behind the last one."""
+        while b"\n" not in self._held and not self._ended and len(self._held) < self.LONGEST:
+            data = await self._read()
+            self._ended = not data
+            self._held += data
+        if not self._held:
+            return None
+        line, _, rest = self._held.partition(b"\n")
+        self._held = rest
+        return storable(bytes(line).decode("utf-8", "replace")).removesuffix("\r")
+
+    async def _read(self) -> bytes:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            loop.add_reader(self.handle, ready.set)
+        except PermissionError:  # a file, which is always ready
+            return os.read(self.handle, 64 << 10)
+        try:
             await ready.wait()
-            data = os.read(handle, 4_096)
-            if not data:
-                break
-            found += data
-    finally:
-        loop.remove_reader(handle)
-    return found.decode("utf-8", "replace")
+            return os.read(self.handle, 64 << 10)
+        finally:
+            loop.remove_reader(self.handle)
 
 
 # ===== 23. App ================================================================
 #
-# The one place where the objects meet.
-
+# The one place where the objects meet: what a command is given makes the store,
+# the models, the agents and their tools.
 
 TOKEN_FILE = "telegram.token"
 
@@ -10989,6 +11043,12 @@ class Context(NamedTuple):
     def credentials(self) -> Credentials:
         """The stored logins."""
         return Credentials(self.home / "credentials.toml")
+
+    def logins(self) -> dict[str, Login]:
+        """The stored logins. The keys of all are masked from now on, whoever is asked: a tool can read the file."""
+        logins = self.credentials.logins()
+        self.redact.add(*(login.api_key for login in logins.values()))
+        return logins
 
     @property
     def workspace(self) -> Path:
@@ -11078,22 +11138,14 @@ def furnish(ctx: Context, more: Iterable[Tool] = ()) -> Crew:
     toolbox.add(more)
     where, today = describe_machine(bench.folder(), ctx.environ), f"{datetime.now():%Y-%m-%d}"
 
-    reviewer = ctx.config.tools.reviewer
-
     def persona(name: str, role: RoleConfig) -> Persona:
         problem = ""
         try:
             role = with_prompt(role, ctx.home)
         except ConfigError as error:
             problem = f"agents.{name}: {error}"
-        settings = role_settings(ctx.config.agent, role)
-        others = {
-            other: known.description
-            for other, known in ctx.config.agents.items()
-            if other != name and (other != reviewer if role.asks is None else is_among(role.asks, other))
-        }
-        asking = [AgentAsk(others)] if others else []
-        own = toolbox.only(functools.partial(is_among, settings.tools), asking)
+        settings, others = role_settings(ctx.config.agent, role), may_ask(ctx.config, name, role)
+        own = toolbox.only(functools.partial(is_among, settings.tools), [AgentAsk(others)] if others else [])
         read_up = skills if SkillRead.spec.name in own.tools else ()
         system = build_prompt(settings.prompt, read_up, where, today)
         return Persona(name, settings, own, system, role.approval or "", role.description, problem)
@@ -11101,7 +11153,17 @@ def furnish(ctx: Context, more: Iterable[Tool] = ()) -> Crew:
     roles = {DEFAULT: RoleConfig(), **ctx.config.agents}
     personas = {name: persona(name, role) for name, role in roles.items()}
     clock = lambda: datetime.now(local_zone(ctx.environ))  # noqa: E731
-    return Crew(personas, ctx.config.routes, reviewer, clock)
+    return Crew(personas, ctx.config.routes, ctx.config.tools.reviewer, clock)
+
+
+def may_ask(config: Config, name: str, role: RoleConfig) -> dict[str, str]:
+    """Which other agents this one may ask, and what each is for: those that it names, else all but the reviewer."""
+    reviewer = config.tools.reviewer
+    return {
+        other: known.description
+        for other, known in config.agents.items()
+        if other != name and (other != reviewer if role.asks is None else is_among(role.asks, other))
+    }
 
 
 def role_settings(agent: AgentConfig, role: RoleConfig) -> AgentConfig:
@@ -11152,9 +11214,7 @@ def open_providers(ctx: Context, endpoints: Iterable[Endpoint]) -> list[Provider
 
 def chosen_endpoints(ctx: Context, chosen: str = "", role: RoleConfig = RoleConfig()) -> list[Endpoint]:  # noqa: B008
     """The main model, or a chosen one, and its stand-ins; a stand-in without a key is left out, and that is said."""
-    logins = ctx.credentials.logins()
-    ctx.redact.add(*(login.api_key for login in logins.values()))  # those that are not asked too: a tool can read them
-    agent = ctx.config.agent
+    logins, agent = ctx.logins(), ctx.config.agent
     if not agent.provider:
         with contextlib.suppress(*([CredentialError] if chosen or role.provider else [])):
             agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
@@ -11172,9 +11232,7 @@ def chosen_endpoints(ctx: Context, chosen: str = "", role: RoleConfig = RoleConf
 
 def listed_endpoint(ctx: Context, provider: str = "") -> tuple[Endpoint, str]:
     """Whose models to list, whether or not there is a key; and what to say about the choice."""
-    logins = ctx.credentials.logins()
-    ctx.redact.add(*(login.api_key for login in logins.values()))
-    agent, said = ctx.config.agent, ""
+    logins, agent, said = ctx.logins(), ctx.config.agent, ""
     if provider:
         agent = turned_to(agent, provider, ctx.environ)
     try:
@@ -11243,11 +11301,16 @@ async def end_task(work: asyncio.Task) -> None:
         work.exception()  # it ended by itself meanwhile; nobody asks how
 
 
+async def picked(tty: Tty, widget: Any) -> Any:
+    """What the person picks or types; None if they left."""
+    outcome = await converse(tty, widget, tty.style)
+    return outcome.value if outcome.kind == "picked" else None
+
+
 async def choose(tty: Tty, title: str, choices: Sequence[tuple[Any, str]], said: str = "") -> Any:
     """What belongs to the line that the person picks; '' if none."""
     picker = Picker(title, [Choice(word, (line,)) for word, line in choices], typing=True, said=said)
-    outcome = await converse(tty, picker, tty.style)
-    return outcome.value if outcome.kind == "picked" else ""
+    return await picked(tty, picker) or ""
 
 
 async def sign_in(tty: Tty, ctx: Context, given: str = "") -> str:
@@ -11282,9 +11345,7 @@ async def pick_provider(tty: Tty, ctx: Context, title: str = "Sign in: whose mod
         detail = (provider, spec.base_url, f"default model: {spec.model or 'none'}", *map("${}".format, spec.key_env))
         choices.append(Choice(provider, (provider, known), where, "✓" if known else "", detail))
     choices.sort(key=lambda choice: choice.group)
-    picker = Picker(title, choices, heads=("PROVIDER", "KEY"), typing=True, said=said)
-    outcome = await converse(tty, picker, tty.style)
-    return outcome.value if outcome.kind == "picked" else ""
+    return await picked(tty, Picker(title, choices, heads=("PROVIDER", "KEY"), typing=True, said=said)) or ""
 
 
 def other_key(ctx: Context, provider: str) -> str:
@@ -11298,7 +11359,7 @@ def other_key(ctx: Context, provider: str) -> str:
 def stored_logins(ctx: Context) -> dict[str, Login]:
     """The stored logins; none if the file is broken, which is said: the next login keeps it aside."""
     try:
-        return ctx.credentials.logins()
+        return ctx.logins()
     except ConfigError as error:
         log.warning("%s", error)
         return {}
@@ -11307,36 +11368,27 @@ def stored_logins(ctx: Context) -> dict[str, Login]:
 async def ask_login(tty: Tty, ctx: Context, provider: str) -> Login | None:
     """What the person says of a provider: a way to sign in, an address, a key; None if they left."""
     spec, stored = provider_spec(provider), stored_logins(ctx).get(provider, Login(provider))
+    title = f"Sign in to {provider}"
     if provider == "openrouter":
         ways = [("key", "paste a key"), ("browser", "sign in with the browser, which makes a key")]
-        way = await choose(tty, "Sign in to openrouter: how?", ways)
+        way = await choose(tty, f"{title}: how?", ways)
         if way != "key":
             key = await key_from_browser(tty) if way else ""
             return Login(provider, key, stored.base_url) if key else None
     address = stored.base_url
     if not spec.key_env:
         words = [f"The address of the server, such as {spec.base_url or 'https://llm.example.org/v1'}."]
-        address = await ask(
-            tty, f"Sign in to {provider}", words, address or spec.base_url, functools.partial(flaw_in_url, spec)
-        )
+        check = functools.partial(flaw_in_url, spec)
+        address = await picked(tty, Field(title, words, value=address or spec.base_url, check=check))
         if not address:
             return None
         address = whole_url(address, spec)
     words = [f"The key for {provider}. It is stored in {ctx.credentials.path}, for you alone."]
     if not spec.key_env:
         words.append("Leave it empty if the server needs none.")
-    key = await ask(
-        tty, f"Sign in to {provider}", words, "", functools.partial(flaw_in_key, needed=bool(spec.key_env)), masked=True
-    )
+    check = functools.partial(flaw_in_key, needed=bool(spec.key_env))
+    key = await picked(tty, Field(title, words, masked=True, check=check))
     return None if key is None else Login(provider, key.strip(), address)
-
-
-async def ask(
-    tty: Tty, title: str, words: Sequence[str], value: str, check: Callable[[str], str], masked: bool = False
-) -> str | None:
-    """A line that the person types; None if they left."""
-    outcome = await converse(tty, Field(title, words, masked=masked, value=value, check=check), tty.style)
-    return outcome.value if outcome.kind == "picked" else None
 
 
 def flaw_in_key(key: str, needed: bool = True) -> str:
@@ -11363,10 +11415,9 @@ async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
     """Whether to store the login: it works, or the person wants it all the same."""
     if login.provider == "custom" and not login.base_url:
         return False
-    note = ""
     while True:
         work = asyncio.create_task(try_login(ctx, login))
-        skip = Picker(f"Trying {login.provider} …", [Choice("skip", ("go on without a try",))], typing=True, note=note)
+        skip = Picker(f"Trying {login.provider} …", [Choice("skip", ("go on without a try",))], typing=True)
         outcome = await beside(tty, skip, work)
         if outcome.kind != "done":
             await end_task(work)
@@ -11376,11 +11427,7 @@ async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
             return True
         except PistaError as error:
             refused, said = isinstance(error, CredentialError), error.args[0]
-        choices = [
-            ("store", "go on all the same"),
-            ("again", "try once more"),
-            ("leave", "go back"),
-        ]
+        choices = [("store", "go on all the same"), ("again", "try once more"), ("leave", "go back")]
         title = f"{login.provider} refuses this key" if refused else f"{login.provider} could not be asked"
         choice = await choose(tty, title, choices[::-1] if refused else choices, printable(said))
         if choice != "again":
@@ -11444,7 +11491,7 @@ async def browse_models(tty: Tty, provider: str, fetch: Callable[..., Awaitable[
                 if not work or work.done():
                     work = asyncio.create_task(fetch(True))
             elif outcome.kind == actions["t"]:
-                if name := await ask(tty, title, ["The id of a model."], "", flaw_in_id):
+                if name := await picked(tty, Field(title, ["The id of a model."], check=flaw_in_id)):
                     return name.strip()
             else:
                 return outcome.value if outcome.kind == "picked" else ""
@@ -11494,7 +11541,7 @@ def is_newcomer(ctx: Context) -> bool:
     if not usable(0, sys.stdout, ctx.environ) or find_config(ctx.args.config, ctx.environ):
         return False
     try:
-        main_provider(ctx.config.agent, ctx.credentials.logins(), ctx.environ)
+        main_provider(ctx.config.agent, ctx.logins(), ctx.environ)
     except PistaError as error:
         return isinstance(error, CredentialError)
     return False
@@ -12098,22 +12145,16 @@ class Chat:
         provider = await self.log_in()
         if provider:
             await self.desk.renew()
-            await self._use_provider(provider)
-
-    async def _use_provider(self, provider: str) -> None:
-        """Ask a provider from now on, and say if another key than the stored one will be used for it."""
-        await self.desk.use(provider)
-        self.say(f"now asking {self.desk.model}", "good")
-        if note := other_key(self.desk.ctx, provider):
-            self.say(note, "ask")
+            await self.desk.use(provider)
+            self.say(f"now asking {self.desk.model}", "good")
+            if note := other_key(self.desk.ctx, provider):
+                self.say(note, "ask")
 
     async def _models(self, rest: str) -> None:
-        if model := await self._browse(self.desk.provider):
-            await self._use_model(f"{self.desk.provider}/{model}")
-
-    async def _browse(self, provider: str) -> str:
+        provider = self.desk.provider
         fetch = functools.partial(self.desk.catalogue, provider if self.desk.ready else "")
-        return await self.browse(provider, fetch, self.desk.model.partition("/")[2])
+        if model := await self.browse(provider, fetch, self.desk.model.partition("/")[2]):
+            await self._use_model(f"{provider}/{model}")
 
     async def _model(self, rest: str) -> None:
         if not rest:
@@ -12136,10 +12177,8 @@ class Chat:
 
     async def _use_model(self, name: str) -> None:
         await self.desk.use(name)
-        self.say(
-            f"{self.desk.model} answers this session from now on; /model reset goes back" if name else self.desk.model,
-            "good",
-        )
+        more = " answers this session from now on; /model reset goes back" if name else ""
+        self.say(f"{self.desk.model}{more}", "good")
 
     async def _agent(self, rest: str) -> None:
         self.say(await self.desk.appoint(self.session, rest), *(["good"] if rest else []))
@@ -12168,9 +12207,8 @@ class Chat:
             for s in sessions
         ]
         heads = ("SESSION", "MESSAGES", "LAST USED (UTC)", "BEGINS WITH")
-        return (
-            await self.pick(Picker("Go on with a session", choices, heads=heads, typing=True, start=self.session)) or ""
-        )
+        picker = Picker("Go on with a session", choices, heads=heads, typing=True, start=self.session)
+        return await self.pick(picker) or ""
 
     async def _clear(self, rest: str) -> None:
         self.wipe()
@@ -12344,47 +12382,6 @@ class LineChat(Chat):
         self.say("nothing runs")
 
 
-class LineReader:
-    """Lines of a file descriptor as they come, without a thread that could not be stopped."""
-
-    LONGEST = 4 << 20  # bytes; what is longer is cut there
-
-    def __init__(self, handle: int):
-        self.handle, self._held, self._ended = handle, bytearray(), False
-
-    async def next(self) -> str | None:
-        """The next line without its end; None behind the last one."""
-        while b"\n" not in self._held and not self._ended and len(self._held) < self.LONGEST:
-            data = await self._read()
-            self._ended = not data
-            self._held += data
-        if not self._held:
-            return None
-        line, _, rest = self._held.partition(b"\n")
-        self._held = rest
-        return storable(bytes(line).decode("utf-8", "replace")).removesuffix("\r")
-
-    async def _read(self) -> bytes:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        try:
-            loop.add_reader(self.handle, ready.set)
-        except PermissionError:  # a file, which is always ready
-            return os.read(self.handle, 64 << 10)
-        try:
-            await ready.wait()
-            return os.read(self.handle, 64 << 10)
-        finally:
-            loop.remove_reader(self.handle)
-
-
-DECISIONS = {  # a key -> what it says to a risky call; the Korean letters lie on the same keys
-    "y": Decision.ONCE,
-    "ㅛ": Decision.ONCE,
-    "a": Decision.ALWAYS,
-    "ㅁ": Decision.ALWAYS,
-    "n": Decision.DENY,
-    "ㅜ": Decision.DENY,
-}
 SAID = {
     Decision.ONCE: "yes, once",
     Decision.ALWAYS: "yes, and always this command in this session",
@@ -12492,11 +12489,109 @@ TOLD = {
 }
 
 
-class Question(NamedTuple):
-    """A risky call that waits for a person's yes."""
+class Question:
+    """A risky call that waits for one key of a person's; a letter that another key follows began a sentence."""
 
-    answer: asyncio.Future
-    since: float
+    SETTLE = 0.5  # seconds without a key before a letter counts: who types has not seen the question
+    MEANT = 0.3  # seconds in which no other key follows a yes
+
+    def __init__(self, since: float):
+        self.since = since
+        self.answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        self._meant: KeyPress | None = None  # a letter that is the answer if no other key follows
+
+    def take(self, key: KeyPress, settled: bool) -> bool:
+        """Whether the key is an answer: Esc is one at any time, a letter when all is settled."""
+        if key.name == "escape":
+            self._decide(Decision.DENY)
+            return True
+        decision = DECISIONS.get(key.text.lower())
+        if key.name != "text" or not decision or not settled:
+            return False
+        self._meant = key
+        wait = 0.0 if decision is Decision.DENY else self.MEANT
+        asyncio.get_running_loop().call_later(wait, self._decide, decision, key)
+        return True
+
+    def take_back(self) -> KeyPress | None:
+        """The letter that is no answer, now that another key follows."""
+        letter, self._meant = self._meant, None
+        return letter
+
+    def _decide(self, decision: Decision, meant: KeyPress | None = None) -> None:
+        if self._meant is meant and not self.answer.done():
+            self.answer.set_result(decision)
+            self._meant = None
+
+
+class Board:
+    """A terminal on which lines that stay scroll up, above those that are painted again and again."""
+
+    FRAME = 0.02  # seconds between two paints
+
+    def __init__(self, tty: Tty, lines: Callable[[int, int], tuple[list[str], tuple[int, int]]]):
+        self.tty, self.lines = tty, lines  # what to paint in so many columns and rows, and where the cursor is
+        self.painter = Painter(tty.write, inline=True)
+        self.held: list[str] | None = None  # lines that are printed later
+        self._away = False  # somebody else has the screen
+        self._due: asyncio.TimerHandle | None = None
+        self._painted = 0.0
+
+    def width(self) -> int:
+        """The columns for text; the last one stays empty."""
+        return self.tty.size[0] - 1
+
+    def print(self, lines: Sequence[str]) -> None:
+        """Show lines that stay."""
+        if self.held is not None:
+            self.held += lines
+        elif lines:
+            self.painter.print("\n".join(lines), self.tty.size)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """What is said inside is printed behind it."""
+        self.held = []
+        try:
+            yield
+        finally:
+            lines, self.held = self.held, None
+            self.print(lines)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """The screen for somebody else; what is said meanwhile is printed afterwards."""
+        self._away = True
+        try:
+            with self.holding(), self.tty.full_screen():
+                yield
+        finally:
+            self._away = False
+
+    def soon(self) -> None:
+        """Paint, at once if the last time was long enough ago, and once for all that happens meanwhile."""
+        if self._due is None and not self._away:
+            loop = asyncio.get_running_loop()
+            wait = max(0.0, self._painted + self.FRAME - loop.time())
+            self._due = loop.call_later(wait, self._paint)
+
+    def _paint(self) -> None:
+        self._due, self._painted = None, asyncio.get_running_loop().time()
+        if not self._away:
+            lines, cursor = self.lines(*self.tty.size)
+            self.painter.paint(lines, self.tty.size, cursor)
+
+    def wipe(self) -> None:
+        """An empty screen."""
+        self.painter.clear()
+        self.tty.write("\x1b[H\x1b[2J")
+        self.painter.forget()
+
+    def close(self) -> None:
+        """Paint no more, and take away what was painted."""
+        if self._due:
+            self._due.cancel()
+        self.painter.clear()
 
 
 class ScreenChat(Chat):
@@ -12507,19 +12602,15 @@ class ScreenChat(Chat):
   Ctrl-C stops the turn, at rest leaves if pressed twice; Ctrl-D leaves
   Tab completes     Ctrl-R searches what was typed before
   Ctrl-O shows the last output whole     Ctrl-L clears the screen"""
-    SETTLE = 0.5  # seconds without a key before one counts as an answer: who types has not seen the question
-    MEANT = 0.3  # seconds in which no other key follows a yes: else it was the first letter of a sentence
     LEAVES = "Ctrl-C once more leaves"
-    FRAME = 0.02  # seconds between two paints
     ECHOED, QUEUED = 12, 3  # lines of what was sent, and texts that wait, that are shown
 
     def __init__(
         self, desk: Local, session: str, redact: Redactor, tty: Tty, clock: Callable[[], float] = time.monotonic
     ):
         super().__init__(desk, session, redact)
-        self.tty, self.clock = tty, clock
-        self.style = tty.style
-        self.painter = Painter(tty.write, inline=True)
+        self.tty, self.style, self.clock = tty, tty.style, clock
+        self.board = Board(tty, self._lines)
         self._past = desk.ctx.home / "history"
         self.editor = Editor(load_history(self._past), self.complete)
         self.queue: collections.deque[str] = collections.deque()  # what was typed during the turn
@@ -12527,11 +12618,6 @@ class ScreenChat(Chat):
         self.question: Question | None = None
         self.view = self._new_view()
         self._hint, self._typed, self._leaving = "", -1.0, False
-        self._meant: KeyPress | None = None  # a key that is the answer if no other follows
-        self._paint_due: asyncio.TimerHandle | None = None
-        self._painted = 0.0
-        self._away = False  # a picker has the screen
-        self._later: list[str] | None = None  # what is said meanwhile, or while a question stands
 
     # ---- the loop ----
 
@@ -12549,7 +12635,7 @@ class ScreenChat(Chat):
                 helpers.append(asyncio.create_task(asyncio.to_thread(self.desk.warm)))
                 while not self.left:
                     await self._settle_turn()
-                    self._soon()
+                    self.board.soon()
                     if self.left or await self._press(await self.tty.key()):
                         break
             finally:
@@ -12573,12 +12659,11 @@ class ScreenChat(Chat):
     async def _press(self, key: KeyPress) -> bool:
         """Do what a key says; True if the terminal is gone."""
         if key.name == "resume":
-            self.painter.forget()
+            self.board.painter.forget()
         elif key.name not in ("resize", "wake", "gone"):
-            if self._meant:  # it was the first letter of a sentence
-                self.editor.press(self._meant)
-                self._meant = None
-            if not (self.question and self._answers(key)):
+            if self.question and (letter := self.question.take_back()):
+                self.editor.press(letter)
+            if not (self.question and self.question.take(key, self._is_settled())):
                 self._typed, hint, self._hint = self.clock(), self._hint, ""
                 self._leaving = hint == self.LEAVES
                 await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
@@ -12593,16 +12678,14 @@ class ScreenChat(Chat):
             await asyncio.wait([self.turn])
             raise
         finally:
-            if self._paint_due:
-                self._paint_due.cancel()
-            self.painter.clear()
+            self.board.close()
 
     async def _tick(self) -> None:
         """Keep the seconds true while something runs."""
         while True:
             await asyncio.sleep(TurnView.TICK)
             if self.turn:
-                self._soon()
+                self.board.soon()
 
     def write(self, text: str) -> None:
         """Of a stream: for the log."""
@@ -12622,7 +12705,7 @@ class ScreenChat(Chat):
     async def _nothing(self, key: KeyPress) -> None:
         if key.name == "ctrl-o":
             output = indented(self.view.output or "no output yet").split("\n")
-            self._print([self.style(line, "dim") for line in output])
+            self.board.print([self.style(line, "dim") for line in output])
 
     async def _submit(self, key: KeyPress) -> None:
         text = self.editor.take()
@@ -12642,21 +12725,13 @@ class ScreenChat(Chat):
             self.left = True
         self._hint = self.LEAVES
 
-    async def _leave(self, key: KeyPress) -> None:
-        self.left = True
-
-    async def _wipe(self, key: KeyPress) -> None:
-        self.wipe()
+    async def _suspend(self, key: KeyPress) -> None:
+        self.board.painter.clear()
+        self.tty.suspend()
 
     def wipe(self) -> None:
         """An empty screen."""
-        self.painter.clear()
-        self.tty.write("\x1b[H\x1b[2J")
-        self.painter.forget()
-
-    async def _suspend(self, key: KeyPress) -> None:
-        self.painter.clear()
-        self.tty.suspend()
+        self.board.wipe()
 
     async def stop(self) -> None:
         """End the turn; what waited goes back into the input, since it was meant for its end."""
@@ -12684,7 +12759,7 @@ class ScreenChat(Chat):
         started = self.clock()
         try:
             reply = await self.desk.turn(self.session, text, self._ask, self._tell)
-            self._print(self.view.answer.finish(reply.text))
+            self.board.print(self.view.answer.finish(reply.text))
             self.say(took(reply, self.clock() - started), "dim")
             if reply.problem:
                 self.say(f"✗ {self.redact(reply.problem)}", "bad")
@@ -12698,89 +12773,42 @@ class ScreenChat(Chat):
 
     def _tell(self, progress: Progress) -> None:
         self.view.tell(progress)
-        self._soon()
+        self.board.soon()
 
     def _new_view(self) -> TurnView:
-        return TurnView(self.redact, self.style, self.clock, lambda: self.tty.size[0] - 1, self._print)
+        return TurnView(self.redact, self.style, self.clock, self.board.width, self.board.print)
 
     async def _ask(self, call: ToolCall, danger: str) -> Decision:
         """Ask about a risky call with one key."""
         self.view.close()
         self.say(f"\n{self.redact(asked_for(call, danger))}", "ask")
-        self.question = Question(asyncio.get_running_loop().create_future(), self.clock())
-        self._soon()
+        self.question = Question(self.clock())
+        self.board.soon()
         self.tty.write("\a")
         try:
-            with self._holding():  # what ends meanwhile must not come between the command and the answer
+            with self.board.holding():  # what ends meanwhile must not come between the command and the answer
                 decision = await self.question.answer
-                self._later.insert(0, self.style(f"  {SAID[decision]}", "dim"))
+                self.board.held.insert(0, self.style(f"  {SAID[decision]}", "dim"))
         finally:
             self.question = None
         return decision
 
-    def _answers(self, key: KeyPress) -> bool:
-        """Take a key as the answer to the question, if it can be meant so and is not the next letter of a sentence."""
-        if key.name == "escape":
-            self._decide(Decision.DENY)
-            return True
-        since = max(self.question.since, self._typed)
-        decision = DECISIONS.get(key.text.lower())
-        if key.name != "text" or not decision or not self.editor.is_empty or self.clock() - since < self.SETTLE:
-            return False
-        self._meant = key
-        wait = 0.0 if decision is Decision.DENY else self.MEANT
-        asyncio.get_running_loop().call_later(wait, self._decide_if_meant, key, decision)
-        return True
-
-    def _decide_if_meant(self, key: KeyPress, decision: Decision) -> None:
-        if self._meant is key:
-            self._meant = None
-            self._decide(decision)
-
-    def _decide(self, decision: Decision) -> None:
-        if self.question and not self.question.answer.done():
-            self.question.answer.set_result(decision)
+    def _is_settled(self) -> bool:
+        """Whether the person has seen the question and is not about to write something else."""
+        quiet = self.clock() - max(self.question.since, self._typed)
+        return self.editor.is_empty and quiet >= self.question.SETTLE
 
     # ---- what is shown ----
 
     def say(self, text: str, *styles: str) -> None:
         """Lines that stay, above the input."""
         text, prose = printable(text), styles in ((), ("bold",))  # all else is read and copied as it is
-        rows = wrap_cells(text, self.tty.size[0] - 1) if prose else text.split("\n")
-        self._print([self.style(row, *styles) if row else "" for row in rows])
+        rows = wrap_cells(text, self.board.width()) if prose else text.split("\n")
+        self.board.print([self.style(row, *styles) if row else "" for row in rows])
 
     def say_answer(self, text: str) -> None:
         """Show an answer of the past as it looked."""
-        self._print(LiveAnswer(self.redact, self.style, lambda: self.tty.size[0] - 1).finish(self.redact(text)))
-
-    def _print(self, lines: Sequence[str]) -> None:
-        if self._later is not None:
-            self._later += lines
-        elif lines:
-            self.painter.print("\n".join(lines), self.tty.size)
-
-    @contextlib.contextmanager
-    def _holding(self) -> Iterator[None]:
-        """What is said inside is printed behind it."""
-        self._later = []
-        try:
-            yield
-        finally:
-            lines, self._later = self._later, None
-            self._print(lines)
-
-    def _soon(self) -> None:
-        """Paint, at once if the last time was long enough ago, and once for all that happens meanwhile."""
-        if self._paint_due is None and not self._away:
-            loop = asyncio.get_running_loop()
-            wait = max(0.0, self._painted + self.FRAME - loop.time())
-            self._paint_due = loop.call_later(wait, self._paint)
-
-    def _paint(self) -> None:
-        self._paint_due, self._painted = None, asyncio.get_running_loop().time()
-        if not self._away:
-            lines, cursor = self._lines(*self.tty.size)
-            self.painter.paint(lines, self.tty.size, cursor)
+        self.board.print(LiveAnswer(self.redact, self.style, self.board.width).finish(self.redact(text)))
 
     def _lines(self, columns: int, rows: int) -> tuple[list[str], tuple[int, int]]:
         """What is painted: the answer's unfinished line, what runs, what waits, the input, a hint."""
@@ -12806,38 +12834,27 @@ class ScreenChat(Chat):
 
     # ---- pickers ----
 
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """The screen for somebody else; what is said meanwhile is printed afterwards."""
-        self._away = True
-        try:
-            with self._holding(), self.tty.full_screen():
-                yield
-        finally:
-            self._away = False
-
     async def pick(self, picker: Picker) -> Any:
         """What the person picks on the whole screen."""
-        with self._aside():
-            outcome = await converse(self.tty, picker, self.style)
-        return outcome.value if outcome.kind == "picked" else None
+        with self.board.aside():
+            return await picked(self.tty, picker)
 
     async def browse(self, provider: str, fetch: Callable[..., Awaitable[Catalogue]], current: str) -> str:
         """The model that the person picks from the catalogue."""
-        with self._aside():
+        with self.board.aside():
             return await browse_models(self.tty, provider, fetch, current)
 
     async def log_in(self) -> str:
         """Sign in on the whole screen."""
-        with self._aside():
+        with self.board.aside():
             return await sign_in(self.tty, self.desk.ctx)
 
 
 KEYS_OF_CHAT = {  # what the editor makes of a key -> what the chat does
     "submit": ScreenChat._submit,
     "interrupt": ScreenChat._interrupt,
-    "leave": ScreenChat._leave,
-    "clear-screen": ScreenChat._wipe,
+    "leave": Chat._quit,
+    "clear-screen": Chat._clear,
     "suspend": ScreenChat._suspend,
 }
 
@@ -14223,46 +14240,6 @@ async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any],
             return checked(await client.open_stream({**request, "token": token}, True).receive())
     except TimeoutError:
         raise GatewayError(f"the daemon did not answer within {timeout:g} s") from None
-
-
-def gateway_line(addresses: Iterable[tuple[str, int]], sha256: str) -> str:
-    """Where a gateway listens, as in URLs, and what its clients pin."""
-    places = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
-    return f"{places}, sha256 {sha256}"
-
-
-def jobs_line(jobs: Mapping[str, Any]) -> str:
-    """How many jobs there are, and when the next one is due."""
-    due = f", the next at {jobs['next_at'][:16].replace('T', ' ')} UTC" if jobs["next_at"] else ""
-    return f"{jobs['active']}{due}" if jobs["active"] else "none"
-
-
-def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
-    """A daemon's status for a person."""
-    now, used = utc_now(), Usage(**found["usage_today"])
-    running = f", in a turn: {', '.join(found['running'])}" if found["running"] else ""
-    ages = ((name, f"{since(at, now)} ago" if at else "not used yet") for name, at in found["channels"].items())
-    return {
-        "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
-        "model": found["model"],
-        "gateway": gateway_line(**found["gateway"]) if found["gateway"] else "off",
-        "sessions": f"{found['sessions']:,}{running}",
-        "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
-        "channels": ", ".join(f"{name} ({age})" for name, age in ages) or "none",
-        **({"telegram": said} if (said := (found.get("telegram") or {}).get("problem")) else {}),
-        "jobs": jobs_line(found["jobs"]),
-        "used today": tokens(used),
-        "memory": f"{found['memory'] / 2**20:.0f} MiB",
-    }
-
-
-def since(moment: str, now: datetime) -> str:
-    """How long ago a moment was, roughly: 5 s, 12 min, 3 h, 9 d."""
-    seconds = max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 # ===== 28. Markup =============================================================
@@ -18397,7 +18374,7 @@ async def first_sight(ctx: Context, invite: Invite) -> Invite:
         file=sys.stderr,
         flush=True,
     )
-    if (await read_line(sys.stdin.fileno())).strip().lower() not in ("y", "yes"):
+    if (await LineReader(sys.stdin.fileno()).next() or "").strip().lower() not in ("y", "yes"):
         raise UsageError("not connected", "the invite that `openpista devices add` prints has the fingerprint in it")
     return invite._replace(fingerprint=seen)
 

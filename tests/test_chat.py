@@ -965,7 +965,8 @@ def test_a_refused_key(zen, login, home):
     tty = login()
     pick_zen(tty)
     tty.send(KEY + ENTER)
-    shown = tty.wait("opencode refuses this key")
+    tty.wait("opencode refuses this key")
+    shown = tty.wait("go on all the same")
     assert shown.index("go back") < shown.index("go on all the same")  # the first is the default
     tty.send("once" + ENTER)
     tty.wait("Trying opencode")

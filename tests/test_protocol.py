@@ -1102,7 +1102,7 @@ def test_a_fingerprint_is_shown_and_pinned(daemon, terminal, tmp_path):
     second.wait("offline/shell")
     second.send("$ echo 6$((6))6\r")
     second.wait("Run it?")
-    time.sleep(pista.ScreenChat.SETTLE + 0.1)
+    time.sleep(pista.Question.SETTLE + 0.1)
     second.send("y")
     second.wait("666")
     second.send("\x04")
