@@ -10622,6 +10622,12 @@ def inline(text: str, style: Style) -> str:
 HALF_ESCAPE = Pattern(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
 
 
+def half_said(text: str, redact: Redactor) -> str:
+    """The end of a text that may be half an escape sequence or half a secret, whose rest comes with the next words."""
+    half = HALF_ESCAPE.search(text)
+    return half[0] if half else redact.half(text)
+
+
 class Console:
     """Shows a turn: progress on stderr if that is a terminal, the answer on stdout as it comes if that is one."""
 
@@ -10712,7 +10718,7 @@ class Console:
         if self.streams:
             self._clear()
             text = self._held + progress.text
-            self._held = half[0] if (half := HALF_ESCAPE.search(text)) else self.redact.half(text)
+            self._held = half_said(text, self.redact)
             said = self.redact(text.removesuffix(self._held))
             self._said += said
             self._print(said)
@@ -11289,8 +11295,7 @@ async def beside(tty: Tty, widget: Any, work: asyncio.Task) -> Chosen:
         await asyncio.wait({person, work}, return_when=asyncio.FIRST_COMPLETED)
         return person.result() if person.done() else Chosen("done")
     finally:
-        person.cancel()
-        await asyncio.wait([person])
+        await end_task(person)
 
 
 async def end_task(work: asyncio.Task) -> None:
@@ -11968,7 +11973,10 @@ class LiveAnswer:
         """The lines that are whole now."""
         self.said += text
         *lines, self._rest = (self._rest + text).split("\n")
-        if len(self._rest) > self.LONGEST and (cut := self._rest.rfind(" ", 0, -len(self._half()) or None)) > 0:
+        if (
+            len(self._rest) > self.LONGEST
+            and (cut := self._rest.rfind(" ", 0, -len(half_said(self._rest, self.redact)) or None)) > 0
+        ):
             lines.append(self._rest[:cut])
             self._rest = self._rest[cut + 1 :]
         return [row for line in lines for row in self._rows(line)]
@@ -11976,7 +11984,7 @@ class LiveAnswer:
     @property
     def partial(self) -> str:
         """What is known of the next line, without what may be half a secret or half an escape sequence."""
-        return self.markdown.partial(self._shown(self._rest.removesuffix(self._half())))
+        return self.markdown.partial(self._shown(self._rest.removesuffix(half_said(self._rest, self.redact))))
 
     def finish(self, text: str) -> list[str]:
         """What is not yet printed of the whole answer."""
@@ -11994,10 +12002,6 @@ class LiveAnswer:
         """A whole line as it is printed: prose is broken at words; code is left to the terminal, for copying."""
         is_code, shown = bool(self.markdown.fence), self.markdown.line(self._shown(line))
         return [shown] if is_code else wrap_cells(shown, self.width())
-
-    def _half(self) -> str:
-        half = HALF_ESCAPE.search(self._rest)
-        return half[0] if half else self.redact.half(self._rest)
 
     def _shown(self, text: str) -> str:
         return self.redact(printable(text))
@@ -12033,7 +12037,7 @@ def add_history(path: Path, text: str) -> None:
 
 
 class Chat:
-    """A conversation with commands. How things look is the business of those who inherit: say, pick, run."""
+    """A conversation with commands. Those who inherit have a screen or lines: run, say, pick, browse, log_in, stop."""
 
     def __init__(self, desk: Local, session: str, redact: Redactor):
         self.desk, self.redact = desk, redact
@@ -12041,25 +12045,9 @@ class Chat:
         self.left = False
         self.code = 0
 
-    def say(self, text: str, *styles: str) -> None:
-        """Show lines that stay."""
-        raise NotImplementedError
-
     def say_answer(self, text: str) -> None:
         """Show an answer of the past."""
         self.say(self.redact(printable(text)))
-
-    async def pick(self, picker: Picker) -> Any:
-        """What the person picks; None if nothing."""
-        raise NotImplementedError
-
-    async def log_in(self) -> str:
-        """The provider that the person signed in to; '' if none."""
-        raise NotImplementedError
-
-    async def stop(self) -> None:
-        """End the turn that runs."""
-        raise NotImplementedError
 
     async def open(self, given: bool) -> None:
         """Take up the session: its model, and if it was named what was said last."""
@@ -12330,8 +12318,7 @@ class LineChat(Chat):
         except asyncio.CancelledError:
             self.console.abandon()
             if asyncio.current_task().cancelling():
-                self._turn.cancel()
-                await asyncio.wait([self._turn])
+                await end_task(self._turn)
                 raise
             self.say("stopped")
         finally:
@@ -12666,7 +12653,7 @@ class ScreenChat(Chat):
             if not (self.question and self.question.take(key, self._is_settled())):
                 self._typed, hint, self._hint = self.clock(), self._hint, ""
                 self._leaving = hint == self.LEAVES
-                await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
+                await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._other)(self, key)
         return key.name == "gone"
 
     async def _end(self) -> None:
@@ -12702,7 +12689,7 @@ class ScreenChat(Chat):
         self.say(f"› {line.strip()}", "dim")
         await super().obey(line)
 
-    async def _nothing(self, key: KeyPress) -> None:
+    async def _other(self, key: KeyPress) -> None:
         if key.name == "ctrl-o":
             output = indented(self.view.output or "no output yet").split("\n")
             self.board.print([self.style(line, "dim") for line in output])
@@ -12730,7 +12717,6 @@ class ScreenChat(Chat):
         self.tty.suspend()
 
     def wipe(self) -> None:
-        """An empty screen."""
         self.board.wipe()
 
     async def stop(self) -> None:
@@ -12923,13 +12909,6 @@ def add_job(jobs: Jobs, job: Job, zone: tzinfo, once: str = "") -> Job:
         return jobs.add(timed(job._replace(name=name), jobs.store.now(), zone, once))
 
 
-def remove_job(jobs: Jobs, name: str) -> None:
-    """Forget a job; an error if there is none of this name, or the configuration would bring it back."""
-    if jobs.get(name).origin == "config":
-        raise ConfigError(f"the job {name!r} stands in the configuration", "remove its [[cron]] table, or pause it")
-    jobs.remove(name)
-
-
 def pause_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
     """Let a job rest; in words what was done."""
     job = jobs.get(name)
@@ -12957,13 +12936,15 @@ def run_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
     return f"{job.name} is done as soon as there is time; see `openpista cron history {job.name}`"
 
 
-def drop_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
-    """Forget a job; in words what was done."""
-    remove_job(jobs, name)
+def remove_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
+    """Forget a job, but not one that the configuration would bring back; in words what was done."""
+    if jobs.get(name).origin == "config":
+        raise ConfigError(f"the job {name!r} stands in the configuration", "remove its [[cron]] table, or pause it")
+    jobs.remove(name)
     return f"removed {name}"
 
 
-CRON_VERBS = {"run": run_job, "pause": pause_job, "resume": resume_job, "remove": drop_job}
+CRON_VERBS = {"run": run_job, "pause": pause_job, "resume": resume_job, "remove": remove_job}
 
 
 def due_text(job: Job, zone: tzinfo) -> str:
@@ -13176,8 +13157,7 @@ class CronRemove(CronTool):
 
     async def run(self, arguments: dict[str, Any]) -> ToolResult:
         """That it is gone."""
-        remove_job(self.jobs, arguments["name"])
-        return ToolResult("", "removed")
+        return ToolResult("", remove_job(self.jobs, arguments["name"], self.zone))
 
 
 CRON_TOOLS = {tool.spec.name: tool for tool in (CronAdd, CronList, CronRemove)}
@@ -13433,9 +13413,8 @@ class Exchange:
         """The receipt of an event that was taken, now or before."""
         receipt = self.hub.submit(event)
         if receipt.answer == "full":
-            raise WireError(
-                "busy", f"session {event.session} has {plural(receipt.ahead, 'message')} waiting; keep this"
-            )
+            waiting = plural(receipt.ahead, "message")
+            raise WireError("busy", f"session {event.session} has {waiting} waiting; keep this")
         if receipt.answer == "closing":
             raise WireError("shutting_down", "openpista is shutting down: keep this message and send it again")
         if receipt.answer == "duplicate":
@@ -13502,9 +13481,8 @@ class Exchange:
     async def _ask(self, number: int, call: ToolCall, danger: str) -> Decision:
         """Ask all who wait for the answer, and who comes meanwhile."""
         approval_id = next(self._numbers)
-        told_of = told_call(call, self.redact)
         frame = {"type": "approval", "approval_id": approval_id, "tool": call.name, "reason": danger}
-        frame |= {"call_id": call.id, "arguments": told_of["arguments"]}
+        frame |= {"call_id": call.id, "arguments": told(call.arguments, self.redact)}
         question = Doubt(frame, asyncio.get_running_loop().create_future())
         self._questions.setdefault(number, {})[approval_id] = question
         for listener in self._listeners.get(number, ()):
@@ -13573,9 +13551,7 @@ class Gateway:
     async def reload(self, config: GatewayConfig) -> None:
         """Take other settings; an error leaves the old ones."""
         identity = load_certificate(*certificate_files(self.home, config))
-        hosts = gateway_hosts(config, self.devices.list())
-        if (hosts, config.port) != (self._hosts, self.config.port):
-            await self._move(hosts, config.port)
+        await self._move(gateway_hosts(config, self.devices.list()), config.port)
         self.config = config
         self.server.use(identity)
 
@@ -13594,8 +13570,8 @@ class Gateway:
             await asyncio.sleep(self.LOOK)
             try:
                 await self._cut_revoked()
-                if self.config.host == "auto" and (hosts := gateway_hosts(self.config, self.devices.list())):
-                    await self._move(hosts, self.config.port)
+                if self.config.host == "auto":
+                    await self._move(gateway_hosts(self.config, self.devices.list()), self.config.port)
                 self._reread()
                 if count % 3_600 == 1:
                     self.tickets.table.prune()
@@ -13768,7 +13744,7 @@ HANDLERS: dict[str, Callable[[Gateway, Stream], Awaitable[dict[str, Any] | None]
 }
 
 
-# The client
+# ---- the other end ----
 
 
 class Invite(NamedTuple):
@@ -13801,13 +13777,8 @@ def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
     except ValueError as error:
         raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
     pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
-    if (
-        url.scheme != "openpista"
-        or not re.fullmatch(r"[^\s@]+", host)
-        or pin is None
-        or url.password
-        or url.path not in ("", "/")
-    ):
+    whole = url.scheme == "openpista" and re.fullmatch(r"[^\s@]+", host) and pin
+    if not whole or url.password or url.path not in ("", "/"):
         raise UsageError("this is no HOST[:PORT] and no whole invite", "it ends with #sha256= and 64 digits")
     return Invite(host, port, url.username or "", (pin[1] or "").lower())
 
@@ -13880,45 +13851,62 @@ REFUSALS = {  # the code of an error frame -> our error for it
 }
 
 
+def text_in(frame: dict[str, Any], name: str, default: str = "") -> str:
+    """A text in a frame."""
+    return str(frame.get(name) or default)
+
+
+def part_in(frame: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of a frame; empty if there is none."""
+    found = frame.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def checked(frame: dict[str, Any] | None) -> dict[str, Any]:
     """A frame of the gateway's; the error, if it is one."""
     if frame is None:
         raise GatewayError("the gateway said nothing more")
     if frame.get("type") == "error":
-        raise REFUSALS.get(str(frame.get("code")), Refusal)(clip(str(frame.get("message") or frame.get("code")), 500))
+        code = text_in(frame, "code")
+        raise REFUSALS.get(code, Refusal)(clip(text_in(frame, "message", code), 500))
     return frame
 
 
 def usage_in(frame: dict[str, Any]) -> Usage:
     """The usage in a frame."""
-    found = frame.get("usage")
-    found = found if isinstance(found, dict) else {}
-    return Usage(*(found.get(name) or 0 for name in ("input", "cached", "output")), found.get("cost"))
+    found = {name: value for name, value in part_in(frame, "usage").items() if isinstance(value, int | float)}
+    return Usage(*(found.get(name, 0) for name in ("input", "cached", "output")), found.get("cost"))
 
 
 def call_in(frame: dict[str, Any]) -> ToolCall:
     """The call of a tool in a frame."""
-    arguments = frame.get("arguments")
-    name = str(frame.get("name") or frame.get("tool") or "")
-    call_id = str(frame.get("call_id") or frame.get("id") or "")
-    return ToolCall(call_id, name, arguments if isinstance(arguments, dict) else {})
+    name, call_id = frame.get("name") or frame.get("tool"), frame.get("call_id") or frame.get("id")
+    return ToolCall(str(call_id or ""), str(name or ""), part_in(frame, "arguments"))
 
 
 def progress_in(frame: dict[str, Any]) -> Progress | None:
     """The progress in a frame; None if it is of a kind that is not known here."""
-    kind, text = str(frame.get("event")), str(frame.get("text") or "")
+    kind, text = text_in(frame, "event"), text_in(frame, "text")
     if frame.get("type") == "delta":
         return Progress("delta", text)
-    call, found = frame.get("call"), frame.get("result")
-    if kind not in SHOW or (kind.startswith("tool") and not isinstance(call, dict)):
+    call, result = call_in(frame["call"]) if isinstance(frame.get("call"), dict) else None, None
+    if kind not in SHOW or (kind.startswith("tool") and call is None):
         return None
-    called = call_in(call) if isinstance(call, dict) else None
     if kind == "tool_finished":
-        found = found if isinstance(found, dict) else {}
-        result = ToolResult(called.id, str(found.get("output") or ""), bool(found.get("is_error")))
-        return Progress(kind, text, called, result, agent=str(frame.get("agent") or ""))
+        found = part_in(frame, "result")
+        result = ToolResult(call.id, text_in(found, "output"), bool(found.get("is_error")))
     usage = usage_in(frame) if "usage" in frame else None
-    return Progress(kind, text, called, usage=usage, agent=str(frame.get("agent") or ""))
+    return Progress(kind, text, call, result, usage, text_in(frame, "agent"))
+
+
+def noun_in(row: dict[str, Any], noun: type) -> Any:
+    """A noun of a row that has each of its fields; KeyError if one is missing."""
+    return noun(*map(row.__getitem__, noun._fields))
+
+
+def name_and_what(row: dict[str, Any]) -> tuple[str, str]:
+    """The name in a row, and what it is; KeyError if one is missing."""
+    return str(row["name"]), str(row["description"])
 
 
 class Uplink:
@@ -14039,7 +14027,10 @@ class Uplink:
 
 
 class RemoteDesk(Uplink):
-    """What a chat talks to: a daemon elsewhere. What was said while the connection was gone it collects."""
+    """What a chat talks to: a daemon elsewhere; for a chat it is as Local is.
+
+    What was said while the connection was gone it collects.
+    """
 
     LONGEST = 600.0  # seconds without the gateway until a turn is given up
     STOPPING = 2.0  # seconds to stop one
@@ -14108,44 +14099,39 @@ class RemoteDesk(Uplink):
             for question in questions:
                 question.cancel()
             await asyncio.gather(*questions, return_exceptions=True)
-        text, model = str(frame.get("content") or ""), str(frame.get("model") or self.model)
+        text, model = text_in(frame, "content"), text_in(frame, "model", self.model)
         if frame.get("is_error"):
             raise Refusal(text, frame["exit_code"] if frame.get("exit_code") in (1, 2, 3) else 1)
-        name = str(frame.get("session_id") or request["session_id"])
-        known = (str(frame.get("problem") or ""), str(frame.get("agent") or DEFAULT))
+        name = text_in(frame, "session_id", request["session_id"])
+        known = (text_in(frame, "problem"), text_in(frame, "agent", DEFAULT))
         return Reply(text, name, model, usage_in(frame), tuple(calls), *known)
 
     async def _answer(self, stream: Stream, frame: dict[str, Any], approve: Approve) -> None:
         """Ask the person, and send what they say."""
-        decision = await approve(call_in(frame), str(frame.get("reason") or "risky"))
+        decision = await approve(call_in(frame), text_in(frame, "reason", "risky"))
         answer = {"type": "approval_answer", "approval_id": frame.get("approval_id"), "decision": decision.value}
         await stream.send(answer)
 
     @property
     def provider(self) -> str:
-        """Whose models are offered."""
         return self.model.partition("/")[0]
 
     def warm(self) -> None:
         """Nothing to load."""
 
     async def use(self, chosen: str) -> None:
-        """Have this provider/model asked from now on; '' is the configured one. An error leaves the old one."""
         self.model, self.chosen = str((await self.ask("model", model=chosen)).get("model")), chosen
 
     async def resume(self, name: str) -> None:
-        """Go on with the model that the session was given. StoreError if there is no such session."""
         found = await self.ask("model", session_id=name)
-        self.model, self.chosen = str(found.get("model")), str(found.get("chosen") or "")
+        self.model, self.chosen = str(found.get("model")), text_in(found, "chosen")
         self._chosen[name] = self.chosen
 
     async def appoint(self, name: str, wanted: str) -> str:
-        """Have an agent answer a session, or say who does."""
-        found, self._agents = await self._rows(
-            "agent", "agents", lambda row: str(row["name"]), session_id=name, agent=wanted
-        )
+        found, agents = await self._rows("agent", "agents", name_and_what, session_id=name, agent=wanted)
+        self._agents = [name for name, _ in agents]
         if wanted:
-            self.agent, self.model = str(found.get("agent") or ""), str(found.get("model"))
+            self.agent, self.model = text_in(found, "agent"), str(found.get("model"))
             self.chosen = self._chosen[name] = ""
         return str(found.get("content"))
 
@@ -14155,73 +14141,54 @@ class RemoteDesk(Uplink):
         try:
             return found, [make(row) for row in found[of]]
         except (KeyError, TypeError, ValueError) as error:
-            hint = "it may be of another version"
-            raise GatewayError(
-                f"{self.place} answered {kind} in a way that is not known here: {error!r}", hint
-            ) from None
+            said = f"{self.place} answered {kind} in a way that is not known here: {error!r}"
+            raise GatewayError(said, "it may be of another version") from None
 
     async def sessions(self) -> list[SessionInfo]:
-        """The sessions, the last used first."""
-        found = await self._rows(
-            "sessions", "sessions", lambda row: SessionInfo(*map(row.__getitem__, SessionInfo._fields))
-        )
-        self._sessions = [session.name for session in found[1]]
-        return found[1]
+        _, sessions = await self._rows("sessions", "sessions", lambda row: noun_in(row, SessionInfo))
+        self._sessions = [session.name for session in sessions]
+        return sessions
 
     async def recent(self, name: str) -> list[Message]:
-        """The last messages of a session."""
-
         def message(row: dict[str, Any]) -> Message:
             return Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
 
         return (await self._rows("history", "messages", message, session_id=name, limit=20))[1]
 
     async def usage(self, name: str) -> Usage:
-        """What a session has used; nothing, if it is new."""
         with contextlib.suppress(StoreError):
             return usage_in(await self.ask("usage", session_id=name))
         return Usage()
 
     async def spent(self, name: str) -> list[Spent]:
-        """What each agent has used today; nothing, if the session is new."""
         with contextlib.suppress(StoreError):
-            made = await self._rows(
-                "usage", "agents", lambda row: Spent(*map(row.__getitem__, Spent._fields)), session_id=name
-            )
-            return made[1]
+            return (await self._rows("usage", "agents", lambda row: noun_in(row, Spent), session_id=name))[1]
         return []
 
     async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
-        """The models of a provider."""
-
         def model(row: dict[str, Any]) -> ModelInfo:
             return ModelInfo(**{name: row[name] for name in ModelInfo._fields if name in row})
 
         found, models = await self._rows("models", "models", model, provider=provider, refresh=refresh)
         self._models = [model.id for model in models]
-        return Catalogue(provider, tuple(models), str(found.get("fetched_at") or ""), str(found.get("note") or ""))
+        return Catalogue(provider, tuple(models), text_in(found, "fetched_at"), text_in(found, "note"))
 
     def known_sessions(self) -> list[str]:
-        """The names of the sessions, as far as they are known without asking."""
         return self._sessions
 
     def known_agents(self) -> list[str]:
-        """The names of the agents, as far as they are known without asking."""
         return self._agents
 
     def known_models(self) -> list[str]:
-        """The ids of the provider's models, as far as they are known without asking."""
         return self._models
 
     async def tools(self) -> list[tuple[str, str]]:
-        """The name of each tool, and what it does."""
-        found, tools = await self._rows("tools", "tools", lambda row: (str(row["name"]), str(row["description"])))
+        found, tools = await self._rows("tools", "tools", name_and_what)
         self.approval = str(found.get("approval"))
         return tools
 
     async def skills(self) -> list[tuple[str, str]]:
-        """The name of each skill, and what it is for."""
-        return (await self._rows("skills", "skills", lambda row: (str(row["name"]), str(row["description"]))))[1]
+        return (await self._rows("skills", "skills", name_and_what))[1]
 
 
 async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -18193,7 +18160,7 @@ def how_it_went(run: JobRun | None) -> str:
 def cmd_cron_remove(ctx: Context) -> int:
     """Remove a job and its history."""
     with open_jobs(ctx) as jobs:
-        remove_job(jobs, ctx.args.name)
+        remove_job(jobs, ctx.args.name, UTC)
     print(f"removed {ctx.args.name}")
     return 0
 

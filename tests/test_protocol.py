@@ -958,6 +958,11 @@ def test_an_answer_of_another_version(tmp_path, run, found):
         run(main())
 
 
+def test_a_usage_that_is_none_counts_as_nothing():
+    assert pista.usage_in({"usage": {"input": "5", "cached": None, "output": 2, "cost": []}}) == pista.Usage(output=2)
+    assert pista.usage_in({}) == pista.usage_in({"usage": 7}) == pista.Usage()
+
+
 def test_what_a_frame_cannot_hold_is_left_out():
     secret = Redactor(["hidden-secret-1"])
     odd = {"a": [float("nan"), float("inf"), 1.5, None, True, 10**400], "hidden-secret-1": "hidden-secret-1"}
