@@ -10845,10 +10845,14 @@ def tokens(usage: Usage) -> str:
     return f"{usage.input + usage.output:,} tokens{cost}"
 
 
+def host_port(host: str, port: int) -> str:
+    """host:port, as in URLs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def gateway_line(addresses: Iterable[tuple[str, int]], sha256: str) -> str:
     """Where a gateway listens, as in URLs, and what its clients pin."""
-    places = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
-    return f"{places}, sha256 {sha256}"
+    return f"{', '.join(itertools.starmap(host_port, addresses))}, sha256 {sha256}"
 
 
 def jobs_line(jobs: Mapping[str, Any]) -> str:
@@ -11295,15 +11299,14 @@ async def beside(tty: Tty, widget: Any, work: asyncio.Task) -> Chosen:
         await asyncio.wait({person, work}, return_when=asyncio.FIRST_COMPLETED)
         return person.result() if person.done() else Chosen("done")
     finally:
-        await end_task(person)
+        await end_tasks(person)
 
 
-async def end_task(work: asyncio.Task) -> None:
-    """Stop what is no longer waited for."""
-    work.cancel()
-    await asyncio.wait([work])
-    if not work.cancelled():
-        work.exception()  # it ended by itself meanwhile; nobody asks how
+async def end_tasks(*tasks: asyncio.Task) -> None:
+    """Stop what is no longer waited for; how it ended meanwhile nobody asks."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def picked(tty: Tty, widget: Any) -> Any:
@@ -11425,7 +11428,7 @@ async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
         skip = Picker(f"Trying {login.provider} …", [Choice("skip", ("go on without a try",))], typing=True)
         outcome = await beside(tty, skip, work)
         if outcome.kind != "done":
-            await end_task(work)
+            await end_tasks(work)
             return outcome.kind == "picked"
         try:
             work.result()
@@ -11468,7 +11471,7 @@ async def key_from_browser(tty: Tty) -> str:
                 outcome = await beside(tty, Picker("Sign in to openrouter", (), note="asking for the key …"), work)
             return work.result() if outcome.kind == "done" else ""
         finally:
-            await end_task(work)
+            await end_tasks(work)
 
 
 def flaw_in_paste(login: BrowserLogin, text: str) -> str:
@@ -11502,7 +11505,7 @@ async def browse_models(tty: Tty, provider: str, fetch: Callable[..., Awaitable[
                 return outcome.value if outcome.kind == "picked" else ""
     finally:
         if work:
-            await end_task(work)
+            await end_tasks(work)
 
 
 def flaw_in_id(name: str) -> str:
@@ -11609,7 +11612,7 @@ class FirstStart:
         except PistaError as error:
             return await self._mend(endpoint, error)
         finally:
-            await end_task(work)
+            await end_tasks(work)
 
     async def _mend(self, endpoint: Endpoint, error: PistaError) -> Any:
         likely = {CredentialError: self._key, Unavailable: self._try}.get(type(error), self._model)
@@ -11663,6 +11666,16 @@ async def catalogue_at(endpoint: Endpoint, refresh: bool = False) -> Catalogue:
 # state is the last part of the callback's path: who does not know it is not heard.
 
 
+def url_safe(data: bytes) -> str:
+    """Bytes as a word for a URL."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def new_token() -> str:
+    """A word for a URL that nobody can guess."""
+    return url_safe(os.urandom(32))
+
+
 class BrowserLogin:
     """One try to get a key through the browser. Nobody learns the verifier; it never leaves but in the exchange."""
 
@@ -11679,10 +11692,8 @@ class BrowserLogin:
         timeout: float = 300.0,
         listen: Callable[..., Awaitable[asyncio.Server]] = asyncio.start_server,
     ):
-        import secrets
-
         self.auth_url, self.api_url, self.timeout, self.listen = auth_url, api_url, timeout, listen
-        self._verifier, self._path = Secret(secrets.token_urlsafe(32)), f"/callback/{secrets.token_urlsafe(32)}"
+        self._verifier, self._path = Secret(new_token()), f"/callback/{new_token()}"
         self._visits: list[asyncio.Task[None]] = []  # in the order they came
 
     async def __aenter__(self) -> BrowserLogin:
@@ -11697,9 +11708,7 @@ class BrowserLogin:
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
-        for visit in self._visits:
-            visit.cancel()
-        await asyncio.gather(*self._visits, return_exceptions=True)
+        await end_tasks(*self._visits)
 
     @property
     def url(self) -> str:
@@ -11716,7 +11725,7 @@ class BrowserLogin:
         from urllib.parse import urlencode
 
         digest = hashlib.sha256(self._verifier.encode()).digest()
-        fields["code_challenge"] = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+        fields["code_challenge"] = url_safe(digest)
         return f"{self.auth_url}?{urlencode(fields | {'code_challenge_method': 'S256', 'key_label': 'openpista'})}"
 
     def open_browser(self, environ: Mapping[str, str] = os.environ) -> bool:
@@ -11743,11 +11752,11 @@ class BrowserLogin:
 
     def _hear(self, target: str) -> bool:
         """Take what a callback brings, a code or a refusal; False if it is not ours. What came first counts."""
-        import secrets
+        import hmac
         from urllib.parse import parse_qsl
 
         path, _, query = target.partition("?")
-        if not secrets.compare_digest(path.encode("utf-8", "replace"), self._path.encode()):
+        if not hmac.compare_digest(path.encode("utf-8", "replace"), self._path.encode()):
             return False
         fields = dict(parse_qsl(query))
         if "error" not in fields and not re.fullmatch(r"[\w.~+=/-]{6,1024}", fields.get("code", ""), re.ASCII):
@@ -11895,9 +11904,9 @@ class Local:
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words."""
         choice, yes = self.choose(name, text), self.ctx.args.yes
-        session = await self.settle(name, choice.agent)
-        mode, always = "never" if yes else self.ctx.config.tools.approval, self._always.setdefault(name, set())
-        gate = Gate(mode, approve, always, YES_ALLOWS, firm=yes)
+        session = self.settle(name, choice.agent)
+        mode = "never" if yes else self.approval
+        gate = Gate(mode, approve, self._always.setdefault(name, set()), YES_ALLOWS, firm=yes)
         return await self.app.agent.turn(session, choice.text, gate, tell, agent=choice.agent)
 
     def choose(self, name: str, text: str) -> Routed:
@@ -11906,7 +11915,7 @@ class Local:
             self.agent = self.app.store.find_session(name).agent
         return self.app.agent.crew.choose(Event("cli", "", name, text), self.always_agent or self.agent)
 
-    async def settle(self, name: str, agent: str) -> Session:
+    def settle(self, name: str, agent: str) -> Session:
         """The session, with the model that was chosen for it."""
         self.models = self.app.models.pick(self.chosen, agent)  # or says what is missing
         session = self.app.store.session(name)
@@ -11919,7 +11928,7 @@ class Local:
         return self.app.store.sessions(200)
 
     async def recent(self, name: str) -> list[Message]:
-        """The last messages of a session; nothing of one that is new."""
+        """The last messages of a session. StoreError if there is no such session."""
         return [entry.message for entry in self.app.store.tail(self.app.store.find_session(name), 4_000)]
 
     async def usage(self, name: str) -> Usage:
@@ -11973,10 +11982,7 @@ class LiveAnswer:
         """The lines that are whole now."""
         self.said += text
         *lines, self._rest = (self._rest + text).split("\n")
-        if (
-            len(self._rest) > self.LONGEST
-            and (cut := self._rest.rfind(" ", 0, -len(half_said(self._rest, self.redact)) or None)) > 0
-        ):
+        if len(self._rest) > self.LONGEST and (cut := self._rest.rfind(" ", 0, -len(self._half()) or None)) > 0:
             lines.append(self._rest[:cut])
             self._rest = self._rest[cut + 1 :]
         return [row for line in lines for row in self._rows(line)]
@@ -11984,7 +11990,7 @@ class LiveAnswer:
     @property
     def partial(self) -> str:
         """What is known of the next line, without what may be half a secret or half an escape sequence."""
-        return self.markdown.partial(self._shown(self._rest.removesuffix(half_said(self._rest, self.redact))))
+        return self.markdown.partial(self._shown(self._rest.removesuffix(self._half())))
 
     def finish(self, text: str) -> list[str]:
         """What is not yet printed of the whole answer."""
@@ -12002,6 +12008,9 @@ class LiveAnswer:
         """A whole line as it is printed: prose is broken at words; code is left to the terminal, for copying."""
         is_code, shown = bool(self.markdown.fence), self.markdown.line(self._shown(line))
         return [shown] if is_code else wrap_cells(shown, self.width())
+
+    def _half(self) -> str:
+        return half_said(self._rest, self.redact)
 
     def _shown(self, text: str) -> str:
         return self.redact(printable(text))
@@ -12318,7 +12327,7 @@ class LineChat(Chat):
         except asyncio.CancelledError:
             self.console.abandon()
             if asyncio.current_task().cancelling():
-                await end_task(self._turn)
+                await end_tasks(self._turn)
                 raise
             self.say("stopped")
         finally:
@@ -12446,13 +12455,9 @@ class TurnView:
     def _tool_finished(self, progress: Progress) -> None:
         self.close()
         if progress.call.id not in self._running:  # its result tells the model why
-            why = printable(progress.result.output).partition(". ")[0]
-            self.show(
-                [
-                    f"{self.style('✗', 'bad')} {self.redact(whose(progress, title(progress.call)))}",
-                    self.style(f"  not run: {self.redact(why)}", "dim"),
-                ]
-            )
+            why = self.redact(printable(progress.result.output).partition(". ")[0])
+            what = f"{self.style('✗', 'bad')} {self.redact(whose(progress, title(progress.call)))}"
+            self.show([what, self.style(f"  not run: {why}", "dim")])
             return
         what, since = self._running.pop(progress.call.id)
         self.calls += 1
@@ -13180,7 +13185,7 @@ ABSENT = 120.0  # seconds that a question waits for a client that is gone; then 
 UNHEARD = 256 << 10  # characters of progress that wait for a slow reader; the rest is left out, the reply has it all
 TOLD_TEXT, REPLY_TEXT, HISTORY_TEXT = 20_000, 150_000, 150_000  # characters: one may take six bytes in a frame
 
-ERROR_WORDS = (  # an error -> the code of its frame
+ERROR_WORDS = (  # an error -> the code of its frame, and back: there the last one of a code counts
     (ChannelBusy, "shutting_down"),
     (CredentialError, "no_key"),
     (ConfigError, "bad_request"),
@@ -13207,11 +13212,6 @@ class Doubt(NamedTuple):
 def hash_token(token: str) -> str:
     """What is kept of a device's token."""
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
-
-
-def new_token() -> str:
-    """A token that nobody can guess, fit for a URL."""
-    return base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
 
 
 def local_device(home: Path, devices: Devices) -> str:
@@ -13442,9 +13442,7 @@ class Exchange:
                     raise task.exception()
             return None
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
 
     async def _hear(self, number: int, listener: Listener) -> None:
         """Take answers to questions until the client is gone; one that comes too late is no error."""
@@ -13558,8 +13556,7 @@ class Gateway:
     async def close(self, code: int = Code.SHUTTING_DOWN, reason: str = "shutting down") -> None:
         """Tell every client, and listen no more."""
         if self._looking:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+            await end_tasks(self._looking)
         if self.server:
             await self.server.close(code, reason)
 
@@ -13758,7 +13755,7 @@ class Invite(NamedTuple):
     @property
     def place(self) -> str:
         """host:port"""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port(self.host, self.port)
 
     def __str__(self) -> str:
         return f"openpista://{self.token}@{self.place}/#sha256={self.fingerprint}"
@@ -13842,13 +13839,7 @@ class Refusal(PistaError):
         self.exit_code = exit_code
 
 
-REFUSALS = {  # the code of an error frame -> our error for it
-    "unauthorized": CredentialError,
-    "no_key": CredentialError,
-    "bad_request": UsageError,
-    "not_found": StoreError,
-    "shutting_down": ChannelBusy,
-}
+REFUSALS = {code: kind for kind, code in ERROR_WORDS} | {"unauthorized": CredentialError, "failed": Refusal}
 
 
 def text_in(frame: dict[str, Any], name: str, default: str = "") -> str:
@@ -13963,7 +13954,7 @@ class Uplink:
     async def _leave(self) -> None:
         client, self._client = self._client, None
         if self._pulse:
-            self._pulse.cancel()
+            await end_tasks(self._pulse)
         if client:
             await client.__aexit__()
 
@@ -14096,9 +14087,7 @@ class RemoteDesk(Uplink):
                     calls += [(progress.call, progress.result)] if progress.result and not progress.agent else []
                     tell(progress)
         finally:
-            for question in questions:
-                question.cancel()
-            await asyncio.gather(*questions, return_exceptions=True)
+            await end_tasks(*questions)
         text, model = text_in(frame, "content"), text_in(frame, "model", self.model)
         if frame.get("is_error"):
             raise Refusal(text, frame["exit_code"] if frame.get("exit_code") in (1, 2, 3) else 1)
@@ -16222,7 +16211,7 @@ class HubDesk(Local):
 
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words."""
-        await self.settle(name, self.choose(name, text).agent)
+        self.settle(name, self.choose(name, text).agent)
         receipt = self.hub.submit(Event("cli", os.urandom(8).hex(), name, text))
         if not receipt.id:
             raise ChannelBusy(NOT_TAKEN[receipt.answer])
