@@ -12037,11 +12037,11 @@ def load_history(path: Path) -> list[str]:
 
 def add_history(path: Path, text: str) -> None:
     """Remember what was typed; a failure is not worth a word."""
-    if len(text) <= HISTORY_LONGEST:
-        with (
-            contextlib.suppress(OSError),
-            open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file,
-        ):
+    if len(text) > HISTORY_LONGEST:
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(handle, "w") as file:
             file.write(json.dumps(text) + "\n")  # ASCII: whatever was typed fits
 
 
