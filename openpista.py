@@ -10432,11 +10432,17 @@ def inline(text: str, style: Style) -> str:
 
 # ===== 22. Console ============================================================
 #
-# What a person sees while a turn runs: a line of progress, the answer as it
-# comes, a question before a risky call. Nothing a model or a tool says reaches
-# the terminal with its control characters.
+# What a person sees: while a turn runs a line of progress, the answer as it comes,
+# a question before a risky call; besides, statuses, tables and complaints. Nothing
+# a model or a tool says reaches the terminal with its control characters.
 
 HALF_ESCAPE = Pattern(r"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,256})?\Z")
+
+
+def half_said(text: str, redact: Redactor) -> str:
+    """The end of a text that may be half an escape sequence or half a secret, whose rest comes with the next words."""
+    half = HALF_ESCAPE.search(text)
+    return half[0] if half else redact.half(text)
 
 
 class Console:
@@ -10480,39 +10486,44 @@ class Console:
         if self._said and reply.text.startswith(self._said):
             self._print(reply.text[len(self._said) :] + "\n")
         else:
-            self._break()
+            self.abandon()
             self._print(reply.text + "\n")
         self._said = ""
         self._note(took(reply, seconds))
+
+    def abandon(self) -> None:
+        """End the line: what was said before a tool ran, or before the answer broke off, is no part of the answer."""
+        self._clear()
+        if self._held:
+            self._print(self.redact(self._held))
+            self._said, self._held = self._said + self._held, ""
+        if self._said and not self._said.endswith("\n"):
+            self._print("\n")
+        self._said = ""
 
     def close(self) -> None:
         """Leave no half-painted line."""
         self._status = ""
         self._clear()
 
-    def abandon(self) -> None:
-        """End the line of an answer that broke off."""
-        self._break()
-
     async def ask(self, call: ToolCall, danger: str) -> Decision:
         """Ask at the terminal; no answer is a no."""
-        self._clear()
-        self._status = ""
+        self.close()
         self.err.write(f"\n{asked_for(call, danger)}\n")
         forget_typed(self.keys)
         self.err.write("Run it? [y]es, [a]lways this command, [N]o and nothing risky this turn: ")
         self.err.flush()
-        words, answer = {"y": Decision.ONCE, "yes": Decision.ONCE, "a": Decision.ALWAYS, "always": Decision.ALWAYS}, ""
+        answer = None
         self._later = []  # what ends meanwhile is noted behind the answer, not in the middle of the question
         try:
-            answer = await read_line(self.keys)
+            answer = await LineReader(self.keys).next()
         finally:
-            if not answer:
+            if answer is None:
                 self.err.write("\n")
             notes, self._later = self._later, None
             for note in notes:
                 self._note(note)
-        return words.get(answer.strip().lower(), Decision.DENY)
+        return DECISIONS.get((answer or "").strip().lower(), Decision.DENY)
 
     # ---- how each kind of progress is shown ----
 
@@ -10524,17 +10535,17 @@ class Console:
         if self.streams:
             self._clear()
             text = self._held + progress.text
-            self._held = half[0] if (half := HALF_ESCAPE.search(text)) else self.redact.half(text)
+            self._held = half_said(text, self.redact)
             said = self.redact(text.removesuffix(self._held))
             self._said += said
             self._print(said)
 
     def _again(self, progress: Progress) -> None:
-        self._break()
+        self.abandon()
         self._note(progress.text)
 
     def _tool_started(self, progress: Progress) -> None:
-        self._break()
+        self.abandon()
         self._set(f"▶ {whose(progress, title(progress.call))}")
 
     def _tool_finished(self, progress: Progress) -> None:
@@ -10586,16 +10597,6 @@ class Console:
             self.err.write(self._dim(self.redact(printable(text))) + "\n")
             self.err.flush()
 
-    def _break(self) -> None:
-        """What was said before a tool ran, or before the line broke, is not a part of the answer."""
-        self._clear()
-        if self._held:
-            self._print(self.redact(self._held))
-            self._said, self._held = self._said + self._held, ""
-        if self._said and not self._said.endswith("\n"):
-            self._print("\n")
-        self._said = ""
-
     def _print(self, text: str) -> None:
         self.out.write(printable(text) if self.streams else text)
         self.out.flush()
@@ -10612,6 +10613,10 @@ SHOW = {
     "tool_started": Console._tool_started,
     "tool_finished": Console._tool_finished,
 }
+
+
+# What says what to a risky call; the Korean letters lie on the same keys.
+DECISIONS = by_key({Decision.ONCE: "y yes ㅛ", Decision.ALWAYS: "a always ㅁ", Decision.DENY: "n no ㅜ"})
 
 
 def title(call: ToolCall) -> str:
@@ -10655,6 +10660,50 @@ def tokens(usage: Usage) -> str:
     """Usage in a few words."""
     cost = "" if usage.cost is None else f", ${usage.cost:.4f}"
     return f"{usage.input + usage.output:,} tokens{cost}"
+
+
+def host_port(host: str, port: int) -> str:
+    """host:port, as in URLs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def gateway_line(addresses: Iterable[tuple[str, int]], sha256: str) -> str:
+    """Where a gateway listens, as in URLs, and what its clients pin."""
+    return f"{', '.join(itertools.starmap(host_port, addresses))}, sha256 {sha256}"
+
+
+def jobs_line(jobs: Mapping[str, Any]) -> str:
+    """How many jobs there are, and when the next one is due."""
+    due = f", the next at {jobs['next_at'][:16].replace('T', ' ')} UTC" if jobs["next_at"] else ""
+    return f"{jobs['active']}{due}" if jobs["active"] else "none"
+
+
+def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """A daemon's status for a person."""
+    now, used = utc_now(), Usage(**found["usage_today"])
+    running = f", in a turn: {', '.join(found['running'])}" if found["running"] else ""
+    ages = ((name, f"{since(at, now)} ago" if at else "not used yet") for name, at in found["channels"].items())
+    return {
+        "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
+        "model": found["model"],
+        "gateway": gateway_line(**found["gateway"]) if found["gateway"] else "off",
+        "sessions": f"{found['sessions']:,}{running}",
+        "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
+        "channels": ", ".join(f"{name} ({age})" for name, age in ages) or "none",
+        **({"telegram": said} if (said := (found.get("telegram") or {}).get("problem")) else {}),
+        "jobs": jobs_line(found["jobs"]),
+        "used today": tokens(used),
+        "memory": f"{found['memory'] / 2**20:.0f} MiB",
+    }
+
+
+def since(moment: str, now: datetime) -> str:
+    """How long ago a moment was, roughly: 5 s, 12 min, 3 h, 9 d."""
+    seconds = max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def indented(text: str) -> str:
@@ -10767,28 +10816,43 @@ def print_models(found: Catalogue, whole: bool = False) -> None:
         print(f"{plural(left, 'model')} left out; `openpista models list --all` lists all", file=sys.stderr)
 
 
-async def read_line(handle: int) -> str:
-    """A line from a file descriptor, without a thread that could not be stopped; '' at its end."""
-    loop, found = asyncio.get_running_loop(), bytearray()
-    ready = asyncio.Event()
-    loop.add_reader(handle, ready.set)
-    try:
-        while b"\n" not in found:
-            ready.clear()
+class LineReader:
+    """Lines of a file descriptor as they come, without a thread that could not be stopped."""
+
+    LONGEST = 4 << 20  # bytes; what is longer is cut there
+
+    def __init__(self, handle: int):
+        self.handle, self._held, self._ended = handle, bytearray(), False
+
+    async def next(self) -> str | None:
+        """The next line without its end; None behind the last one."""
+        while b"\n" not in self._held and not self._ended and len(self._held) < self.LONGEST:
+            data = await self._read()
+            self._ended = not data
+            self._held += data
+        if not self._held:
+            return None
+        line, _, rest = self._held.partition(b"\n")
+        self._held = rest
+        return storable(bytes(line).decode("utf-8", "replace")).removesuffix("\r")
+
+    async def _read(self) -> bytes:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            loop.add_reader(self.handle, ready.set)
+        except PermissionError:  # a file, which is always ready
+            return os.read(self.handle, 64 << 10)
+        try:
             await ready.wait()
-            data = os.read(handle, 4_096)
-            if not data:
-                break
-            found += data
-    finally:
-        loop.remove_reader(handle)
-    return found.decode("utf-8", "replace")
+            return os.read(self.handle, 64 << 10)
+        finally:
+            loop.remove_reader(self.handle)
 
 
 # ===== 23. App ================================================================
 #
-# The one place where the objects meet.
-
+# The one place where the objects meet: what a command is given makes the store,
+# the models, the agents and their tools.
 
 TOKEN_FILE = "telegram.token"
 
@@ -10806,6 +10870,12 @@ class Context(NamedTuple):
     def credentials(self) -> Credentials:
         """The stored logins."""
         return Credentials(self.home / "credentials.toml")
+
+    def logins(self) -> dict[str, Login]:
+        """The stored logins. The keys of all are masked from now on, whoever is asked: a tool can read the file."""
+        logins = self.credentials.logins()
+        self.redact.add(*(login.api_key for login in logins.values()))
+        return logins
 
     @property
     def workspace(self) -> Path:
@@ -10895,22 +10965,14 @@ def furnish(ctx: Context, more: Iterable[Tool] = ()) -> Crew:
     toolbox.add(more)
     where, today = describe_machine(bench.folder(), ctx.environ), f"{datetime.now():%Y-%m-%d}"
 
-    reviewer = ctx.config.tools.reviewer
-
     def persona(name: str, role: RoleConfig) -> Persona:
         problem = ""
         try:
             role = with_prompt(role, ctx.home)
         except ConfigError as error:
             problem = f"agents.{name}: {error}"
-        settings = role_settings(ctx.config.agent, role)
-        others = {
-            other: known.description
-            for other, known in ctx.config.agents.items()
-            if other != name and (other != reviewer if role.asks is None else is_among(role.asks, other))
-        }
-        asking = [AgentAsk(others)] if others else []
-        own = toolbox.only(functools.partial(is_among, settings.tools), asking)
+        settings, others = role_settings(ctx.config.agent, role), may_ask(ctx.config, name, role)
+        own = toolbox.only(functools.partial(is_among, settings.tools), [AgentAsk(others)] if others else [])
         read_up = skills if SkillRead.spec.name in own.tools else ()
         system = build_prompt(settings.prompt, read_up, where, today)
         return Persona(name, settings, own, system, role.approval or "", role.description, problem)
@@ -10918,7 +10980,17 @@ def furnish(ctx: Context, more: Iterable[Tool] = ()) -> Crew:
     roles = {DEFAULT: RoleConfig(), **ctx.config.agents}
     personas = {name: persona(name, role) for name, role in roles.items()}
     clock = lambda: datetime.now(local_zone(ctx.environ))  # noqa: E731
-    return Crew(personas, ctx.config.routes, reviewer, clock)
+    return Crew(personas, ctx.config.routes, ctx.config.tools.reviewer, clock)
+
+
+def may_ask(config: Config, name: str, role: RoleConfig) -> dict[str, str]:
+    """Which other agents this one may ask, and what each is for: those that it names, else all but the reviewer."""
+    reviewer = config.tools.reviewer
+    return {
+        other: known.description
+        for other, known in config.agents.items()
+        if other != name and (other != reviewer if role.asks is None else is_among(role.asks, other))
+    }
 
 
 def role_settings(agent: AgentConfig, role: RoleConfig) -> AgentConfig:
@@ -10977,9 +11049,7 @@ def open_providers(ctx: Context, endpoints: Iterable[Endpoint]) -> list[Provider
 
 def chosen_endpoints(ctx: Context, chosen: str = "", role: RoleConfig = RoleConfig()) -> list[Endpoint]:  # noqa: B008
     """The main model, or a chosen one, and its stand-ins; a stand-in without a key is left out, and that is said."""
-    logins = ctx.credentials.logins()
-    ctx.redact.add(*(login.api_key for login in logins.values()))  # those that are not asked too: a tool can read them
-    agent = ctx.config.agent
+    logins, agent = ctx.logins(), ctx.config.agent
     if not agent.provider:
         with contextlib.suppress(*([CredentialError] if chosen or role.provider else [])):
             agent = agent._replace(provider=main_provider(agent, logins, ctx.environ))
@@ -10998,9 +11068,7 @@ def chosen_endpoints(ctx: Context, chosen: str = "", role: RoleConfig = RoleConf
 
 def listed_endpoint(ctx: Context, provider: str = "") -> tuple[Endpoint, str]:
     """Whose models to list, whether or not there is a key; and what to say about the choice."""
-    logins = ctx.credentials.logins()
-    ctx.redact.add(*(login.api_key for login in logins.values()))
-    agent, said = ctx.config.agent, ""
+    logins, agent, said = ctx.logins(), ctx.config.agent, ""
     if provider:
         agent = turned_to(agent, provider, ctx.environ)
     try:
@@ -11057,23 +11125,26 @@ async def beside(tty: Tty, widget: Any, work: asyncio.Task) -> Chosen:
         await asyncio.wait({person, work}, return_when=asyncio.FIRST_COMPLETED)
         return person.result() if person.done() else Chosen("done")
     finally:
-        person.cancel()
-        await asyncio.wait([person])
+        await end_tasks(person)
 
 
-async def end_task(work: asyncio.Task) -> None:
-    """Stop what is no longer waited for."""
-    work.cancel()
-    await asyncio.wait([work])
-    if not work.cancelled():
-        work.exception()  # it ended by itself meanwhile; nobody asks how
+async def end_tasks(*tasks: asyncio.Task) -> None:
+    """Stop what is no longer waited for; how it ended meanwhile nobody asks."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def picked(tty: Tty, widget: Any) -> Any:
+    """What the person picks or types; None if they left."""
+    outcome = await converse(tty, widget, tty.style)
+    return outcome.value if outcome.kind == "picked" else None
 
 
 async def choose(tty: Tty, title: str, choices: Sequence[tuple[Any, str]], said: str = "") -> Any:
     """What belongs to the line that the person picks; '' if none."""
     picker = Picker(title, [Choice(word, (line,)) for word, line in choices], typing=True, said=said)
-    outcome = await converse(tty, picker, tty.style)
-    return outcome.value if outcome.kind == "picked" else ""
+    return await picked(tty, picker) or ""
 
 
 async def sign_in(tty: Tty, ctx: Context, given: str = "") -> str:
@@ -11108,9 +11179,7 @@ async def pick_provider(tty: Tty, ctx: Context, title: str = "Sign in: whose mod
         detail = (provider, spec.base_url, f"default model: {spec.model or 'none'}", *map("${}".format, spec.key_env))
         choices.append(Choice(provider, (provider, known), where, "✓" if known else "", detail))
     choices.sort(key=lambda choice: choice.group)
-    picker = Picker(title, choices, heads=("PROVIDER", "KEY"), typing=True, said=said)
-    outcome = await converse(tty, picker, tty.style)
-    return outcome.value if outcome.kind == "picked" else ""
+    return await picked(tty, Picker(title, choices, heads=("PROVIDER", "KEY"), typing=True, said=said)) or ""
 
 
 def other_key(ctx: Context, provider: str) -> str:
@@ -11124,7 +11193,7 @@ def other_key(ctx: Context, provider: str) -> str:
 def stored_logins(ctx: Context) -> dict[str, Login]:
     """The stored logins; none if the file is broken, which is said: the next login keeps it aside."""
     try:
-        return ctx.credentials.logins()
+        return ctx.logins()
     except ConfigError as error:
         log.warning("%s", error)
         return {}
@@ -11133,36 +11202,27 @@ def stored_logins(ctx: Context) -> dict[str, Login]:
 async def ask_login(tty: Tty, ctx: Context, provider: str) -> Login | None:
     """What the person says of a provider: a way to sign in, an address, a key; None if they left."""
     spec, stored = provider_spec(provider), stored_logins(ctx).get(provider, Login(provider))
+    title = f"Sign in to {provider}"
     if provider == "openrouter":
         ways = [("key", "paste a key"), ("browser", "sign in with the browser, which makes a key")]
-        way = await choose(tty, "Sign in to openrouter: how?", ways)
+        way = await choose(tty, f"{title}: how?", ways)
         if way != "key":
             key = await key_from_browser(tty) if way else ""
             return Login(provider, key, stored.base_url) if key else None
     address = stored.base_url
     if not spec.key_env:
         words = [f"The address of the server, such as {spec.base_url or 'https://llm.example.org/v1'}."]
-        address = await ask(
-            tty, f"Sign in to {provider}", words, address or spec.base_url, functools.partial(flaw_in_url, spec)
-        )
+        check = functools.partial(flaw_in_url, spec)
+        address = await picked(tty, Field(title, words, value=address or spec.base_url, check=check))
         if not address:
             return None
         address = whole_url(address, spec)
     words = [f"The key for {provider}. It is stored in {ctx.credentials.path}, for you alone."]
     if not spec.key_env:
         words.append("Leave it empty if the server needs none.")
-    key = await ask(
-        tty, f"Sign in to {provider}", words, "", functools.partial(flaw_in_key, needed=bool(spec.key_env)), masked=True
-    )
+    check = functools.partial(flaw_in_key, needed=bool(spec.key_env))
+    key = await picked(tty, Field(title, words, masked=True, check=check))
     return None if key is None else Login(provider, key.strip(), address)
-
-
-async def ask(
-    tty: Tty, title: str, words: Sequence[str], value: str, check: Callable[[str], str], masked: bool = False
-) -> str | None:
-    """A line that the person types; None if they left."""
-    outcome = await converse(tty, Field(title, words, masked=masked, value=value, check=check), tty.style)
-    return outcome.value if outcome.kind == "picked" else None
 
 
 def flaw_in_key(key: str, needed: bool = True) -> str:
@@ -11189,24 +11249,19 @@ async def is_good(tty: Tty, ctx: Context, login: Login) -> bool:
     """Whether to store the login: it works, or the person wants it all the same."""
     if login.provider == "custom" and not login.base_url:
         return False
-    note = ""
     while True:
         work = asyncio.create_task(try_login(ctx, login))
-        skip = Picker(f"Trying {login.provider} …", [Choice("skip", ("go on without a try",))], typing=True, note=note)
+        skip = Picker(f"Trying {login.provider} …", [Choice("skip", ("go on without a try",))], typing=True)
         outcome = await beside(tty, skip, work)
         if outcome.kind != "done":
-            await end_task(work)
+            await end_tasks(work)
             return outcome.kind == "picked"
         try:
             work.result()
             return True
         except PistaError as error:
             refused, said = isinstance(error, CredentialError), error.args[0]
-        choices = [
-            ("store", "go on all the same"),
-            ("again", "try once more"),
-            ("leave", "go back"),
-        ]
+        choices = [("store", "go on all the same"), ("again", "try once more"), ("leave", "go back")]
         title = f"{login.provider} refuses this key" if refused else f"{login.provider} could not be asked"
         choice = await choose(tty, title, choices[::-1] if refused else choices, printable(said))
         if choice != "again":
@@ -11242,7 +11297,7 @@ async def key_from_browser(tty: Tty) -> str:
                 outcome = await beside(tty, Picker("Sign in to openrouter", (), note="asking for the key …"), work)
             return work.result() if outcome.kind == "done" else ""
         finally:
-            await end_task(work)
+            await end_tasks(work)
 
 
 def flaw_in_paste(login: BrowserLogin, text: str) -> str:
@@ -11270,13 +11325,13 @@ async def browse_models(tty: Tty, provider: str, fetch: Callable[..., Awaitable[
                 if not work or work.done():
                     work = asyncio.create_task(fetch(True))
             elif outcome.kind == actions["t"]:
-                if name := await ask(tty, title, ["The id of a model."], "", flaw_in_id):
+                if name := await picked(tty, Field(title, ["The id of a model."], check=flaw_in_id)):
                     return name.strip()
             else:
                 return outcome.value if outcome.kind == "picked" else ""
     finally:
         if work:
-            await end_task(work)
+            await end_tasks(work)
 
 
 def flaw_in_id(name: str) -> str:
@@ -11320,7 +11375,7 @@ def is_newcomer(ctx: Context) -> bool:
     if not usable(0, sys.stdout, ctx.environ) or find_config(ctx.args.config, ctx.environ):
         return False
     try:
-        main_provider(ctx.config.agent, ctx.credentials.logins(), ctx.environ)
+        main_provider(ctx.config.agent, ctx.logins(), ctx.environ)
     except PistaError as error:
         return isinstance(error, CredentialError)
     return False
@@ -11383,7 +11438,7 @@ class FirstStart:
         except PistaError as error:
             return await self._mend(endpoint, error)
         finally:
-            await end_task(work)
+            await end_tasks(work)
 
     async def _mend(self, endpoint: Endpoint, error: PistaError) -> Any:
         likely = {CredentialError: self._key, Unavailable: self._try}.get(type(error), self._model)
@@ -11437,6 +11492,16 @@ async def catalogue_at(endpoint: Endpoint, refresh: bool = False) -> Catalogue:
 # state is the last part of the callback's path: who does not know it is not heard.
 
 
+def url_safe(data: bytes) -> str:
+    """Bytes as a word for a URL."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def new_token() -> str:
+    """A word for a URL that nobody can guess."""
+    return url_safe(os.urandom(32))
+
+
 class BrowserLogin:
     """One try to get a key through the browser. Nobody learns the verifier; it never leaves but in the exchange."""
 
@@ -11453,10 +11518,8 @@ class BrowserLogin:
         timeout: float = 300.0,
         listen: Callable[..., Awaitable[asyncio.Server]] = asyncio.start_server,
     ):
-        import secrets
-
         self.auth_url, self.api_url, self.timeout, self.listen = auth_url, api_url, timeout, listen
-        self._verifier, self._path = Secret(secrets.token_urlsafe(32)), f"/callback/{secrets.token_urlsafe(32)}"
+        self._verifier, self._path = Secret(new_token()), f"/callback/{new_token()}"
         self._visits: list[asyncio.Task[None]] = []  # in the order they came
 
     async def __aenter__(self) -> BrowserLogin:
@@ -11471,9 +11534,7 @@ class BrowserLogin:
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
-        for visit in self._visits:
-            visit.cancel()
-        await asyncio.gather(*self._visits, return_exceptions=True)
+        await end_tasks(*self._visits)
 
     @property
     def url(self) -> str:
@@ -11490,7 +11551,7 @@ class BrowserLogin:
         from urllib.parse import urlencode
 
         digest = hashlib.sha256(self._verifier.encode()).digest()
-        fields["code_challenge"] = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+        fields["code_challenge"] = url_safe(digest)
         return f"{self.auth_url}?{urlencode(fields | {'code_challenge_method': 'S256', 'key_label': 'openpista'})}"
 
     def open_browser(self, environ: Mapping[str, str] = os.environ) -> bool:
@@ -11517,11 +11578,11 @@ class BrowserLogin:
 
     def _hear(self, target: str) -> bool:
         """Take what a callback brings, a code or a refusal; False if it is not ours. What came first counts."""
-        import secrets
+        import hmac
         from urllib.parse import parse_qsl
 
         path, _, query = target.partition("?")
-        if not secrets.compare_digest(path.encode("utf-8", "replace"), self._path.encode()):
+        if not hmac.compare_digest(path.encode("utf-8", "replace"), self._path.encode()):
             return False
         fields = dict(parse_qsl(query))
         if "error" not in fields and not re.fullmatch(r"[\w.~+=/-]{6,1024}", fields.get("code", ""), re.ASCII):
@@ -11669,9 +11730,9 @@ class Local:
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words."""
         choice, yes = self.choose(name, text), self.ctx.args.yes
-        session = await self.settle(name, choice.agent)
-        mode, always = "never" if yes else self.ctx.config.tools.approval, self._always.setdefault(name, set())
-        gate = Gate(mode, approve, always, YES_ALLOWS, firm=yes)
+        session = self.settle(name, choice.agent)
+        mode = "never" if yes else self.approval
+        gate = Gate(mode, approve, self._always.setdefault(name, set()), YES_ALLOWS, firm=yes)
         return await self.app.agent.turn(session, choice.text, gate, tell, agent=choice.agent)
 
     def choose(self, name: str, text: str) -> Routed:
@@ -11680,7 +11741,7 @@ class Local:
             self.agent = self.app.store.find_session(name).agent
         return self.app.agent.crew.choose(Event("cli", "", name, text), self.always_agent or self.agent)
 
-    async def settle(self, name: str, agent: str) -> Session:
+    def settle(self, name: str, agent: str) -> Session:
         """The session, with the model that was chosen for it."""
         self.models = self.app.models.pick(self.chosen, agent)  # or says what is missing
         session = self.app.store.session(name)
@@ -11693,7 +11754,7 @@ class Local:
         return self.app.store.sessions(200)
 
     async def recent(self, name: str) -> list[Message]:
-        """The last messages of a session; nothing of one that is new."""
+        """The last messages of a session. StoreError if there is no such session."""
         return [entry.message for entry in self.app.store.tail(self.app.store.find_session(name), 4_000)]
 
     async def usage(self, name: str) -> Usage:
@@ -11775,8 +11836,7 @@ class LiveAnswer:
         return [shown] if is_code else wrap_cells(shown, self.width())
 
     def _half(self) -> str:
-        half = HALF_ESCAPE.search(self._rest)
-        return half[0] if half else self.redact.half(self._rest)
+        return half_said(self._rest, self.redact)
 
     def _shown(self, text: str) -> str:
         return self.redact(printable(text))
@@ -11803,16 +11863,16 @@ def load_history(path: Path) -> list[str]:
 
 def add_history(path: Path, text: str) -> None:
     """Remember what was typed; a failure is not worth a word."""
-    if len(text) <= HISTORY_LONGEST:
-        with (
-            contextlib.suppress(OSError),
-            open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file,
-        ):
+    if len(text) > HISTORY_LONGEST:
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(handle, "w") as file:
             file.write(json.dumps(text) + "\n")  # ASCII: whatever was typed fits
 
 
 class Chat:
-    """A conversation with commands. How things look is the business of those who inherit: say, pick, run."""
+    """A conversation with commands. Those who inherit have a screen or lines: run, say, pick, browse, log_in, stop."""
 
     def __init__(self, desk: Local, session: str, redact: Redactor):
         self.desk, self.redact = desk, redact
@@ -11820,25 +11880,9 @@ class Chat:
         self.left = False
         self.code = 0
 
-    def say(self, text: str, *styles: str) -> None:
-        """Show lines that stay."""
-        raise NotImplementedError
-
     def say_answer(self, text: str) -> None:
         """Show an answer of the past."""
         self.say(self.redact(printable(text)))
-
-    async def pick(self, picker: Picker) -> Any:
-        """What the person picks; None if nothing."""
-        raise NotImplementedError
-
-    async def log_in(self) -> str:
-        """The provider that the person signed in to; '' if none."""
-        raise NotImplementedError
-
-    async def stop(self) -> None:
-        """End the turn that runs."""
-        raise NotImplementedError
 
     async def open(self, given: bool) -> None:
         """Take up the session: its model, and if it was named what was said last."""
@@ -11924,22 +11968,16 @@ class Chat:
         provider = await self.log_in()
         if provider:
             await self.desk.renew()
-            await self._use_provider(provider)
-
-    async def _use_provider(self, provider: str) -> None:
-        """Ask a provider from now on, and say if another key than the stored one will be used for it."""
-        await self.desk.use(provider)
-        self.say(f"now asking {self.desk.model}", "good")
-        if note := other_key(self.desk.ctx, provider):
-            self.say(note, "ask")
+            await self.desk.use(provider)
+            self.say(f"now asking {self.desk.model}", "good")
+            if note := other_key(self.desk.ctx, provider):
+                self.say(note, "ask")
 
     async def _models(self, rest: str) -> None:
-        if model := await self._browse(self.desk.provider):
-            await self._use_model(f"{self.desk.provider}/{model}")
-
-    async def _browse(self, provider: str) -> str:
+        provider = self.desk.provider
         fetch = functools.partial(self.desk.catalogue, provider if self.desk.ready else "")
-        return await self.browse(provider, fetch, self.desk.model.partition("/")[2])
+        if model := await self.browse(provider, fetch, self.desk.model.partition("/")[2]):
+            await self._use_model(f"{provider}/{model}")
 
     async def _model(self, rest: str) -> None:
         if not rest:
@@ -11962,10 +12000,8 @@ class Chat:
 
     async def _use_model(self, name: str) -> None:
         await self.desk.use(name)
-        self.say(
-            f"{self.desk.model} answers this session from now on; /model reset goes back" if name else self.desk.model,
-            "good",
-        )
+        more = " answers this session from now on; /model reset goes back" if name else ""
+        self.say(f"{self.desk.model}{more}", "good")
 
     async def _agent(self, rest: str) -> None:
         self.say(await self.desk.appoint(self.session, rest), *(["good"] if rest else []))
@@ -11994,9 +12030,8 @@ class Chat:
             for s in sessions
         ]
         heads = ("SESSION", "MESSAGES", "LAST USED (UTC)", "BEGINS WITH")
-        return (
-            await self.pick(Picker("Go on with a session", choices, heads=heads, typing=True, start=self.session)) or ""
-        )
+        picker = Picker("Go on with a session", choices, heads=heads, typing=True, start=self.session)
+        return await self.pick(picker) or ""
 
     async def _clear(self, rest: str) -> None:
         self.wipe()
@@ -12118,8 +12153,7 @@ class LineChat(Chat):
         except asyncio.CancelledError:
             self.console.abandon()
             if asyncio.current_task().cancelling():
-                self._turn.cancel()
-                await asyncio.wait([self._turn])
+                await end_tasks(self._turn)
                 raise
             self.say("stopped")
         finally:
@@ -12170,47 +12204,6 @@ class LineChat(Chat):
         self.say("nothing runs")
 
 
-class LineReader:
-    """Lines of a file descriptor as they come, without a thread that could not be stopped."""
-
-    LONGEST = 4 << 20  # bytes; what is longer is cut there
-
-    def __init__(self, handle: int):
-        self.handle, self._held, self._ended = handle, bytearray(), False
-
-    async def next(self) -> str | None:
-        """The next line without its end; None behind the last one."""
-        while b"\n" not in self._held and not self._ended and len(self._held) < self.LONGEST:
-            data = await self._read()
-            self._ended = not data
-            self._held += data
-        if not self._held:
-            return None
-        line, _, rest = self._held.partition(b"\n")
-        self._held = rest
-        return storable(bytes(line).decode("utf-8", "replace")).removesuffix("\r")
-
-    async def _read(self) -> bytes:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        try:
-            loop.add_reader(self.handle, ready.set)
-        except PermissionError:  # a file, which is always ready
-            return os.read(self.handle, 64 << 10)
-        try:
-            await ready.wait()
-            return os.read(self.handle, 64 << 10)
-        finally:
-            loop.remove_reader(self.handle)
-
-
-DECISIONS = {  # a key -> what it says to a risky call; the Korean letters lie on the same keys
-    "y": Decision.ONCE,
-    "ㅛ": Decision.ONCE,
-    "a": Decision.ALWAYS,
-    "ㅁ": Decision.ALWAYS,
-    "n": Decision.DENY,
-    "ㅜ": Decision.DENY,
-}
 SAID = {
     Decision.ONCE: "yes, once",
     Decision.ALWAYS: "yes, and always this command in this session",
@@ -12288,13 +12281,9 @@ class TurnView:
     def _tool_finished(self, progress: Progress) -> None:
         self.close()
         if progress.call.id not in self._running:  # its result tells the model why
-            why = printable(progress.result.output).partition(". ")[0]
-            self.show(
-                [
-                    f"{self.style('✗', 'bad')} {self.redact(whose(progress, title(progress.call)))}",
-                    self.style(f"  not run: {self.redact(why)}", "dim"),
-                ]
-            )
+            why = self.redact(printable(progress.result.output).partition(". ")[0])
+            what = f"{self.style('✗', 'bad')} {self.redact(whose(progress, title(progress.call)))}"
+            self.show([what, self.style(f"  not run: {why}", "dim")])
             return
         what, since = self._running.pop(progress.call.id)
         self.calls += 1
@@ -12318,11 +12307,109 @@ TOLD = {
 }
 
 
-class Question(NamedTuple):
-    """A risky call that waits for a person's yes."""
+class Question:
+    """A risky call that waits for one key of a person's; a letter that another key follows began a sentence."""
 
-    answer: asyncio.Future
-    since: float
+    SETTLE = 0.5  # seconds without a key before a letter counts: who types has not seen the question
+    MEANT = 0.3  # seconds in which no other key follows a yes
+
+    def __init__(self, since: float):
+        self.since = since
+        self.answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        self._meant: KeyPress | None = None  # a letter that is the answer if no other key follows
+
+    def take(self, key: KeyPress, settled: bool) -> bool:
+        """Whether the key is an answer: Esc is one at any time, a letter when all is settled."""
+        if key.name == "escape":
+            self._decide(Decision.DENY)
+            return True
+        decision = DECISIONS.get(key.text.lower())
+        if key.name != "text" or not decision or not settled:
+            return False
+        self._meant = key
+        wait = 0.0 if decision is Decision.DENY else self.MEANT
+        asyncio.get_running_loop().call_later(wait, self._decide, decision, key)
+        return True
+
+    def take_back(self) -> KeyPress | None:
+        """The letter that is no answer, now that another key follows."""
+        letter, self._meant = self._meant, None
+        return letter
+
+    def _decide(self, decision: Decision, meant: KeyPress | None = None) -> None:
+        if self._meant is meant and not self.answer.done():
+            self.answer.set_result(decision)
+            self._meant = None
+
+
+class Board:
+    """A terminal on which lines that stay scroll up, above those that are painted again and again."""
+
+    FRAME = 0.02  # seconds between two paints
+
+    def __init__(self, tty: Tty, lines: Callable[[int, int], tuple[list[str], tuple[int, int]]]):
+        self.tty, self.lines = tty, lines  # what to paint in so many columns and rows, and where the cursor is
+        self.painter = Painter(tty.write, inline=True)
+        self.held: list[str] | None = None  # lines that are printed later
+        self._away = False  # somebody else has the screen
+        self._due: asyncio.TimerHandle | None = None
+        self._painted = 0.0
+
+    def width(self) -> int:
+        """The columns for text; the last one stays empty."""
+        return self.tty.size[0] - 1
+
+    def print(self, lines: Sequence[str]) -> None:
+        """Show lines that stay."""
+        if self.held is not None:
+            self.held += lines
+        elif lines:
+            self.painter.print("\n".join(lines), self.tty.size)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """What is said inside is printed behind it."""
+        self.held = []
+        try:
+            yield
+        finally:
+            lines, self.held = self.held, None
+            self.print(lines)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """The screen for somebody else; what is said meanwhile is printed afterwards."""
+        self._away = True
+        try:
+            with self.holding(), self.tty.full_screen():
+                yield
+        finally:
+            self._away = False
+
+    def soon(self) -> None:
+        """Paint, at once if the last time was long enough ago, and once for all that happens meanwhile."""
+        if self._due is None and not self._away:
+            loop = asyncio.get_running_loop()
+            wait = max(0.0, self._painted + self.FRAME - loop.time())
+            self._due = loop.call_later(wait, self._paint)
+
+    def _paint(self) -> None:
+        self._due, self._painted = None, asyncio.get_running_loop().time()
+        if not self._away:
+            lines, cursor = self.lines(*self.tty.size)
+            self.painter.paint(lines, self.tty.size, cursor)
+
+    def wipe(self) -> None:
+        """An empty screen."""
+        self.painter.clear()
+        self.tty.write("\x1b[H\x1b[2J")
+        self.painter.forget()
+
+    def close(self) -> None:
+        """Paint no more, and take away what was painted."""
+        if self._due:
+            self._due.cancel()
+        self.painter.clear()
 
 
 class ScreenChat(Chat):
@@ -12333,19 +12420,15 @@ class ScreenChat(Chat):
   Ctrl-C stops the turn, at rest leaves if pressed twice; Ctrl-D leaves
   Tab completes     Ctrl-R searches what was typed before
   Ctrl-O shows the last output whole     Ctrl-L clears the screen"""
-    SETTLE = 0.5  # seconds without a key before one counts as an answer: who types has not seen the question
-    MEANT = 0.3  # seconds in which no other key follows a yes: else it was the first letter of a sentence
     LEAVES = "Ctrl-C once more leaves"
-    FRAME = 0.02  # seconds between two paints
     ECHOED, QUEUED = 12, 3  # lines of what was sent, and texts that wait, that are shown
 
     def __init__(
         self, desk: Local, session: str, redact: Redactor, tty: Tty, clock: Callable[[], float] = time.monotonic
     ):
         super().__init__(desk, session, redact)
-        self.tty, self.clock = tty, clock
-        self.style = tty.style
-        self.painter = Painter(tty.write, inline=True)
+        self.tty, self.style, self.clock = tty, tty.style, clock
+        self.board = Board(tty, self._lines)
         self._past = desk.ctx.home / "history"
         self.editor = Editor(load_history(self._past), self.complete)
         self.queue: collections.deque[str] = collections.deque()  # what was typed during the turn
@@ -12353,11 +12436,6 @@ class ScreenChat(Chat):
         self.question: Question | None = None
         self.view = self._new_view()
         self._hint, self._typed, self._leaving = "", -1.0, False
-        self._meant: KeyPress | None = None  # a key that is the answer if no other follows
-        self._paint_due: asyncio.TimerHandle | None = None
-        self._painted = 0.0
-        self._away = False  # a picker has the screen
-        self._later: list[str] | None = None  # what is said meanwhile, or while a question stands
 
     # ---- the loop ----
 
@@ -12375,7 +12453,7 @@ class ScreenChat(Chat):
                 helpers.append(asyncio.create_task(asyncio.to_thread(self.desk.warm)))
                 while not self.left:
                     await self._settle_turn()
-                    self._soon()
+                    self.board.soon()
                     if self.left or await self._press(await self.tty.key()):
                         break
             finally:
@@ -12399,15 +12477,14 @@ class ScreenChat(Chat):
     async def _press(self, key: KeyPress) -> bool:
         """Do what a key says; True if the terminal is gone."""
         if key.name == "resume":
-            self.painter.forget()
+            self.board.painter.forget()
         elif key.name not in ("resize", "wake", "gone"):
-            if self._meant:  # it was the first letter of a sentence
-                self.editor.press(self._meant)
-                self._meant = None
-            if not (self.question and self._answers(key)):
+            if self.question and (letter := self.question.take_back()):
+                self.editor.press(letter)
+            if not (self.question and self.question.take(key, self._is_settled())):
                 self._typed, hint, self._hint = self.clock(), self._hint, ""
                 self._leaving = hint == self.LEAVES
-                await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._nothing)(self, key)
+                await KEYS_OF_CHAT.get(self.editor.press(key), ScreenChat._other)(self, key)
         return key.name == "gone"
 
     async def _end(self) -> None:
@@ -12419,16 +12496,14 @@ class ScreenChat(Chat):
             await asyncio.wait([self.turn])
             raise
         finally:
-            if self._paint_due:
-                self._paint_due.cancel()
-            self.painter.clear()
+            self.board.close()
 
     async def _tick(self) -> None:
         """Keep the seconds true while something runs."""
         while True:
             await asyncio.sleep(TurnView.TICK)
             if self.turn:
-                self._soon()
+                self.board.soon()
 
     def write(self, text: str) -> None:
         """Of a stream: for the log."""
@@ -12445,10 +12520,10 @@ class ScreenChat(Chat):
         self.say(f"› {line.strip()}", "dim")
         await super().obey(line)
 
-    async def _nothing(self, key: KeyPress) -> None:
+    async def _other(self, key: KeyPress) -> None:
         if key.name == "ctrl-o":
             output = indented(self.view.output or "no output yet").split("\n")
-            self._print([self.style(line, "dim") for line in output])
+            self.board.print([self.style(line, "dim") for line in output])
 
     async def _submit(self, key: KeyPress) -> None:
         text = self.editor.take()
@@ -12468,21 +12543,12 @@ class ScreenChat(Chat):
             self.left = True
         self._hint = self.LEAVES
 
-    async def _leave(self, key: KeyPress) -> None:
-        self.left = True
-
-    async def _wipe(self, key: KeyPress) -> None:
-        self.wipe()
+    async def _suspend(self, key: KeyPress) -> None:
+        self.board.painter.clear()
+        self.tty.suspend()
 
     def wipe(self) -> None:
-        """An empty screen."""
-        self.painter.clear()
-        self.tty.write("\x1b[H\x1b[2J")
-        self.painter.forget()
-
-    async def _suspend(self, key: KeyPress) -> None:
-        self.painter.clear()
-        self.tty.suspend()
+        self.board.wipe()
 
     async def stop(self) -> None:
         """End the turn; what waited goes back into the input, since it was meant for its end."""
@@ -12510,7 +12576,7 @@ class ScreenChat(Chat):
         started = self.clock()
         try:
             reply = await self.desk.turn(self.session, text, self._ask, self._tell)
-            self._print(self.view.answer.finish(reply.text))
+            self.board.print(self.view.answer.finish(reply.text))
             self.say(took(reply, self.clock() - started), "dim")
             if reply.problem:
                 self.say(f"✗ {self.redact(reply.problem)}", "bad")
@@ -12524,89 +12590,42 @@ class ScreenChat(Chat):
 
     def _tell(self, progress: Progress) -> None:
         self.view.tell(progress)
-        self._soon()
+        self.board.soon()
 
     def _new_view(self) -> TurnView:
-        return TurnView(self.redact, self.style, self.clock, lambda: self.tty.size[0] - 1, self._print)
+        return TurnView(self.redact, self.style, self.clock, self.board.width, self.board.print)
 
     async def _ask(self, call: ToolCall, danger: str) -> Decision:
         """Ask about a risky call with one key."""
         self.view.close()
         self.say(f"\n{self.redact(asked_for(call, danger))}", "ask")
-        self.question = Question(asyncio.get_running_loop().create_future(), self.clock())
-        self._soon()
+        self.question = Question(self.clock())
+        self.board.soon()
         self.tty.write("\a")
         try:
-            with self._holding():  # what ends meanwhile must not come between the command and the answer
+            with self.board.holding():  # what ends meanwhile must not come between the command and the answer
                 decision = await self.question.answer
-                self._later.insert(0, self.style(f"  {SAID[decision]}", "dim"))
+                self.board.held.insert(0, self.style(f"  {SAID[decision]}", "dim"))
         finally:
             self.question = None
         return decision
 
-    def _answers(self, key: KeyPress) -> bool:
-        """Take a key as the answer to the question, if it can be meant so and is not the next letter of a sentence."""
-        if key.name == "escape":
-            self._decide(Decision.DENY)
-            return True
-        since = max(self.question.since, self._typed)
-        decision = DECISIONS.get(key.text.lower())
-        if key.name != "text" or not decision or self.editor.text or self.clock() - since < self.SETTLE:
-            return False
-        self._meant = key
-        wait = 0.0 if decision is Decision.DENY else self.MEANT
-        asyncio.get_running_loop().call_later(wait, self._decide_if_meant, key, decision)
-        return True
-
-    def _decide_if_meant(self, key: KeyPress, decision: Decision) -> None:
-        if self._meant is key:
-            self._meant = None
-            self._decide(decision)
-
-    def _decide(self, decision: Decision) -> None:
-        if self.question and not self.question.answer.done():
-            self.question.answer.set_result(decision)
+    def _is_settled(self) -> bool:
+        """Whether the person has seen the question and is not about to write something else."""
+        quiet = self.clock() - max(self.question.since, self._typed)
+        return not self.editor.text and quiet >= self.question.SETTLE
 
     # ---- what is shown ----
 
     def say(self, text: str, *styles: str) -> None:
         """Lines that stay, above the input."""
         text, prose = printable(text), styles in ((), ("bold",))  # all else is read and copied as it is
-        rows = wrap_cells(text, self.tty.size[0] - 1) if prose else text.split("\n")
-        self._print([self.style(row, *styles) if row else "" for row in rows])
+        rows = wrap_cells(text, self.board.width()) if prose else text.split("\n")
+        self.board.print([self.style(row, *styles) if row else "" for row in rows])
 
     def say_answer(self, text: str) -> None:
         """Show an answer of the past as it looked."""
-        self._print(LiveAnswer(self.redact, self.style, lambda: self.tty.size[0] - 1).finish(self.redact(text)))
-
-    def _print(self, lines: Sequence[str]) -> None:
-        if self._later is not None:
-            self._later += lines
-        elif lines:
-            self.painter.print("\n".join(lines), self.tty.size)
-
-    @contextlib.contextmanager
-    def _holding(self) -> Iterator[None]:
-        """What is said inside is printed behind it."""
-        self._later = []
-        try:
-            yield
-        finally:
-            lines, self._later = self._later, None
-            self._print(lines)
-
-    def _soon(self) -> None:
-        """Paint, at once if the last time was long enough ago, and once for all that happens meanwhile."""
-        if self._paint_due is None and not self._away:
-            loop = asyncio.get_running_loop()
-            wait = max(0.0, self._painted + self.FRAME - loop.time())
-            self._paint_due = loop.call_later(wait, self._paint)
-
-    def _paint(self) -> None:
-        self._paint_due, self._painted = None, asyncio.get_running_loop().time()
-        if not self._away:
-            lines, cursor = self._lines(*self.tty.size)
-            self.painter.paint(lines, self.tty.size, cursor)
+        self.board.print(LiveAnswer(self.redact, self.style, self.board.width).finish(self.redact(text)))
 
     def _lines(self, columns: int, rows: int) -> tuple[list[str], tuple[int, int]]:
         """What is painted: the answer's unfinished line, what runs, what waits, the input, a hint."""
@@ -12632,38 +12651,27 @@ class ScreenChat(Chat):
 
     # ---- pickers ----
 
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """The screen for somebody else; what is said meanwhile is printed afterwards."""
-        self._away = True
-        try:
-            with self._holding(), self.tty.full_screen():
-                yield
-        finally:
-            self._away = False
-
     async def pick(self, picker: Picker) -> Any:
         """What the person picks on the whole screen."""
-        with self._aside():
-            outcome = await converse(self.tty, picker, self.style)
-        return outcome.value if outcome.kind == "picked" else None
+        with self.board.aside():
+            return await picked(self.tty, picker)
 
     async def browse(self, provider: str, fetch: Callable[..., Awaitable[Catalogue]], current: str) -> str:
         """The model that the person picks from the catalogue."""
-        with self._aside():
+        with self.board.aside():
             return await browse_models(self.tty, provider, fetch, current)
 
     async def log_in(self) -> str:
         """Sign in on the whole screen."""
-        with self._aside():
+        with self.board.aside():
             return await sign_in(self.tty, self.desk.ctx)
 
 
 KEYS_OF_CHAT = {  # what the editor makes of a key -> what the chat does
     "submit": ScreenChat._submit,
     "interrupt": ScreenChat._interrupt,
-    "leave": ScreenChat._leave,
-    "clear-screen": ScreenChat._wipe,
+    "leave": Chat._quit,
+    "clear-screen": Chat._clear,
     "suspend": ScreenChat._suspend,
 }
 
@@ -12732,13 +12740,6 @@ def add_job(jobs: Jobs, job: Job, zone: tzinfo, once: str = "") -> Job:
         return jobs.add(timed(job._replace(name=name), jobs.store.now(), zone, once))
 
 
-def remove_job(jobs: Jobs, name: str) -> None:
-    """Forget a job; an error if there is none of this name, or the configuration would bring it back."""
-    if jobs.get(name).origin == "config":
-        raise ConfigError(f"the job {name!r} stands in the configuration", "remove its [[cron]] table, or pause it")
-    jobs.remove(name)
-
-
 def pause_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
     """Let a job rest; in words what was done."""
     job = jobs.get(name)
@@ -12766,13 +12767,15 @@ def run_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
     return f"{job.name} is done as soon as there is time; see `openpista cron history {job.name}`"
 
 
-def drop_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
-    """Forget a job; in words what was done."""
-    remove_job(jobs, name)
+def remove_job(jobs: Jobs, name: str, zone: tzinfo) -> str:
+    """Forget a job, but not one that the configuration would bring back; in words what was done."""
+    if jobs.get(name).origin == "config":
+        raise ConfigError(f"the job {name!r} stands in the configuration", "remove its [[cron]] table, or pause it")
+    jobs.remove(name)
     return f"removed {name}"
 
 
-CRON_VERBS = {"run": run_job, "pause": pause_job, "resume": resume_job, "remove": drop_job}
+CRON_VERBS = {"run": run_job, "pause": pause_job, "resume": resume_job, "remove": remove_job}
 
 
 def due_text(job: Job, zone: tzinfo) -> str:
@@ -12985,8 +12988,7 @@ class CronRemove(CronTool):
 
     async def run(self, arguments: dict[str, Any]) -> ToolResult:
         """That it is gone."""
-        remove_job(self.jobs, arguments["name"])
-        return ToolResult("", "removed")
+        return ToolResult("", remove_job(self.jobs, arguments["name"], self.zone))
 
 
 CRON_TOOLS = {tool.spec.name: tool for tool in (CronAdd, CronList, CronRemove)}
@@ -13009,7 +13011,7 @@ ABSENT = 120.0  # seconds that a question waits for a client that is gone; then 
 UNHEARD = 256 << 10  # characters of progress that wait for a slow reader; the rest is left out, the reply has it all
 TOLD_TEXT, REPLY_TEXT, HISTORY_TEXT = 20_000, 150_000, 150_000  # characters: one may take six bytes in a frame
 
-ERROR_WORDS = (  # an error -> the code of its frame
+ERROR_WORDS = (  # an error -> the code of its frame, and back: there the last one of a code counts
     (ChannelBusy, "shutting_down"),
     (CredentialError, "no_key"),
     (ConfigError, "bad_request"),
@@ -13036,11 +13038,6 @@ class Doubt(NamedTuple):
 def hash_token(token: str) -> str:
     """What is kept of a device's token."""
     return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
-
-
-def new_token() -> str:
-    """A token that nobody can guess, fit for a URL."""
-    return base64.urlsafe_b64encode(os.urandom(32)).decode().rstrip("=")
 
 
 def local_device(home: Path, devices: Devices) -> str:
@@ -13242,9 +13239,8 @@ class Exchange:
         """The receipt of an event that was taken, now or before."""
         receipt = self.hub.submit(event)
         if receipt.answer == "full":
-            raise WireError(
-                "busy", f"session {event.session} has {plural(receipt.ahead, 'message')} waiting; keep this"
-            )
+            waiting = plural(receipt.ahead, "message")
+            raise WireError("busy", f"session {event.session} has {waiting} waiting; keep this")
         if receipt.answer == "closing":
             raise WireError("shutting_down", "openpista is shutting down: keep this message and send it again")
         if receipt.answer == "duplicate":
@@ -13272,9 +13268,7 @@ class Exchange:
                     raise task.exception()
             return None
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
 
     async def _hear(self, number: int, listener: Listener) -> None:
         """Take answers to questions until the client is gone; one that comes too late is no error."""
@@ -13311,9 +13305,8 @@ class Exchange:
     async def _ask(self, number: int, call: ToolCall, danger: str) -> Decision:
         """Ask all who wait for the answer, and who comes meanwhile."""
         approval_id = next(self._numbers)
-        told_of = told_call(call, self.redact)
         frame = {"type": "approval", "approval_id": approval_id, "tool": call.name, "reason": danger}
-        frame |= {"call_id": call.id, "arguments": told_of["arguments"]}
+        frame |= {"call_id": call.id, "arguments": told(call.arguments, self.redact)}
         question = Doubt(frame, asyncio.get_running_loop().create_future())
         self._questions.setdefault(number, {})[approval_id] = question
         for listener in self._listeners.get(number, ()):
@@ -13382,17 +13375,14 @@ class Gateway:
     async def reload(self, config: GatewayConfig) -> None:
         """Take other settings; an error leaves the old ones."""
         identity = load_certificate(*certificate_files(self.home, config))
-        hosts = gateway_hosts(config, self.devices.list())
-        if (hosts, config.port) != (self._hosts, self.config.port):
-            await self._move(hosts, config.port)
+        await self._move(gateway_hosts(config, self.devices.list()), config.port)
         self.config = config
         self.server.use(identity)
 
     async def close(self, code: int = Code.SHUTTING_DOWN, reason: str = "shutting down") -> None:
         """Tell every client, and listen no more."""
         if self._looking:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+            await end_tasks(self._looking)
         if self.server:
             await self.server.close(code, reason)
 
@@ -13403,8 +13393,8 @@ class Gateway:
             await asyncio.sleep(self.LOOK)
             try:
                 await self._cut_revoked()
-                if self.config.host == "auto" and (hosts := gateway_hosts(self.config, self.devices.list())):
-                    await self._move(hosts, self.config.port)
+                if self.config.host == "auto":
+                    await self._move(gateway_hosts(self.config, self.devices.list()), self.config.port)
                 self._reread()
                 if count % 3_600 == 1:
                     self.tickets.table.prune()
@@ -13577,7 +13567,7 @@ HANDLERS: dict[str, Callable[[Gateway, Stream], Awaitable[dict[str, Any] | None]
 }
 
 
-# The client
+# ---- the other end ----
 
 
 class Invite(NamedTuple):
@@ -13591,7 +13581,7 @@ class Invite(NamedTuple):
     @property
     def place(self) -> str:
         """host:port"""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return host_port(self.host, self.port)
 
     def __str__(self) -> str:
         return f"openpista://{self.token}@{self.place}/#sha256={self.fingerprint}"
@@ -13610,13 +13600,8 @@ def parse_invite(text: str, default_port: int = GatewayConfig().port) -> Invite:
     except ValueError as error:
         raise UsageError(f"this is no HOST[:PORT] and no invite: {error}") from None
     pin = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", url.fragment)
-    if (
-        url.scheme != "openpista"
-        or not re.fullmatch(r"[^\s@]+", host)
-        or pin is None
-        or url.password
-        or url.path not in ("", "/")
-    ):
+    whole = url.scheme == "openpista" and re.fullmatch(r"[^\s@]+", host) and pin
+    if not whole or url.password or url.path not in ("", "/"):
         raise UsageError("this is no HOST[:PORT] and no whole invite", "it ends with #sha256= and 64 digits")
     return Invite(host, port, url.username or "", (pin[1] or "").lower())
 
@@ -13680,13 +13665,18 @@ class Refusal(PistaError):
         self.exit_code = exit_code
 
 
-REFUSALS = {  # the code of an error frame -> our error for it
-    "unauthorized": CredentialError,
-    "no_key": CredentialError,
-    "bad_request": UsageError,
-    "not_found": StoreError,
-    "shutting_down": ChannelBusy,
-}
+REFUSALS = {code: kind for kind, code in ERROR_WORDS} | {"unauthorized": CredentialError, "failed": Refusal}
+
+
+def text_in(frame: dict[str, Any], name: str, default: str = "") -> str:
+    """A text in a frame."""
+    return str(frame.get(name) or default)
+
+
+def part_in(frame: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of a frame; empty if there is none."""
+    found = frame.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def checked(frame: dict[str, Any] | None) -> dict[str, Any]:
@@ -13694,40 +13684,46 @@ def checked(frame: dict[str, Any] | None) -> dict[str, Any]:
     if frame is None:
         raise GatewayError("the gateway said nothing more")
     if frame.get("type") == "error":
-        raise REFUSALS.get(str(frame.get("code")), Refusal)(clip(str(frame.get("message") or frame.get("code")), 500))
+        code = text_in(frame, "code")
+        raise REFUSALS.get(code, Refusal)(clip(text_in(frame, "message", code), 500))
     return frame
 
 
 def usage_in(frame: dict[str, Any]) -> Usage:
     """The usage in a frame."""
-    found = frame.get("usage")
-    found = found if isinstance(found, dict) else {}
-    return Usage(*(found.get(name) or 0 for name in ("input", "cached", "output")), found.get("cost"))
+    found = {name: value for name, value in part_in(frame, "usage").items() if isinstance(value, int | float)}
+    return Usage(*(found.get(name, 0) for name in ("input", "cached", "output")), found.get("cost"))
 
 
 def call_in(frame: dict[str, Any]) -> ToolCall:
     """The call of a tool in a frame."""
-    arguments = frame.get("arguments")
-    name = str(frame.get("name") or frame.get("tool") or "")
-    call_id = str(frame.get("call_id") or frame.get("id") or "")
-    return ToolCall(call_id, name, arguments if isinstance(arguments, dict) else {})
+    name, call_id = frame.get("name") or frame.get("tool"), frame.get("call_id") or frame.get("id")
+    return ToolCall(str(call_id or ""), str(name or ""), part_in(frame, "arguments"))
 
 
 def progress_in(frame: dict[str, Any]) -> Progress | None:
     """The progress in a frame; None if it is of a kind that is not known here."""
-    kind, text = str(frame.get("event")), str(frame.get("text") or "")
+    kind, text = text_in(frame, "event"), text_in(frame, "text")
     if frame.get("type") == "delta":
         return Progress("delta", text)
-    call, found = frame.get("call"), frame.get("result")
-    if kind not in SHOW or (kind.startswith("tool") and not isinstance(call, dict)):
+    call, result = call_in(frame["call"]) if isinstance(frame.get("call"), dict) else None, None
+    if kind not in SHOW or (kind.startswith("tool") and call is None):
         return None
-    called = call_in(call) if isinstance(call, dict) else None
     if kind == "tool_finished":
-        found = found if isinstance(found, dict) else {}
-        result = ToolResult(called.id, str(found.get("output") or ""), bool(found.get("is_error")))
-        return Progress(kind, text, called, result, agent=str(frame.get("agent") or ""))
+        found = part_in(frame, "result")
+        result = ToolResult(call.id, text_in(found, "output"), bool(found.get("is_error")))
     usage = usage_in(frame) if "usage" in frame else None
-    return Progress(kind, text, called, usage=usage, agent=str(frame.get("agent") or ""))
+    return Progress(kind, text, call, result, usage, text_in(frame, "agent"))
+
+
+def noun_in(row: dict[str, Any], noun: type) -> Any:
+    """A noun of a row that has each of its fields; KeyError if one is missing."""
+    return noun(*map(row.__getitem__, noun._fields))
+
+
+def name_and_what(row: dict[str, Any]) -> tuple[str, str]:
+    """The name in a row, and what it is; KeyError if one is missing."""
+    return str(row["name"]), str(row["description"])
 
 
 class Uplink:
@@ -13783,7 +13779,7 @@ class Uplink:
     async def _leave(self) -> None:
         client, self._client = self._client, None
         if self._pulse:
-            self._pulse.cancel()
+            await end_tasks(self._pulse)
         if client:
             await client.__aexit__()
 
@@ -13847,7 +13843,10 @@ class Uplink:
 
 
 class RemoteDesk(Uplink):
-    """What a chat talks to: a daemon elsewhere. What was said while the connection was gone it collects."""
+    """What a chat talks to: a daemon elsewhere; for a chat it is as Local is.
+
+    What was said while the connection was gone it collects.
+    """
 
     LONGEST = 600.0  # seconds without the gateway until a turn is given up
     STOPPING = 2.0  # seconds to stop one
@@ -13913,47 +13912,40 @@ class RemoteDesk(Uplink):
                     calls += [(progress.call, progress.result)] if progress.result and not progress.agent else []
                     tell(progress)
         finally:
-            for question in questions:
-                question.cancel()
-            await asyncio.gather(*questions, return_exceptions=True)
-        text, model = str(frame.get("content") or ""), str(frame.get("model") or self.model)
+            await end_tasks(*questions)
+        text, model = text_in(frame, "content"), text_in(frame, "model", self.model)
         if frame.get("is_error"):
             raise Refusal(text, frame["exit_code"] if frame.get("exit_code") in (1, 2, 3) else 1)
-        name = str(frame.get("session_id") or request["session_id"])
-        known = (str(frame.get("problem") or ""), str(frame.get("agent") or DEFAULT))
+        name = text_in(frame, "session_id", request["session_id"])
+        known = (text_in(frame, "problem"), text_in(frame, "agent", DEFAULT))
         return Reply(text, name, model, usage_in(frame), tuple(calls), *known)
 
     async def _answer(self, stream: Stream, frame: dict[str, Any], approve: Approve) -> None:
         """Ask the person, and send what they say."""
-        decision = await approve(call_in(frame), str(frame.get("reason") or "risky"))
+        decision = await approve(call_in(frame), text_in(frame, "reason", "risky"))
         answer = {"type": "approval_answer", "approval_id": frame.get("approval_id"), "decision": decision.value}
         await stream.send(answer)
 
     @property
     def provider(self) -> str:
-        """Whose models are offered."""
         return self.model.partition("/")[0]
 
     def warm(self) -> None:
         """Nothing to load."""
 
     async def use(self, chosen: str) -> None:
-        """Have this provider/model asked from now on; '' is the configured one. An error leaves the old one."""
         self.model, self.chosen = str((await self.ask("model", model=chosen)).get("model")), chosen
 
     async def resume(self, name: str) -> None:
-        """Go on with the model that the session was given. StoreError if there is no such session."""
         found = await self.ask("model", session_id=name)
-        self.model, self.chosen = str(found.get("model")), str(found.get("chosen") or "")
+        self.model, self.chosen = str(found.get("model")), text_in(found, "chosen")
         self._chosen[name] = self.chosen
 
     async def appoint(self, name: str, wanted: str) -> str:
-        """Have an agent answer a session, or say who does."""
-        found, self._agents = await self._rows(
-            "agent", "agents", lambda row: str(row["name"]), session_id=name, agent=wanted
-        )
+        found, agents = await self._rows("agent", "agents", name_and_what, session_id=name, agent=wanted)
+        self._agents = [name for name, _ in agents]
         if wanted:
-            self.agent, self.model = str(found.get("agent") or ""), str(found.get("model"))
+            self.agent, self.model = text_in(found, "agent"), str(found.get("model"))
             self.chosen = self._chosen[name] = ""
         return str(found.get("content"))
 
@@ -13963,73 +13955,54 @@ class RemoteDesk(Uplink):
         try:
             return found, [make(row) for row in found[of]]
         except (KeyError, TypeError, ValueError) as error:
-            hint = "it may be of another version"
-            raise GatewayError(
-                f"{self.place} answered {kind} in a way that is not known here: {error!r}", hint
-            ) from None
+            said = f"{self.place} answered {kind} in a way that is not known here: {error!r}"
+            raise GatewayError(said, "it may be of another version") from None
 
     async def sessions(self) -> list[SessionInfo]:
-        """The sessions, the last used first."""
-        found = await self._rows(
-            "sessions", "sessions", lambda row: SessionInfo(*map(row.__getitem__, SessionInfo._fields))
-        )
-        self._sessions = [session.name for session in found[1]]
-        return found[1]
+        _, sessions = await self._rows("sessions", "sessions", lambda row: noun_in(row, SessionInfo))
+        self._sessions = [session.name for session in sessions]
+        return sessions
 
     async def recent(self, name: str) -> list[Message]:
-        """The last messages of a session."""
-
         def message(row: dict[str, Any]) -> Message:
             return Message(Role(row["role"]), str(row["text"]), tuple(map(call_in, row.get("tool_calls", ()))))
 
         return (await self._rows("history", "messages", message, session_id=name, limit=20))[1]
 
     async def usage(self, name: str) -> Usage:
-        """What a session has used; nothing, if it is new."""
         with contextlib.suppress(StoreError):
             return usage_in(await self.ask("usage", session_id=name))
         return Usage()
 
     async def spent(self, name: str) -> list[Spent]:
-        """What each agent has used today; nothing, if the session is new."""
         with contextlib.suppress(StoreError):
-            made = await self._rows(
-                "usage", "agents", lambda row: Spent(*map(row.__getitem__, Spent._fields)), session_id=name
-            )
-            return made[1]
+            return (await self._rows("usage", "agents", lambda row: noun_in(row, Spent), session_id=name))[1]
         return []
 
     async def catalogue(self, provider: str, refresh: bool = False) -> Catalogue:
-        """The models of a provider."""
-
         def model(row: dict[str, Any]) -> ModelInfo:
             return ModelInfo(**{name: row[name] for name in ModelInfo._fields if name in row})
 
         found, models = await self._rows("models", "models", model, provider=provider, refresh=refresh)
         self._models = [model.id for model in models]
-        return Catalogue(provider, tuple(models), str(found.get("fetched_at") or ""), str(found.get("note") or ""))
+        return Catalogue(provider, tuple(models), text_in(found, "fetched_at"), text_in(found, "note"))
 
     def known_sessions(self) -> list[str]:
-        """The names of the sessions, as far as they are known without asking."""
         return self._sessions
 
     def known_agents(self) -> list[str]:
-        """The names of the agents, as far as they are known without asking."""
         return self._agents
 
     def known_models(self) -> list[str]:
-        """The ids of the provider's models, as far as they are known without asking."""
         return self._models
 
     async def tools(self) -> list[tuple[str, str]]:
-        """The name of each tool, and what it does."""
-        found, tools = await self._rows("tools", "tools", lambda row: (str(row["name"]), str(row["description"])))
+        found, tools = await self._rows("tools", "tools", name_and_what)
         self.approval = str(found.get("approval"))
         return tools
 
     async def skills(self) -> list[tuple[str, str]]:
-        """The name of each skill, and what it is for."""
-        return (await self._rows("skills", "skills", lambda row: (str(row["name"]), str(row["description"]))))[1]
+        return (await self._rows("skills", "skills", name_and_what))[1]
 
 
 async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -14048,46 +14021,6 @@ async def ask_daemon(home: Path, config: GatewayConfig, request: dict[str, Any],
             return checked(await client.open_stream({**request, "token": token}, True).receive())
     except TimeoutError:
         raise GatewayError(f"the daemon did not answer within {timeout:g} s") from None
-
-
-def gateway_line(addresses: Iterable[tuple[str, int]], sha256: str) -> str:
-    """Where a gateway listens, as in URLs, and what its clients pin."""
-    places = ", ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses)
-    return f"{places}, sha256 {sha256}"
-
-
-def jobs_line(jobs: Mapping[str, Any]) -> str:
-    """How many jobs there are, and when the next one is due."""
-    due = f", the next at {jobs['next_at'][:16].replace('T', ' ')} UTC" if jobs["next_at"] else ""
-    return f"{jobs['active']}{due}" if jobs["active"] else "none"
-
-
-def status_rows(found: Mapping[str, Any]) -> dict[str, str]:
-    """A daemon's status for a person."""
-    now, used = utc_now(), Usage(**found["usage_today"])
-    running = f", in a turn: {', '.join(found['running'])}" if found["running"] else ""
-    ages = ((name, f"{since(at, now)} ago" if at else "not used yet") for name, at in found["channels"].items())
-    return {
-        "openpista": f"{found['version']}, pid {found['pid']}, up {since(found['started_at'], now)}",
-        "model": found["model"],
-        "gateway": gateway_line(**found["gateway"]) if found["gateway"] else "off",
-        "sessions": f"{found['sessions']:,}{running}",
-        "queue": f"{plural(found['queue'], 'message')} to answer, {plural(found['unsent'], 'answer')} to send",
-        "channels": ", ".join(f"{name} ({age})" for name, age in ages) or "none",
-        **({"telegram": said} if (said := (found.get("telegram") or {}).get("problem")) else {}),
-        "jobs": jobs_line(found["jobs"]),
-        "used today": tokens(used),
-        "memory": f"{found['memory'] / 2**20:.0f} MiB",
-    }
-
-
-def since(moment: str, now: datetime) -> str:
-    """How long ago a moment was, roughly: 5 s, 12 min, 3 h, 9 d."""
-    seconds = max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 # ===== 28. Markup =============================================================
@@ -16103,7 +16036,7 @@ class HubDesk(Local):
 
     async def turn(self, name: str, text: str, approve: Approve | None, tell: Tell) -> Reply:
         """The answer to a person's words."""
-        await self.settle(name, self.choose(name, text).agent)
+        self.settle(name, self.choose(name, text).agent)
         receipt = self.hub.submit(Event("cli", os.urandom(8).hex(), name, text))
         if not receipt.id:
             raise ChannelBusy(NOT_TAKEN[receipt.answer])
@@ -18103,7 +18036,7 @@ def how_it_went(run: JobRun | None) -> str:
 def cmd_cron_remove(ctx: Context) -> int:
     """Remove a job and its history."""
     with open_jobs(ctx) as jobs:
-        remove_job(jobs, ctx.args.name)
+        remove_job(jobs, ctx.args.name, UTC)
     print(f"removed {ctx.args.name}")
     return 0
 
@@ -18284,7 +18217,7 @@ async def first_sight(ctx: Context, invite: Invite) -> Invite:
         file=sys.stderr,
         flush=True,
     )
-    if (await read_line(sys.stdin.fileno())).strip().lower() not in ("y", "yes"):
+    if (await LineReader(sys.stdin.fileno()).next() or "").strip().lower() not in ("y", "yes"):
         raise UsageError("not connected", "the invite that `openpista devices add` prints has the fingerprint in it")
     return invite._replace(fingerprint=seen)
 

@@ -493,7 +493,7 @@ def test_chat_is_true(fresh, model):
     terminal.wait("new session")
     terminal.type(f"{request}\r")
     terminal.wait(re.escape(pista.ONE_KEY))
-    time.sleep(pista.ScreenChat.SETTLE + 0.1)
+    time.sleep(pista.Question.SETTLE + 0.1)
     terminal.type("y")
     terminal.wait(r"2 tool calls .+ s\n›")  # and no status any more
     printed = terminal.text.rpartition("\n›")[0] + "\n"

@@ -960,6 +960,11 @@ def test_an_answer_of_another_version(tmp_path, run, found):
         run(main())
 
 
+def test_a_usage_that_is_none_counts_as_nothing():
+    assert pista.usage_in({"usage": {"input": "5", "cached": None, "output": 2, "cost": []}}) == pista.Usage(output=2)
+    assert pista.usage_in({}) == pista.usage_in({"usage": 7}) == pista.Usage()
+
+
 def test_what_a_frame_cannot_hold_is_left_out():
     secret = Redactor(["hidden-secret-1"])
     odd = {"a": [float("nan"), float("inf"), 1.5, None, True, 10**400], "hidden-secret-1": "hidden-secret-1"}
@@ -1104,7 +1109,7 @@ def test_a_fingerprint_is_shown_and_pinned(daemon, terminal, tmp_path):
     second.wait("offline/shell")
     second.send("$ echo 6$((6))6\r")
     second.wait("Run it?")
-    time.sleep(pista.ScreenChat.SETTLE + 0.1)
+    time.sleep(pista.Question.SETTLE + 0.1)
     second.send("y")
     second.wait("666")
     second.send("\x04")

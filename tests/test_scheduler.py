@@ -408,7 +408,7 @@ def test_a_bad_table_changes_nothing(house, tables, said):
 def test_a_job_of_the_configuration_is_removed_there(house):
     house.scheduler.sync_config([CronConfig("old", "@daily", "x")])
     with pytest.raises(ConfigError, match="stands in the configuration; remove its"):
-        openpista.remove_job(house.jobs, "old")
+        openpista.remove_job(house.jobs, "old", UTC)
 
 
 # With a hub, and in two processes
@@ -562,7 +562,7 @@ def test_the_tools_say_what_is_wrong(house):
     assert use(house, "cron.add", prompt="x", once="+1h", tz=None) == "job job-1, next: Mon 2026-03-02 10:00 UTC"
     assert "there is a job named" in use(house, "cron.add", prompt="x", once="+1h", name="job-1")
     assert "did you mean 'job-1'" in use(house, "cron.remove", name="job1")
-    assert use(house, "cron.remove", name="job-1") == "removed"
+    assert use(house, "cron.remove", name="job-1") == "removed job-1"
     assert use(house, "cron.list") == "no jobs"
 
 
