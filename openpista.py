@@ -15070,13 +15070,8 @@ class View:
         await paused(self._ending, self.first)
         every, shown_at = (1.2 if self.chat > 0 else 4.0), 0.0
         while not self._ending.is_set() and self._faults < self.FAULTS:
-            text = self._text()
-            if (
-                text
-                and text != self._shown
-                and time.monotonic() - shown_at >= every
-                and self.post.paces.spare(self.chat)
-            ):
+            text, rested = self._text(), time.monotonic() - shown_at >= every
+            if text and text != self._shown and rested and self.post.paces.spare(self.chat):
                 shown_at = time.monotonic()
                 await self._put(text)
             self._news.clear()
@@ -15269,6 +15264,9 @@ def answer_pieces(text: str) -> list[str]:
 # that the owner approves. A question and its answer lie in the database.
 
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # of a pairing code: none that looks like another
+
+
+HOW_TO_ENTER = "write to the bot, then `openpista pair approve CODE`"
 
 
 class Door:
@@ -15476,6 +15474,11 @@ async def hear_voice(desk: Local, item: Item, file: Mapping[str, Any], path: Pat
 PHOTOS, LARGEST_PHOTO = (".jpg", ".jpeg", ".png", ".webp"), 10 << 20  # what Telegram shows as a picture
 
 
+def open_at_once(name: str, flags: int) -> int:
+    """An opener that does not wait for who writes to a FIFO."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 class FileSend(Tool):
     """file.send: a file of this machine, to the chat that the turn answers."""
 
@@ -15514,16 +15517,13 @@ class FileSend(Tool):
             raise ToolError("this conversation takes no files", "say where the file is")
         caption = self.bench.redact(arguments.get("caption") or "")
         try:
-            with open(
-                path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-            ) as file:  # no FIFO waits
+            with open(path, "rb", opener=open_at_once) as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= MOST_UPLOADED:
                     raise ToolError(f"{path} is no file, is empty, or has more than {MOST_UPLOADED >> 20} MB")
                 is_photo = path.suffix.lower() in PHOTOS and found.st_size <= LARGEST_PHOTO
-                await self._upload(
-                    event, path.name, file, ("photo", "document") if is_photo else ("document",), caption
-                )
+                kinds = ("photo", "document") if is_photo else ("document",)
+                await self._upload(event, path.name, file, kinds, caption)
         except ChannelError as error:
             raise ToolError(f"not sent: {error}") from None
         except OSError as error:
@@ -15659,7 +15659,7 @@ class Telegram:
             return "EVERYBODY may run commands here: allowed_users has '*'"
         count = len({*map(str, settings.allowed_users), *let_in})
         if not count:
-            return "nobody may speak yet: write to the bot, then `openpista pair approve CODE`"
+            return f"nobody may speak yet: {HOW_TO_ENTER}"
         groups = f", in {plural(len(settings.allowed_groups), 'group')} too" if settings.allowed_groups else ""
         return f"{'1 person' if count == 1 else f'{count} people'} may speak{groups}"
 
@@ -15843,17 +15843,15 @@ def turn_away(telegram: Telegram, said: Said) -> None:
     """A stranger hears once how to be let in; the owner hears of it."""
     if said.kind != "private" or telegram.door.allows(said.sender) or not (code := telegram.door.knock(said)):
         return
-    text = (
-        f"This bot serves its owner. To be let in, give the owner this code: `{shown_code(code)}` "
-        f"(good for {People.MINUTES} minutes)."
-    )
-    telegram.post.say(said.channel, {}, Note(text))
+    code = shown_code(code)
+    text = "This bot serves its owner. To be let in, give the owner this code: "
+    telegram.post.say(said.channel, {}, Note(f"{text}`{code}` (good for {People.MINUTES} minutes)."))
     who = f"{said.name} (id {said.sender})"
     named = written([(who, ())])  # as a text: a stranger's name may be a link
-    log.warning("telegram: %s asks to be let in: `openpista pair approve %s`", who, shown_code(code))
+    log.warning("telegram: %s asks to be let in: `openpista pair approve %s`", who, code)
     if owner := telegram.door.owner:
         buttons = [[("Let in", f"p:{said.sender}:allowed"), ("No", f"p:{said.sender}:denied")]]
-        asks = Note(f"{named} asks to be let in, with the code `{shown_code(code)}`. They could run commands.", buttons)
+        asks = Note(f"{named} asks to be let in, with the code `{code}`. They could run commands.", buttons)
         telegram.post.say(channel_of(owner), {}, asks)
 
 
@@ -15880,7 +15878,10 @@ def press_button(telegram: Telegram, number: int, raw: dict[str, Any]) -> bool:
         thread = int(message.get("message_thread_id") or 0) if message.get("is_topic_message") else 0
         name = str(raw["from"].get("first_name") or user)
         who = Said(int(chat["id"]), str(chat["type"]), int(message.get("message_id") or 0), user, name, thread=thread)
-        said = telegram.menu.presses[kind](telegram, who, data)
+        try:
+            said = telegram.menu.presses[kind](telegram, who, data)
+        except PistaError as error:
+            said = excuse(error)
     telegram.begin(answer_press(telegram.bot, str(raw["id"]), said))
     return True
 
@@ -15896,13 +15897,18 @@ def obey(telegram: Telegram, said: Said) -> None:
     try:
         found = telegram.menu.orders[said.command].do(telegram, said)
     except PistaError as error:
-        if isinstance(error.__cause__, sqlite3.Error):  # the update comes again
-            raise
-        found = Note(f"⚠️ {error}")
+        found = Note(excuse(error))
     if asyncio.iscoroutine(found):
         telegram.begin(say_later(telegram, said, found))
     elif found:
         telegram.post.say(said.channel, said.reply_to, found)
+
+
+def excuse(error: PistaError) -> str:
+    """An error in words for a chat; one of the database itself is raised anew, so that the update comes again."""
+    if isinstance(error.__cause__, sqlite3.Error):
+        raise error
+    return f"⚠️ {error}"
 
 
 async def say_later(telegram: Telegram, said: Said, work: Awaitable[Note]) -> None:
@@ -15946,11 +15952,8 @@ def begin_session(telegram: Telegram, said: Said) -> Note:
 
 def stop_turn(telegram: Telegram, said: Said) -> Note | None:
     """/stop: the turn's own answer says what was stopped."""
-    here = [
-        run.item.event
-        for run in telegram.hub.runs
-        if place_of(run.item.event.channel, run.item.event.reply_to) == said.place
-    ]
+    events = [run.item.event for run in telegram.hub.runs]
+    here = [event for event in events if place_of(event.channel, event.reply_to) == said.place]
     sessions = dict.fromkeys([*(event.session for event in here), telegram.session(said)])
     runs = [run for run in map(telegram.hub.halt, sessions) if run]
     if not runs:
@@ -16066,11 +16069,8 @@ def press_model(telegram: Telegram, said: Said, data: str) -> str:
 def sessions_of(telegram: Telegram, said: Said) -> list[SessionInfo]:
     """The conversations of a place; the owner's own chat has those of the machine too."""
     whole = said.kind == "private" and said.sender == telegram.door.owner
-    return [
-        info
-        for info in telegram.store.sessions(200)
-        if whole or info.name == said.place or info.name.startswith(f"{said.place}#")
-    ]
+    found = telegram.store.sessions(200)
+    return [info for info in found if whole or info.name.partition("#")[0] == said.place]
 
 
 def say_sessions(telegram: Telegram, said: Said) -> Note:
@@ -16115,9 +16115,8 @@ def say_approve(telegram: Telegram, said: Said) -> Note:
     grants = Grants(telegram.store, telegram.session(said))
     if number == "reset":
         count = grants.clear()
-        return Note(
-            f"{plural(count, 'command')} will be asked about again." if count else "Nothing was allowed for good."
-        )
+        asked = f"{plural(count, 'command')} will be asked about again."
+        return Note(asked if count else "Nothing was allowed for good.")
     if number:
         decision = DECISION_WORDS.get(word.strip().lower(), "")
         return Note(decide_approval(telegram, said, f"{number.lstrip('#')}:{decision}"))
@@ -16196,16 +16195,6 @@ MENU = Menu(
 # and closed in reverse when a signal says so. Who runs lies in the PID file, held
 # by a lock that ends with its process: a file without the lock is what a kill -9
 # left. What its commands left running is found by their mark at the next start.
-
-EVERY_TOOL = (*TOOLS, *CRON_TOOLS, FileSend.spec.name)  # that there may be here, beside agent.ask
-
-
-def daemon_tools(ctx: Context, store: Store, zone: tzinfo, post: Post | None = None) -> list[Tool]:
-    """What agents have in a daemon beside the tools of every command. Without a Post no file can be sent."""
-    tools = cron_tools(Jobs(store), zone)
-    bench = Bench(ctx.config.tools, ctx.environ, ctx.home, ctx.redact)
-    return [*tools, FileSend(bench, post)] if post or ctx.config.channels.telegram.enabled else tools
-
 
 PID_FILE, LOG_FILE = "openpista.pid", "openpista.log"
 LOG_LIMIT, LOGS = 5 << 20, 5  # bytes of a log, and how many there are, the old ones with numbers
@@ -16386,6 +16375,16 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+EVERY_TOOL = (*TOOLS, *CRON_TOOLS, FileSend.spec.name)  # that there may be here, beside agent.ask
+
+
+def daemon_tools(ctx: Context, store: Store, zone: tzinfo, post: Post | None = None) -> list[Tool]:
+    """What agents have in a daemon beside the tools of every command. Without a Post no file can be sent."""
+    tools = cron_tools(Jobs(store), zone)
+    bench = Bench(ctx.config.tools, ctx.environ, ctx.home, ctx.redact)
+    return [*tools, FileSend(bench, post)] if post or ctx.config.channels.telegram.enabled else tools
+
+
 class Daemon:
     """What runs, and the signals that steer it."""
 
@@ -16467,7 +16466,7 @@ class Daemon:
             await self.gateway.open(self.ctx.home, config.gateway)
         chats = config.channels.cli.enabled and usable(0, sys.stdout, self.ctx.environ)
         desk = HubDesk(self.ctx, self.app, self.hub) if chats else None
-        lines = self.first_lines()
+        lines = first_lines(self)
         self.say(lines)
         if desk:
             self.desks.append(desk)
@@ -16595,28 +16594,6 @@ class Daemon:
 
     # ---- what others are told ----
 
-    def first_lines(self) -> str:
-        """What runs here, and with what."""
-        path = read_config(self.ctx.args.config, self.ctx.environ)[1]
-        rows = {
-            "configuration": str(path or "none, all as by default"),
-            "gateway": "off ([gateway] port = 0)",
-            "channels": ", ".join(self.channels()) or "none",
-            "jobs": jobs_line(self.status()["jobs"]),
-            "model": self.app.models.name_of(""),
-        }
-        if self.telegram:
-            rows["telegram"] = self.telegram.whom()
-        if self.gateway:
-            rows["gateway"] = gateway_line(self.gateway.addresses, self.gateway.fingerprint)
-        if not (path or self.telegram or has_others(Devices(self.app.store).list()) or Jobs(self.app.store).list()):
-            rows["next"] = "openpista telegram setup, devices add or cron add: so far nobody asks from elsewhere"
-        head = f"openpista {__version__}, pid {os.getpid()}"
-        lines = [head, *(f"  {name:<15}{text}" for name, text in rows.items())]
-        if "cli" in self.hub.outlets:
-            lines.append("Leaving the chat ends openpista.")
-        return printable(self.ctx.redact("\n".join(lines)))
-
     def channels(self) -> list[str]:
         """The names of those that there are."""
         return sorted(self.hub.outlets.keys() - {"job"})
@@ -16646,6 +16623,30 @@ class Daemon:
             "usage_today": store.usage_since(midnight)._asdict(),
             "memory": memory_used(),
         }
+
+
+def first_lines(daemon: Daemon) -> str:
+    """What runs here, and with what."""
+    app, ctx, telegram, gateway = daemon.app, daemon.ctx, daemon.telegram, daemon.gateway
+    path = read_config(ctx.args.config, ctx.environ)[1]
+    rows = {
+        "configuration": str(path or "none, all as by default"),
+        "gateway": "off ([gateway] port = 0)",
+        "channels": ", ".join(daemon.channels()) or "none",
+        "jobs": jobs_line(daemon.status()["jobs"]),
+        "model": app.models.name_of(""),
+    }
+    if telegram:
+        rows["telegram"] = telegram.whom()
+    if gateway:
+        rows["gateway"] = gateway_line(gateway.addresses, gateway.fingerprint)
+    if not (path or telegram or has_others(Devices(app.store).list()) or Jobs(app.store).list()):
+        rows["next"] = "openpista telegram setup, devices add or cron add: so far nobody asks from elsewhere"
+    head = f"openpista {__version__}, pid {os.getpid()}"
+    lines = [head, *(f"  {name:<15}{text}" for name, text in rows.items())]
+    if "cli" in daemon.hub.outlets:
+        lines.append("Leaving the chat ends openpista.")
+    return printable(ctx.redact("\n".join(lines)))
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
@@ -17388,7 +17389,7 @@ async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint], poll: int 
         mend = "put ids in its place; `openpista pair approve CODE` lets in who writes to the bot"
         yield Finding("warning", "everybody who finds the bot may run commands here: allowed_users has '*'", mend)
     elif not (settings.allowed_users or let_in):
-        yield Finding("warning", "nobody may speak to the bot", "write to it, then `openpista pair approve CODE`")
+        yield Finding("warning", "nobody may speak to the bot", HOW_TO_ENTER)
     me, hook = await look_at_bot(ctx)
     yield Finding("ok", f"the bot is @{me.get('username')}")
     if url := hook.get("url"):
@@ -17397,9 +17398,8 @@ async def check_telegram(ctx: Context, endpoints: Sequence[Endpoint], poll: int 
     elif os.name == "posix" and holder(ctx.home / PID_FILE):
         with contextlib.suppress(PistaError):  # the line about the gateway says it
             if problem := ((await daemon_status(ctx)).get("telegram") or {}).get("problem"):
-                yield Finding(
-                    "problem", problem, "openpista tries again by itself; that it works shows within a minute"
-                )
+                mend = "openpista tries again by itself; that it works shows within a minute"
+                yield Finding("problem", problem, mend)
     else:
         # Of two polls Telegram ends the older one: ours waits some seconds for another program to come back.
         async with Bot(ctx.bot_token, settings.base_url) as bot:
@@ -17598,9 +17598,8 @@ async def meet_owner(ctx: Context, token: str) -> Pairing:
             raise PistaError(f"nobody wrote within {SETUP_SECONDS / 60:g} minutes", "try again") from None
         print(f"paired with {said.name} (id {said.sender})")
         with contextlib.suppress(ChannelError, OSError):  # it is only a courtesy
-            await bot.call(
-                "sendMessage", chat_id=said.chat, text="Paired. Start openpista, and say what you want done."
-            )
+            text = "Paired. Start openpista, and say what you want done."
+            await bot.call("sendMessage", chat_id=said.chat, text=text)
         return Pairing(token, me["id"], said, number)
 
 
@@ -17715,22 +17714,26 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     defaults = argparse.Namespace(config=None, log_level="warning", debug=False)
     args, unknown = top.parse_known_args(argv, defaults)
     words = ["tui", *argv] if unknown else args.words or ["tui"]
-    name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), "")
-    if not name:
-        first = words[0]
-        if seconds := [entry.split()[1] for entry in COMMANDS if entry.startswith(f"{first} ")]:
-            if {"-h", "--help"} & set(words):
-                print("\n".join(line for line in overview().splitlines() if line.startswith(f"  {first} ")))
-                raise SystemExit(0)
-            top.error(f"{first} what? {', '.join(seconds)}")
-        top.error(f"unknown command {first!r}{near(first, {entry.split()[0] for entry in COMMANDS})}")
-    entry = COMMANDS[name]
-    parser = global_options(Parser(prog=f"openpista {name}", description=summary(entry)))
+    entry = next((COMMANDS[name] for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+    if entry is None:
+        refuse(top, words)
+    parser = global_options(Parser(prog=f"openpista {entry.name}", description=summary(entry)))
     for names, settings in entry.options:
         parser.add_argument(*names, **settings)
     mixed = not all(names[0].startswith("-") for names, _ in entry.options)  # it formats the usage first: 1 ms
     read = parser.parse_intermixed_args if mixed else parser.parse_args
-    return entry, read(words[len(name.split()) :], args)
+    return entry, read(words[len(entry.name.split()) :], args)
+
+
+def refuse(top: Parser, words: Sequence[str]) -> NoReturn:
+    """Say what may follow the first of two words, or that there is no such command."""
+    first = words[0]
+    if seconds := [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]:
+        if {"-h", "--help"} & set(words):
+            print("\n".join(line for line in overview().splitlines() if line.startswith(f"  {first} ")))
+            raise SystemExit(0)
+        top.error(f"{first} what? {', '.join(seconds)}")
+    top.error(f"unknown command {first!r}{near(first, {name.split()[0] for name in COMMANDS})}")
 
 
 # ===== 42. Completion =========================================================
@@ -17847,6 +17850,12 @@ def print_list(
     else:
         print(nothing)
     return 0
+
+
+def print_rows(rows: Mapping[str, str]) -> None:
+    """Names and what they are, one a line."""
+    for name, text in rows.items():
+        print(printable(f"{name:<14}{text}"))
 
 
 def minute_of(moment: str) -> str:
@@ -17970,8 +17979,7 @@ def cmd_status(ctx: Context) -> int:
     elif not found:
         print(f"openpista runs, pid {pid}; no more can be asked: its gateway is off ([gateway] port = 0)")
     else:
-        for name, text in status_rows(found).items():
-            print(printable(f"{name:<14}{text}"))
+        print_rows(status_rows(found))
     return 0
 
 
@@ -18044,13 +18052,18 @@ def fixed(finding: Finding) -> Finding:
 PASSPHRASE_FILE = arg("--passphrase-file", metavar="FILE", help="the passphrase is in its first line; else it is asked")
 
 
+def given_file(path: str, what: str) -> str:
+    """What stands in a file that was named for it."""
+    try:
+        return user_path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the {what} from {path}: {error}") from None
+
+
 def read_passphrase(ctx: Context, new: bool) -> str:
     """From the file, from a pipe, or typed without echo, twice if it is a new one."""
     if path := ctx.args.passphrase_file:
-        try:
-            text = user_path(path).read_text("utf-8").partition("\n")[0].strip()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read the passphrase from {path}: {error}") from None
+        text = given_file(path, "passphrase").partition("\n")[0].strip()
     else:
         text = secret_line("Passphrase: ")
         if new and sys.stdin.isatty() and secret_line("The same again: ") != text:
@@ -18220,11 +18233,8 @@ def reply_dict(reply: Reply) -> dict[str, Any]:
         {"name": call.name, "arguments": call.arguments, "output": result.output, "is_error": result.is_error}
         for call, result in reply.tool_calls
     ]
-    usage = {
-        "input_tokens": reply.usage.input,
-        "cached_tokens": reply.usage.cached,
-        "output_tokens": reply.usage.output,
-    }
+    used = reply.usage
+    usage = {"input_tokens": used.input, "cached_tokens": used.cached, "output_tokens": used.output}
     return {
         "answer": reply.text,
         "session": reply.session,
@@ -18232,7 +18242,7 @@ def reply_dict(reply: Reply) -> dict[str, Any]:
         "provider": provider,
         "model": model,
         "tool_calls": calls,
-        "usage": usage | {"cost_usd": reply.usage.cost},
+        "usage": usage | {"cost_usd": used.cost},
     } | ({"error": reply.problem, "exit_code": StoreError.exit_code} if reply.problem else {})
 
 
@@ -18288,12 +18298,7 @@ def read_key(args: argparse.Namespace, needed: bool) -> str:
     elif key is None and needed:
         if args.non_interactive or not sys.stdin.isatty():
             raise UsageError(f"no key for {args.provider}", "give it on standard input with --api-key -")
-        import getpass
-
-        try:
-            key = getpass.getpass(f"Key for {args.provider}: ")
-        except EOFError:
-            key = ""
+        key = secret_line(f"Key for {args.provider}: ")
     key = (key or "").strip()
     if flaw := flaw_in_key(key, needed):
         raise UsageError(flaw, "copy it again" if key else "")
@@ -18350,18 +18355,14 @@ def cmd_models_list(ctx: Context) -> int:
     if not found.models:
         raise ProviderError(note)
     if ctx.args.json:
-        models = [model_dict(info) for info in found.models if ctx.args.all or is_offered(info)]
+        shown = (info for info in found.models if ctx.args.all or is_offered(info))
+        models = [info._asdict() | {"context": info.context or None} for info in shown]  # null: it is not known
         print_json(found._asdict() | {"note": note, "models": models})
     else:
         print_models(found, ctx.args.all)
         if note:
             print(ctx.redact(printable(note)), file=sys.stderr)
     return 0
-
-
-def model_dict(info: ModelInfo) -> dict[str, Any]:
-    """A model for scripts; null where something is not known."""
-    return info._asdict() | {"context": info.context or None}
 
 
 # ---- agents ----
@@ -18550,10 +18551,7 @@ def how_it_went(run: JobRun | None) -> str:
 @command("cron remove", WHICH_JOB)
 def cmd_cron_remove(ctx: Context) -> int:
     """Remove a job and its history."""
-    with open_jobs(ctx) as jobs:
-        remove_job(jobs, ctx.args.name)
-    print(f"removed {ctx.args.name}")
-    return 0
+    return do_with_job(ctx, "remove")
 
 
 @command("cron pause", WHICH_JOB)
@@ -18657,9 +18655,8 @@ def cmd_connect(ctx: Context) -> int:
     invite = known.find(invite._replace(token=invite.token or device_token(ctx)))
     ctx.redact.add(invite.token)
     if not invite.token:
-        raise CredentialError(
-            f"no token for {invite.place}", "give the invite that `openpista devices add` prints there"
-        )
+        hint = "give the invite that `openpista devices add` prints there"
+        raise CredentialError(f"no token for {invite.place}", hint)
     text = request_text(args) if args.execute is not None else ""
     make_home(ctx.home)
     return asyncio.run(connect(ctx, invite, known, text))
@@ -18674,10 +18671,7 @@ def device_token(ctx: Context) -> str:
         return secret_line("Token: ")
     if re.fullmatch(r"[\w-]{43}", source) and not os.path.exists(source):
         raise UsageError("a token on the command line is for all to see", "put it into a file, or give --token -")
-    try:
-        return user_path(source).read_text("utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the token from {source}: {error}") from None
+    return given_file(source, "token").strip()
 
 
 async def connect(ctx: Context, invite: Invite, known: KnownGateways, text: str) -> int:
@@ -18701,12 +18695,8 @@ async def first_sight(ctx: Context, invite: Invite) -> Invite:
     async with QuicClient(invite.host, invite.port) as client:  # nothing is sent to it
         seen = client.fingerprint
     print(f"{invite.place} is not known here. Its fingerprint is\n  sha256={seen}", file=sys.stderr)
-    print(
-        "`openpista status` there shows the right one. Is it the same? [y]es, [N]o: ",
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
+    question = "`openpista status` there shows the right one. Is it the same? [y]es, [N]o: "
+    print(question, end="", file=sys.stderr, flush=True)
     if (await read_line(sys.stdin.fileno())).strip().lower() not in ("y", "yes"):
         raise UsageError("not connected", "the invite that `openpista devices add` prints has the fingerprint in it")
     return invite._replace(fingerprint=seen)
@@ -18771,9 +18761,8 @@ def cmd_devices_revoke(ctx: Context) -> int:
             if name == LOCAL:
                 raise UsageError(f"{LOCAL!r} is this machine itself: `openpista status` needs it")
             if name not in active:
-                raise UsageError(
-                    f"no device named {name!r} may speak{near(name, active)}", "see `openpista devices list`"
-                )
+                what = f"no device named {name!r} may speak{near(name, active)}"
+                raise UsageError(what, "see `openpista devices list`")
         for name in (names := dict.fromkeys(ctx.args.names)):
             devices.revoke(name)
     print(f"revoked {plural(len(names), 'device')}")
@@ -18787,9 +18776,8 @@ def cmd_devices_revoke(ctx: Context) -> int:
 def cmd_telegram_setup(ctx: Context) -> int:
     """Connect a bot of Telegram's, and yourself as its owner."""
     if ctx.config.channels.telegram.enabled and (running := holder(ctx.home / PID_FILE)):
-        raise PistaError(
-            f"openpista, pid {running.pid}, would read the message that pairs you", "`openpista stop` first"
-        )
+        what = f"openpista, pid {running.pid}, would read the message that pairs you"
+        raise PistaError(what, "`openpista stop` first")
     pairing = pair_telegram(ctx)
     path = find_config(ctx.args.config, ctx.environ) or ctx.home / "config.toml"
     make_home(ctx.home)
@@ -18802,40 +18790,46 @@ def cmd_telegram_setup(ctx: Context) -> int:
 @command("telegram status", AS_JSON)
 def cmd_telegram_status(ctx: Context) -> int:
     """Show whether the bot works, and who may speak to it."""
-    settings, problem = ctx.config.channels.telegram, ""
+    settings = ctx.config.channels.telegram
     if not ctx.bot_token:
         raise CredentialError("there is no token of a bot", "openpista telegram setup")
     with telegram_errors():
         me, hook = asyncio.run(look_at_bot(ctx))
     with Store(ctx.database) as store:
         allowed = list(dict.fromkeys([*map(str, settings.allowed_users), *People(store, "telegram").allowed()]))
-    running, idle = {}, "does not run"
-    with contextlib.suppress(PistaError):
-        running_daemon(ctx)
-        idle = "runs without Telegram, or cannot be asked"
-        running = asyncio.run(daemon_status(ctx))
-    polls = running.get("telegram") or {}
-    idle = "has not polled yet" if polls else idle
+    polls, problem = how_it_polls(ctx)
     if hook.get("url"):
         problem = "a webhook is set: openpista cannot receive; `openpista telegram setup` can remove it"
     elif not settings.enabled:
         problem = "it is off: set enabled = true in [channels.telegram], or `openpista telegram setup`"
-    problem = problem or polls.get("problem", "")
-    now = utc_now()
     rows = {
         "bot": f"@{me.get('username')}, id {me.get('id')}",
-        "daemon": f"polled {since(polls['polled_at'], now)} ago" if polls.get("polled_at") else idle,
+        "daemon": polls,
         "waiting": plural(hook.get("pending_update_count") or 0, "update"),
-        "people": ", ".join(allowed) or "nobody may speak: write to the bot, then `openpista pair approve CODE`",
+        "people": ", ".join(allowed) or f"nobody may speak: {HOW_TO_ENTER}",
         "groups": ", ".join(map(str, settings.allowed_groups)) or "none",
         "problem": problem or "none",
     }
     if ctx.args.json:
         print_json(rows | {"people": allowed, "groups": list(settings.allowed_groups), "problem": problem})
     else:
-        for name, text in rows.items():
-            print(printable(f"{name:<14}{text}"))
+        print_rows(rows)
     return 1 if problem else 0
+
+
+def how_it_polls(ctx: Context) -> tuple[str, str]:
+    """How the daemon receives, in words; what hinders it, if something does."""
+    try:
+        running_daemon(ctx)
+    except PistaError:
+        return "does not run", ""
+    polls: Mapping[str, str] = {}
+    with contextlib.suppress(PistaError):
+        polls = asyncio.run(daemon_status(ctx)).get("telegram") or {}
+    if not polls:
+        return "runs without Telegram, or cannot be asked", ""
+    at = polls.get("polled_at")
+    return f"polled {since(at, utc_now())} ago" if at else "has not polled yet", polls.get("problem", "")
 
 
 @command("pair list", AS_JSON)

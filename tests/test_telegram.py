@@ -1278,6 +1278,17 @@ def test_what_comes_while_it_ends_waits_for_the_next_start(house, bot):
     assert sum("/help – what there is" in row["text"] for row in rows) == 1
 
 
+def test_a_button_that_cannot_do_its_work_says_why(line, bot):
+    def fail(telegram, said, data):
+        raise o.UsageError("there is no such thing", "say another")
+
+    one, ann = line(), next(USERS)
+    one.telegram.menu = one.telegram.menu._replace(presses={"x": fail})
+    bot.say(ann, "/help")
+    press = bot.press(ann, bot.wait(ann)[-1]["message_id"], "x:")
+    assert until(lambda: bot.callbacks().get(press))["text"] == "⚠️ there is no such thing; say another"
+
+
 def test_a_button_that_is_pressed_while_nobody_runs(house, bot, tmp_path):
     house.configure(approval="risky")
     house.start()
