@@ -3,7 +3,7 @@
 A message comes in, a model decides, bash does it, the answer goes back. All of
 it is in this file.
 
-    remote clients (Gateway)   jobs (Scheduler)   the chat of `start`
+    Telegram   remote clients (Gateway)   jobs (Scheduler)   the chat of `start`
          | Event            ^ Answer
          v                  |
         Hub: inbox, one worker a session, outbox
@@ -14812,6 +14812,11 @@ class Said(NamedTuple):
         return channel_of(self.chat)
 
     @property
+    def who(self) -> str:
+        """The sender, for others; what they call themselves may be another's name."""
+        return f"{self.name} (id {self.sender})"
+
+    @property
     def place(self) -> str:
         """What has a session of its own."""
         return place_of(self.channel, self.reply_to)
@@ -14968,11 +14973,6 @@ class Note(NamedTuple):
 def code_span(text: str) -> str:
     """The text as code in a line of Markdown."""
     return "`" + text.replace("`", "'") + "`"
-
-
-def short(name: str) -> str:
-    """What stands for a name in the data of a button, which has room for 64 bytes."""
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def seconds_of(moment: float) -> str:
@@ -15264,8 +15264,6 @@ def answer_pieces(text: str) -> list[str]:
 # that the owner approves. A question and its answer lie in the database.
 
 CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # of a pairing code: none that looks like another
-
-
 HOW_TO_ENTER = "write to the bot, then `openpista pair approve CODE`"
 
 
@@ -15548,8 +15546,6 @@ class FileSend(Tool):
 # The channel telegram:CHAT. An update is an Event in the inbox, or what a command did,
 # in one transaction with how far was read: it is taken once.
 
-UPDATES = ("message", "edited_message", "callback_query", "my_chat_member")
-
 
 class Order(NamedTuple):
     """A command of the chat: what it is for, and what it does."""
@@ -15719,7 +15715,7 @@ class Telegram:
             seconds=self.poll + self.SLACK,
             timeout=self.poll,
             offset=position or None,
-            allowed_updates=UPDATES,
+            allowed_updates=[*HANDLED],
         )
         for update in found if isinstance(found, list) else []:
             number = update.get("update_id") if isinstance(update, dict) else None
@@ -15846,9 +15842,8 @@ def turn_away(telegram: Telegram, said: Said) -> None:
     code = shown_code(code)
     text = "This bot serves its owner. To be let in, give the owner this code: "
     telegram.post.say(said.channel, {}, Note(f"{text}`{code}` (good for {People.MINUTES} minutes)."))
-    who = f"{said.name} (id {said.sender})"
-    named = written([(who, ())])  # as a text: a stranger's name may be a link
-    log.warning("telegram: %s asks to be let in: `openpista pair approve %s`", who, code)
+    named = written([(said.who, ())])  # as a text: a stranger's name may be a link
+    log.warning("telegram: %s asks to be let in: `openpista pair approve %s`", said.who, code)
     if owner := telegram.door.owner:
         buttons = [[("Let in", f"p:{said.sender}:allowed"), ("No", f"p:{said.sender}:denied")]]
         asks = Note(f"{named} asks to be let in, with the code `{code}`. They could run commands.", buttons)
@@ -15976,6 +15971,11 @@ def say_usage(telegram: Telegram, said: Said) -> Note:
         used = store.usage(store.find_session(telegram.session(said)))
     today = f"all of today: {tokens(store.usage_since(crew.midnight()))}"
     return Note("\n".join([*usage_lines(used, crew.spent(store)), today]))
+
+
+def short(name: str) -> str:
+    """What stands for a name in the data of a button, which has room for 64 bytes."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def say_agent(telegram: Telegram, said: Said) -> Note:
@@ -17596,7 +17596,7 @@ async def meet_owner(ctx: Context, token: str) -> Pairing:
                 said, number = await first_word(bot, me, code)
         except TimeoutError:
             raise PistaError(f"nobody wrote within {SETUP_SECONDS / 60:g} minutes", "try again") from None
-        print(f"paired with {said.name} (id {said.sender})")
+        print(f"paired with {said.who}")
         with contextlib.suppress(ChannelError, OSError):  # it is only a courtesy
             text = "Paired. Start openpista, and say what you want done."
             await bot.call("sendMessage", chat_id=said.chat, text=text)
@@ -17616,10 +17616,9 @@ async def first_word(bot: Bot, me: Mapping[str, Any], code: str) -> tuple[Said, 
                 said = read_said(update["message"], me)
                 if said is None or said.kind != "private":
                     continue
-                who = f"{said.name} (id {said.sender})"
-                if said.rest == code or said_yes(f"{who} wrote: {clip(printable(said.text), 60)}. Is that you?"):
+                if said.rest == code or said_yes(f"{said.who} wrote: {clip(printable(said.text), 60)}. Is that you?"):
                     return said, position - 1
-                print(f"{who} was not paired")
+                print(f"{said.who} was not paired")
 
 
 def said_yes(question: str) -> bool:
@@ -18908,10 +18907,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        try:
-            sys.stdout.flush()
-        except OSError:  # the terminal is gone
-            drop(sys.stdout)
+        flush_or_drop()
         return complain("interrupted", 130, as_json)
     except BrokenPipeError:
         drop(sys.stdout)
@@ -18925,8 +18921,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(redact(str(error)), error.exit_code, as_json)
     except OSError as error:
         log.debug("failed", exc_info=True)
+        flush_or_drop()
+        return complain(redact(": ".join(filter(None, (error.strerror or str(error), error.filename)))), 1, as_json)
+
+
+def flush_or_drop() -> None:
+    """Write out what was printed, if stdout takes it: the terminal may be gone, the disk full."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         drop(sys.stdout)
-        return complain(redact(": ".join(filter(None, (error.strerror or str(error), error.filename)))), 1)
 
 
 def config_for(entry: Command, args: argparse.Namespace) -> Config:

@@ -1133,7 +1133,7 @@ ANYTHING = strategies.recursive(
 @given(ANYTHING)
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 def test_updates_of_any_shape(takes, value):
-    takes(*({kind: value} for kind in (*o.UPDATES, "poll", "message_reaction")))
+    takes(*({kind: value} for kind in (*o.HANDLED, "poll", "message_reaction")))
 
 
 def test_what_stands_in_the_way_does_not_stop_the_rest(shared):
