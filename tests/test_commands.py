@@ -599,6 +599,13 @@ def test_a_folder_that_is_gone(openpista, tmp_path, environ):
     assert not os.path.exists(gone)
 
 
+def test_an_error_of_the_system_is_one_json_object_too(openpista, tmp_path):
+    (tmp_path / "openpista.pid").mkdir()
+    done = openpista("status", "--json", env={"OPENPISTA_HOME": str(tmp_path)})
+    found = json.loads(done.stdout)
+    assert (found["exit_code"], done.returncode) == (1, 1) and found["error"].startswith("Is a directory: ")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("streams", ["2>/dev/full", ">/dev/full", ">/dev/full 2>&1", "2>&-", ">&- 2>&-", "| true"])
 def test_the_exit_code_tells_even_if_nothing_can_be_said(environ, tmp_path, streams):

@@ -189,8 +189,8 @@ def test_page_says_which_commands_work_during_a_turn():
 
 
 def test_page_has_each_command_of_telegram_and_no_other():
-    assert re.findall(r"^\| `/(\w+)` \|", TELEGRAM, re.M) == [*pista.TELEGRAM_COMMANDS]
-    assert chat_commands(TELEGRAM) - {"newbot"} == {*pista.TELEGRAM_COMMANDS}  # which is @BotFather's
+    assert re.findall(r"^\| `/(\w+)` \|", TELEGRAM, re.M) == [*pista.MENU.orders]
+    assert chat_commands(TELEGRAM) - {"newbot"} == {*pista.MENU.orders}  # which is @BotFather's
 
 
 def test_page_has_each_setting_of_telegram_and_no_other():

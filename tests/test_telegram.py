@@ -101,7 +101,7 @@ class Line:
             self.hub = o.Hub(app.store, app.agent, {}, approval=self.approval, redact=self.redact, patience=QUICK)
             sender, poller = (o.Bot(self.bot.token, self.ctx.config.channels.telegram.base_url) for _ in range(2))
             self.desk = o.Local(self.ctx, app)
-            more = {"desk": self.desk, "status": dict, "poll": self.poll, "clock": self.clock}
+            more = {"desk": self.desk, "menu": o.MENU, "status": dict, "poll": self.poll, "clock": self.clock}
             self.telegram = Quick(self.hub, sender, self.poller or poller, **more)
             self.telegram.REST = self.telegram.REST if self.rest is None else self.rest
             self.telegram.FIRST = self.first or self.telegram.FIRST
@@ -585,7 +585,7 @@ def test_an_answer_in_the_place_of_the_progress_is_never_doubled(shared):
 def test_commands_are_registered(line, bot):
     one = line()
     names = [row["command"] for row in until(lambda: bot.commands())]
-    assert names == list(o.TELEGRAM_COMMANDS)
+    assert names == list(o.MENU.orders)
     one.close()
     line("home")
     bot.wait_calls("getMyCommands", 2)
@@ -1104,10 +1104,10 @@ def takes(tmp_path_factory):
 
         async def take(updates):
             telegram = line.telegram
-            number = telegram.chats.position(telegram.cursor)[0] - 1
+            number = telegram.chats.position(o.cursor_of(telegram.me["id"]))[0] - 1
             for update in updates:
                 assert telegram._take(number, update)
-            assert telegram.chats.position(telegram.cursor)[0] == number + 1
+            assert telegram.chats.position(o.cursor_of(telegram.me["id"]))[0] == number + 1
 
         def takes(*updates):
             asyncio.run_coroutine_threadsafe(take(updates), line.loop).result(60)
@@ -1133,7 +1133,7 @@ ANYTHING = strategies.recursive(
 @given(ANYTHING)
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 def test_updates_of_any_shape(takes, value):
-    takes(*({kind: value} for kind in (*o.UPDATES, "poll", "message_reaction")))
+    takes(*({kind: value} for kind in (*o.HANDLED, "poll", "message_reaction")))
 
 
 def test_what_stands_in_the_way_does_not_stop_the_rest(shared):
@@ -1276,6 +1276,17 @@ def test_what_comes_while_it_ends_waits_for_the_next_start(house, bot):
     assert house.rows("count(*) FROM inbox") == [(2,)]
     rows = bot.wait(1, "/help – what there is")
     assert sum("/help – what there is" in row["text"] for row in rows) == 1
+
+
+def test_a_button_that_cannot_do_its_work_says_why(line, bot):
+    def fail(telegram, said, data):
+        raise o.UsageError("there is no such thing", "say another")
+
+    one, ann = line(), next(USERS)
+    one.telegram.menu = one.telegram.menu._replace(presses={"x": fail})
+    bot.say(ann, "/help")
+    press = bot.press(ann, bot.wait(ann)[-1]["message_id"], "x:")
+    assert until(lambda: bot.callbacks().get(press))["text"] == "⚠️ there is no such thing; say another"
 
 
 def test_a_button_that_is_pressed_while_nobody_runs(house, bot, tmp_path):
