@@ -312,11 +312,11 @@ def test_a_program_for_a_skill(fresh):
 
 
 def test_requests_of_the_page_are_all_with_their_fields():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", GATEWAY[: GATEWAY.index("## A message")], re.M)
+    rows = re.findall(r"^\| `(\w+)` \|(.*?)\|", GATEWAY[: GATEWAY.index("## A message")], re.M)
     assert sorted(name for name, _ in rows[1:]) == sorted(pista.REQUESTS)
     for name, cell in rows[1:]:
         fields = {field.rstrip("?") for field in pista.REQUESTS[name]} - {"id", "token"}
-        assert name == "message" or {*re.findall(r"`(\w+)`", cell)} == fields
+        assert name == "message" or {*re.findall(r"`(\w+)`", cell)} == fields, name
     assert {field.rstrip("?") for field in pista.REQUESTS["message"]} <= {*re.findall(r"\w+", GATEWAY)}
 
 
@@ -525,6 +525,33 @@ def test_installation_is_true(fresh):
     assert f"{home}/.local/bin/openpista\n" in printed
     assert re.search(r"anthropic +…3456 +`auth login`", printed) and "$OPENAI_API_KEY" in printed
     assert (home / ".openpista/credentials.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_request_of_a_script_is_true(fresh, model):
+    [block] = [body for kind, body in blocks(README) if kind == "sh" and body.startswith("journalctl")]
+    reader = pathlib.Path(fresh["HOME"], ".local/bin/journalctl")
+    reader.parent.mkdir(parents=True)
+    reader.write_text("#!/bin/sh\necho nginx failed\n")
+    reader.chmod(0o755)
+    model.script({"text": "nginx."})
+    bash("openpista --version; openpista skills list", fresh)  # unpacked, which is said once
+    assert bash(block, fresh | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": model.url}) == "nginx.\n"
+    assert "nginx failed" in str(model.requests[-1])
+
+
+def test_backup_of_the_page_is_true(fresh):
+    [block] = [body for kind, body in blocks(GUIDES["deploy.md"]) if kind == "sh" and "--dry-run" in body]
+    pathlib.Path(fresh["HOME"], ".backup-passphrase").write_text("eight letters\n")
+    printed = bash(f"set -e\nopenpista run --provider offline -e '$ echo hi'\n{block}", fresh)
+    assert "whole; nothing was changed" in printed and "memory.db" in printed
+
+
+@pytest.mark.parametrize("kind", ["user", "system", "launchd"])
+def test_a_unit_has_what_the_page_says(kind, fresh):
+    own = {"OPENPISTA_HOME": f"{fresh['HOME']}/state", "OPENPISTA_CONFIG": f"{fresh['HOME']}/work/c.toml"}
+    pathlib.Path(own["OPENPISTA_CONFIG"]).write_text("")
+    printed = bash(f"openpista service print --{kind}", fresh | own)
+    assert [word for word in ("PATH", *own, *own.values(), fresh["HOME"], "start") if word not in printed] == []
 
 
 class Terminal:
