@@ -158,7 +158,7 @@ def variables_read():
     yield from (f"OPENPISTA_{name}" for name in pista.ENVIRONMENT)
     for spec in pista.PROVIDERS.values():
         yield from filter(None, (*spec.key_env, spec.url_env))
-    yield from pista.Notifier.VARIABLES
+    yield from (*pista.Notifier.VARIABLES, pista.Child.MARK)
 
 
 def test_table_of_variables_is_true():
@@ -536,7 +536,7 @@ def test_request_of_a_script_is_true(fresh, model):
     model.script({"text": "nginx."})
     bash("openpista --version; openpista skills list", fresh)  # unpacked, which is said once
     assert bash(block, fresh | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": model.url}) == "nginx.\n"
-    assert "nginx failed" in str(model.requests[-1])
+    assert "nginx failed" in str(model.requests())
 
 
 def test_backup_of_the_page_is_true(fresh):
