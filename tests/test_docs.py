@@ -1,5 +1,6 @@
 """What README.md, README_ko.md, docs/ and config.example.toml say is what the program does, and all of it."""
 
+import ast
 import contextlib
 import os
 import pathlib
@@ -26,7 +27,10 @@ README, KOREAN, EXAMPLE = (
 )
 DOCS = ROOT / "docs"
 GUIDES = {str(path.relative_to(DOCS)): path.read_text("utf-8") for path in sorted(DOCS.rglob("*.md"))}
-CHAT, DAEMON, SETTINGS, TELEGRAM = (GUIDES[f"{name}.md"] for name in ("chat", "daemon", "settings", "telegram"))
+CHAT, DAEMON, SETTINGS, TELEGRAM, SECURITY, SKILLS, GATEWAY = (
+    GUIDES[f"{name}.md"]
+    for name in ("chat", "daemon", "settings", "telegram", "security", "skills", "gateway-protocol")
+)
 PAGES = {"README.md": README, **GUIDES}
 GLOBAL = {"--config", "--log-level", "--debug", "--version", "--help"}
 BUILDER = {"--universal"}
@@ -144,12 +148,40 @@ def test_provider_table():
     assert [line.strip() for line in table] == rows
 
 
-def test_every_variable_is_named():
-    names = {f"OPENPISTACRAB_{name}" for name in (*pista.ENVIRONMENT, "API_KEY")}
-    names |= {"OPENPISTACRAB_TOKEN", "OPENPISTA_HOME", "OPENPISTA_CONFIG", "OPENPISTA_CACHE"}
-    names |= {"TELEGRAM_BOT_TOKEN", "TELEGRAM_ALLOWED_USERS"}
-    names |= {name for spec in pista.PROVIDERS.values() for name in (*spec.key_env, spec.url_env) if name}
-    assert {name for name in names if name not in SETTINGS and name not in EXAMPLE} == set()
+def variables_read():
+    """The names of the environment's variables that the code reads, as far as they stand in it."""
+    for name in ("openpista.py", "bootstrap.py"):
+        for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("get", "env", "variable"):
+                called, first = ast.unparse(node.func), node.args[:1]
+                if first and re.search(r"environ\b|^env$|^variable$", called) and isinstance(first[0], ast.Constant):
+                    yield f"OPENPISTA_{first[0].value}" if called == "variable" else first[0].value
+    yield from (f"OPENPISTA_{name}" for name in pista.ENVIRONMENT)
+    for spec in pista.PROVIDERS.values():
+        yield from filter(None, (*spec.key_env, spec.url_env))
+    yield from (*pista.Notifier.VARIABLES, pista.Child.MARK)
+
+
+def test_table_of_variables_is_true():
+    everywhere = {"HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY", "HOME", "PATH", "LANG"}  # what libraries read
+    for text in (README, KOREAN):
+        rows = re.findall(r"^\| (`[A-Z][A-Z_]+`.*?) \|", text, re.M)
+        assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == {*variables_read()} | everywhere
+
+
+def test_table_of_settings_is_true():
+    for text in (README, KOREAN):
+        rows = re.findall(r"^\| `\[+([a-z.]+)\]+` \| (.+?) \|$", text, re.M)
+        named = [f"{section}.{name}" for section, cell in rows for name in re.findall(r"`(.+?)`", cell)]
+        jobs = [f"cron.{name}" for name in pista.CronConfig._fields]
+        assert sorted(named) == sorted([*(name for name in settings(pista.Config()) if name != "cron"), *jobs])
+
+
+def test_settings_that_pages_name_exist():
+    known = {*settings(pista.Config())}
+    for text in PAGES.values():
+        named = {f"{match[1]}.{match[2]}" for span in spans(text) if (match := re.match(r"\[([\w.]+)\] (\w+)", span))}
+        assert named <= known
 
 
 def test_version():
@@ -157,11 +189,19 @@ def test_version():
     assert f"## {pista.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
+def anchors(text):
+    """What a link may name of a page: its headings, as GitHub writes them."""
+    heads = re.findall(r"^#+ (.+)", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_links_lead_somewhere():
     guides = ((text, (DOCS / name).parent) for name, text in GUIDES.items())
     for text, folder in ((README, ROOT), (KOREAN, ROOT), *guides):
-        targets = re.findall(r"\]\(([^)]+)\)", text)
-        assert [name for name in targets if "://" not in name and not (folder / name).is_file()] == []
+        for name, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text)):
+            if "://" not in name:
+                assert not name or (folder / name).is_file(), name
+                assert not anchor or anchor in anchors((folder / name).read_text("utf-8") if name else text), anchor
     assert [name for name in GUIDES if f"](docs/{name})" not in README or f"](docs/{name})" not in KOREAN] == []
 
 
@@ -237,6 +277,67 @@ def is_schedule(text):
     return False
 
 
+# docs/security.md
+
+
+def test_examples_of_what_asks_are_true():
+    harmless, risky = (body for kind, body in blocks(SECURITY) if kind == "text")
+    assert [line for line in harmless.splitlines() if pista.risk(line)] == []
+    commands = [re.sub(r"\s+#.*", "", line) for line in risky.splitlines()]
+    assert [line for line in commands if not pista.risk(line)] == []
+
+
+def test_ways_of_approval_are_all():
+    table = SECURITY[SECURITY.index("| `[tools] approval` |") :]
+    assert tuple(re.findall(r'^\| `"(\w+)"` \|', table, re.M)) == pista.CHOICES["tools.approval"]
+    assert pista.Hub.ASKING == 3_600 and pista.ABSENT == 120
+
+
+# docs/skills.md
+
+
+def test_fields_and_limits_of_a_skill():
+    assert sorted(re.findall(r"^\| `([a-z-]+)` \|", SKILLS, re.M)) == pista.SKILL_FIELDS
+    assert {*pista.SKILL_ENTRIES} <= {*spans(SKILLS)}
+    assert (pista.SKILL_MD_BYTES, pista.SKILL_NAME_CHARS, pista.SKILL_BODY_CHARS) == (256 << 10, 64, 60_000)
+    assert (pista.CATALOGUE_CHARS, pista.CATALOGUE_DESCRIPTION) == (4_000, 200)
+    assert (pista.SKILL_RESOURCES, pista.SKILL_FOLDERS) == (50, 2_000)
+
+
+def test_a_program_for_a_skill(fresh):
+    [block] = [body for kind, body in blocks(SKILLS) if kind == "sh"]
+    printed = bash(f"set -e\n{block}openpista skills list", fresh)
+    assert "\n.: valid\n" in f"\n{printed}" and "weather  The weather of a place." in printed
+
+
+# docs/gateway-protocol.md
+
+
+def test_requests_of_the_page_are_all_with_their_fields():
+    rows = re.findall(r"^\| `(\w+)` \|(.*?)\|", GATEWAY[: GATEWAY.index("## A message")], re.M)
+    assert sorted(name for name, _ in rows[1:]) == sorted(pista.REQUESTS)
+    for name, cell in rows[1:]:
+        fields = {field.rstrip("?") for field in pista.REQUESTS[name]} - {"id", "token"}
+        assert name == "message" or {*re.findall(r"`(\w+)`", cell)} == fields, name
+    assert {field.rstrip("?") for field in pista.REQUESTS["message"]} <= {*re.findall(r"\w+", GATEWAY)}
+
+
+def test_error_codes_of_the_page_are_all():
+    source = (ROOT / "openpista.py").read_text("utf-8")
+    words = {word for _, word in pista.ERROR_WORDS} | {*re.findall(r'WireError\(\s*"(\w+)"', source), "unavailable"}
+    assert {*re.findall(r"^\| `(\w+)` \|", GATEWAY[GATEWAY.index("## Errors") :], re.M)} == words | {"code"}
+    [codes] = re.findall(r"^Codes with which.*\Z", GATEWAY, re.M | re.S)
+    assert [int(code) for code in re.findall(r"`(\d+)`", codes)] == [*pista.Code]
+
+
+def test_limits_of_the_protocol():
+    limits = pista.Limits()
+    assert (pista.FRAME_LIMIT, pista.SMALL_FRAME, pista.DEPTH_LIMIT) == (1 << 20, 64 << 10, 64)
+    assert (limits.bytes_before, limits.streams_before, limits.streams) == (128 << 10, 8, 128)
+    assert (limits.first_frame, limits.frame, limits.idle, limits.stall) == (5, 60, 60, 30)
+    assert (limits.failures, limits.strangers, limits.connections) == (3, 16, 256)
+
+
 # README_ko.md
 
 
@@ -246,6 +347,10 @@ def test_translation_is_short():
 
 def test_translation_has_the_same_parts():
     assert re.findall(r"^#+(?= )", KOREAN, re.M) == re.findall(r"^#+(?= )", README, re.M)
+    tables = [
+        [len(table.splitlines()) for table in re.findall(r"(?:^\|.*\n)+", text, re.M)] for text in (README, KOREAN)
+    ]
+    assert tables[0] == tables[1]
     assert blocks(KOREAN) == blocks(README)
     assert set(spans(KOREAN)) == set(spans(README))
 
@@ -431,11 +536,40 @@ def test_first_command_is_true(fresh):
 def test_installation_is_true(fresh):
     home = pathlib.Path(fresh["HOME"])
     (home / "work/key.txt").write_text(KEY + "\n")
-    [block] = [body for kind, body in blocks(README) if kind == "sh" and "auth login" in body]
+    block = "".join(
+        body for kind, body in blocks(README) if kind == "sh" and ("cp openpista" in body or "auth" in body)
+    )
     printed = bash(f"set -e\n{block}which openpista\nopenpista auth status", fresh)
     assert f"{home}/.local/bin/openpista\n" in printed
     assert re.search(r"anthropic +…3456 +`auth login`", printed) and "$OPENAI_API_KEY" in printed
     assert (home / ".openpista/credentials.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_request_of_a_script_is_true(fresh, model):
+    [block] = [body for kind, body in blocks(README) if kind == "sh" and body.startswith("journalctl")]
+    reader = pathlib.Path(fresh["HOME"], ".local/bin/journalctl")
+    reader.parent.mkdir(parents=True)
+    reader.write_text("#!/bin/sh\necho nginx failed\n")
+    reader.chmod(0o755)
+    model.script({"text": "nginx."})
+    bash("openpista --version; openpista skills list", fresh)  # unpacked, which is said once
+    assert bash(block, fresh | {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": model.url}) == "nginx.\n"
+    assert "nginx failed" in str(model.requests())
+
+
+def test_backup_of_the_page_is_true(fresh):
+    [block] = [body for kind, body in blocks(GUIDES["deploy.md"]) if kind == "sh" and "--dry-run" in body]
+    pathlib.Path(fresh["HOME"], ".backup-passphrase").write_text("eight letters\n")
+    printed = bash(f"set -e\nopenpista run --provider offline -e '$ echo hi'\n{block}", fresh)
+    assert "whole; nothing was changed" in printed and "memory.db" in printed
+
+
+@pytest.mark.parametrize("kind", ["user", "system", "launchd"])
+def test_a_unit_has_what_the_page_says(kind, fresh):
+    own = {"OPENPISTA_HOME": f"{fresh['HOME']}/state", "OPENPISTA_CONFIG": f"{fresh['HOME']}/work/c.toml"}
+    pathlib.Path(own["OPENPISTA_CONFIG"]).write_text("")
+    printed = bash(f"openpista service print --{kind}", fresh | own)
+    assert [word for word in ("PATH", *own, *own.values(), fresh["HOME"], "start") if word not in printed] == []
 
 
 class Terminal:
@@ -476,7 +610,7 @@ class Terminal:
 
 
 def test_chat_is_true(fresh, model):
-    [block] = [body for _, body in blocks(README) if body.startswith(TALK)]
+    [block] = [body for _, body in blocks(CHAT) if body.startswith(TALK)]
     [(line, shown)] = steps(block)
     ls, rm = re.findall(r"^✓ (.+)  \d", shown, re.M)
     [request] = re.findall(r"^› (.+)", shown, re.M)
