@@ -266,11 +266,11 @@ def test_cache_on_a_disk_that_will_not_do(options, light, mounted):
     assert not list(place.rglob("*-linux-*"))
 
 
-def test_no_home_and_no_user(light, home):
+def test_no_home_and_no_user(archive, home):
     nobody = ("unshare", "--user", "--map-user=54321")
     if subprocess.run([*nobody, "true"], capture_output=True, check=False).returncode:
         pytest.skip("cannot become a user without a name here")
-    done = start(light, home, "--help", HOME=None, prefix=nobody)
+    done = start(archive, home, "--help", HOME=None, prefix=nobody)
     assert done.returncode == 0 and len(copies(pathlib.Path(f"{home}.tmp/openpista-54321"))) == 1
 
 
