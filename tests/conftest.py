@@ -14,10 +14,38 @@ from terminals import Terminal
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+sys.dont_write_bytecode = False  # whatever the environment says: to compile all tests takes a worker seven seconds
 
 # Whoever started pytest may have had these ignored (nohup, & in a script), and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores for each two: much of the time is waiting."""
+    return (len(os.sched_getaffinity(0)) * 3 + 1) // 2
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """The first worker compiles the tests, the others wait for that."""
+    folder = os.open(ROOT / "tests", os.O_RDONLY)
+    try:
+        if hasattr(session.config, "workerinput"):
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fcntl.flock(folder, fcntl.LOCK_SH)
+        return (yield)
+    finally:
+        os.close(folder)
+
+
+def pytest_collection_modifyitems(items):
+    """What needs the archive comes first: it is long in the making; and before all what makes it twice."""
+    need = {item.path for item in items if "archive" in item.fixturenames}
+    items.sort(key=lambda item: (item.path not in need, item.path.name != "test_zipapp.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -147,6 +147,8 @@ class Process:
                 if not selector.select(timeout):
                     raise subprocess.TimeoutExpired(self.args, timeout)
             self.returncode = NUMBER.unpack(receive(self.keeper, NUMBER.size))[0]
+            self.keeper.shutdown(socket.SHUT_WR)
+            self.keeper.recv(1)  # its end: now there is no such process any more
             self.keeper.close()
         return self.returncode
 

@@ -16,7 +16,7 @@ import sys
 import time
 
 import pytest
-from launcher import START
+from launcher import Process
 
 import openpista as o
 
@@ -80,10 +80,9 @@ class House:
         (self.home / "config.toml").write_text(text)
 
     def start(self, *words, ready=True, **env):
-        argv = [sys.executable, "-c", f"{START}sys.exit(o.main())", "start", *words]
         env = self.environ | {"NOTIFY_SOCKET": self.heard.address} | env
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.processes.append(subprocess.Popen(argv, env=env, cwd=self.folder, text=True, **streams))
+        self.processes.append(Process(["start", *words], env, self.folder, **streams))
         if ready:
             self.heard.wait("READY=1")
         return self.processes[-1]

@@ -10,7 +10,15 @@ import time
 from base64 import b64encode
 
 import pytest
-from fakes import IMAGE_STARTS, check_steps
+from fakes import IMAGE_STARTS, ModelServer, check_steps
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One of its own: what a vendor refuses depends on what it has said before."""
+    with ModelServer() as server:
+        yield server
+
 
 OPENAI = {"authorization": "Bearer key", "content-type": "application/json"}
 ANTHROPIC = {"x-api-key": "key", "anthropic-version": "2023-06-01", "content-type": "application/json"}
@@ -616,7 +624,7 @@ def test_it_is_quick_and_keeps_connections(model):
         connection.request("POST", PATHS["chat"], body, OPENAI)
         assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
         times.append(time.perf_counter() - start)
-    assert sorted(times)[25] < 0.02  # about 1 ms on an idle machine
+    assert sorted(times)[5] < 0.02  # about 1 ms on an idle machine; 40 each if one side waited for the other
     assert len({row["connection"] for row in model.requests()}) == 1
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from html import unescape
 
 import pytest
@@ -244,11 +245,12 @@ def steps(function, *args):
 def test_work_grows_as_the_text_does(text):
     text = text.replace("·", " ") or " "
     for function, *limit in (telegram_html,), (pieces, 200):
-        small, large = (steps(function, (text * size)[:size], *limit) for size in (1_200, 4_800))
+        small, large = (steps(function, (text * size)[:size], *limit) for size in (600, 2_400))
         assert large < 5 * small + 2_000
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_patterns_have_no_bad_text(text):
-    text = ((text.replace("·", " ") or " ") * 100_000)[:100_000]
-    assert shown(telegram_html(text)) is not None  # minutes, if one took the square
+    text, begun = ((text.replace("·", " ") or " ") * 40_000)[:40_000], time.process_time()
+    assert shown(telegram_html(text)) is not None
+    assert time.process_time() - begun < 3  # a tenth of a second, or many if one took the square

@@ -1132,12 +1132,13 @@ def test_it_never_raises_on_pieces_of_commands(pieces):
     ids=lambda text: text[:12],
 )
 def test_it_answers_at_once(text):
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
+    def seconds():
+        start = time.process_time()
         risk(text)
-        best = min(best, time.perf_counter() - start)
-    assert best < (0.05 if len(text) > openpista.RISK_CHARS else 0.5)
+        return time.process_time() - start
+
+    limit = 0.05 if len(text) > openpista.RISK_CHARS else 0.5
+    assert any(seconds() < limit for _ in range(3))
 
 
 # --- against bash ---

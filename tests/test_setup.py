@@ -1,8 +1,12 @@
 """The first start as a newcomer sees it: from nothing to a first answer, and to nothing written if they leave."""
 
+import fcntl
 import pathlib
 import re
+import socket
 import stat
+import tempfile
+import time
 import tomllib
 
 import pytest
@@ -292,6 +296,24 @@ def test_a_file_that_is_named_and_not_there_is_no_first_start(terminal):
 # The daemon
 
 
+@pytest.fixture
+def usual_port():
+    """The port that is taken when no setting names one, for one test at a time, of all on this machine."""
+    with open(pathlib.Path(tempfile.gettempdir(), "openpista-tests-4433"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        end = time.monotonic() + 30
+        while True:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as port:
+                try:
+                    port.bind(("127.0.0.1", o.GatewayConfig().port))
+                    break
+                except OSError:
+                    assert time.monotonic() < end, "another program uses the port"
+            time.sleep(0.05)
+        yield
+
+
+@pytest.mark.usefixtures("usual_port")
 def test_start_leads_to_the_daemon_with_its_chat(newcomer, home):
     tty = newcomer("start", rows=40, columns=120)
     give_key(tty)
@@ -305,6 +327,7 @@ def test_start_leads_to_the_daemon_with_its_chat(newcomer, home):
     leave(tty)
 
 
+@pytest.mark.usefixtures("usual_port")
 def test_start_with_a_key_alone_says_what_is_next(terminal, openpista):
     tty = terminal("start", columns=120)
     chats(tty, "openai/gpt-4o")

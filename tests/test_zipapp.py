@@ -1,6 +1,7 @@
 """The archive: built once, then started as users start it, in every home it may find."""
 
 import fcntl
+import hashlib
 import os
 import pathlib
 import re
@@ -14,6 +15,8 @@ import zipfile
 import pytest
 
 import bootstrap
+import build_zipapp
+from bootstrap import platform_key
 
 ROOT = pathlib.Path(__file__).parent.parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "openpista.py").read_text("utf-8"), re.MULTILINE)[1]
@@ -62,14 +65,17 @@ def one_line(text):
     return text.count("\n") == 1 and "Traceback" not in text
 
 
-@pytest.fixture(scope="module", autouse=True)
-def twin(tmp_path_factory):
-    """A second build, by another Python where there is one; it runs beside the tests."""
-    python = next(filter(None, map(interpreter, ("3.13", "3.12"))), sys.executable)
-    path = tmp_path_factory.mktemp("twin") / "openpista.pyz"
-    process = subprocess.Popen([python, ROOT / "build_zipapp.py", "--output", path], stderr=subprocess.PIPE, text=True)
-    yield path, process
-    process.kill()
+@pytest.fixture(scope="module")
+def light(tmp_path_factory):
+    """An archive as the builder makes them, of a program that only says hi: where it unpacks is all that counts."""
+    path, key = tmp_path_factory.mktemp("light") / "openpista.pyz", platform_key()
+    files = {"openpista.py": b"def main():\n    print('hi')\n"} | {f"part{n}.py": os.urandom(9_000) for n in range(99)}
+    payloads = [build_zipapp.packed(files), build_zipapp.packed({"native.so": os.urandom(9_000)}, key)]
+    ids = {key: hashlib.sha256(b"".join(payloads)).hexdigest()[:32]}
+    parts = dict(zip(("pure.zip.xz", f"{key}.zip.xz"), payloads, strict=True))
+    parts |= build_zipapp.runtime(VERSION, ids)
+    build_zipapp.write(path, build_zipapp.zipped(parts, build_zipapp.PRELUDE))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,16 @@ def mounted(tmp_path):
 
 
 # What is in it
+
+
+def test_two_builds_are_bit_identical(tmp_path, request):
+    """The second one by another Python, where there is one. First of all: the archive is built meanwhile."""
+    python, path = next(filter(None, map(interpreter, ("3.13", "3.12"))), sys.executable), tmp_path / "openpista.pyz"
+    argv = [python, ROOT / "build_zipapp.py", "--output", path]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as twin:
+        archive = request.getfixturevalue("archive")
+        assert twin.communicate()[1] == "" and twin.returncode == 0
+    assert path.read_bytes() == archive.read_bytes()
 
 
 def test_holds_what_is_needed_and_no_more(archive):
@@ -184,14 +200,14 @@ def test_copy_is_private(warm):
     assert [path.stat().st_mode & 0o777 for path in (root, *copies(root))] == [0o700, 0o700]
 
 
-def test_bytecode_is_kept_even_if_unwanted_elsewhere(archive, home):
-    assert says_hi(start(archive, home, *HELLO, PYTHONDONTWRITEBYTECODE="1"))
+def test_bytecode_is_kept_even_if_unwanted_elsewhere(light, home):
+    assert says_hi(start(light, home, *HELLO, PYTHONDONTWRITEBYTECODE="1"))
     [copy] = copies(home / ".cache/openpista")
     assert list(copy.glob("__pycache__/openpista.*.pyc"))
 
 
-def test_twelve_first_starts_at_once(archive, home):
-    command = [sys.executable, archive, *HELLO]
+def test_twelve_first_starts_at_once(light, home):
+    command = [sys.executable, light, *HELLO]
     runs = [subprocess.Popen(command, env=environment(home), stdout=subprocess.PIPE) for _ in range(12)]
     assert [(run.communicate()[0], run.returncode) for run in runs] == [(b"hi\n", 0)] * 12
     assert len(copies(home / ".cache/openpista")) == 1
@@ -219,14 +235,14 @@ def test_killed_while_unpacking(archive, home):
 @pytest.mark.parametrize(
     "variable, below", [("OPENPISTA_CACHE", ""), ("CACHE_DIRECTORY", ""), ("XDG_CACHE_HOME", "openpista")]
 )
-def test_cache_can_be_chosen(variable, below, archive, home, tmp_path):
-    assert says_hi(start(archive, home, *HELLO, **{variable: str(tmp_path / "chosen")}))
+def test_cache_can_be_chosen(variable, below, light, home, tmp_path):
+    assert says_hi(start(light, home, *HELLO, **{variable: str(tmp_path / "chosen")}))
     assert len(copies(tmp_path / "chosen" / below)) == 1 and not (home / ".cache").exists()
 
 
-def test_the_chosen_cache_is_used_although_another_has_a_copy(archive, home, tmp_path):
-    assert says_hi(start(archive, home, *HELLO))
-    assert says_hi(start(archive, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "chosen")))
+def test_the_chosen_cache_is_used_although_another_has_a_copy(light, home, tmp_path):
+    assert says_hi(start(light, home, *HELLO))
+    assert says_hi(start(light, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "chosen")))
     assert len(copies(tmp_path / "chosen")) == 1
 
 
@@ -238,15 +254,15 @@ def falls_back(archive, home, **env):
     return done.stderr
 
 
-def test_home_that_is_no_folder(archive, tmp_path):
+def test_home_that_is_no_folder(light, tmp_path):
     (tmp_path / "home").write_text("a file")
-    assert falls_back(archive, tmp_path / "home") == ""
+    assert falls_back(light, tmp_path / "home") == ""
 
 
 @pytest.mark.parametrize("options", ["ro", "noexec"])
-def test_cache_on_a_disk_that_will_not_do(options, archive, mounted):
+def test_cache_on_a_disk_that_will_not_do(options, light, mounted):
     place = mounted(options)
-    assert falls_back(archive, place) == ""
+    assert falls_back(light, place) == ""
     assert not list(place.rglob("*-linux-*"))
 
 
@@ -258,29 +274,30 @@ def test_no_home_and_no_user(archive, home):
     assert done.returncode == 0 and len(copies(pathlib.Path(f"{home}.tmp/openpista-54321"))) == 1
 
 
-def test_refuses_a_link(archive, home, tmp_path):
+def test_refuses_a_link(light, home, tmp_path):
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    said = start(archive, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "link"))
+    said = start(light, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "link"))
     assert says_hi(said) and one_line(said.stderr) and f"not using {tmp_path / 'link'}: it is a link" in said.stderr
     assert not list((tmp_path / "target").iterdir())
 
 
-def test_refuses_what_others_may_write_to(archive, home, warm, tmp_path):
+def test_refuses_what_others_may_write_to(light, home, tmp_path):
     """Even if a copy lies there already."""
-    shutil.copytree(warm / ".cache/openpista", tmp_path / "open")
-    (tmp_path / "open").chmod(0o777)
-    [copy] = copies(tmp_path / "open")
+    place = tmp_path / "open"
+    assert says_hi(start(light, home, *HELLO, OPENPISTA_CACHE=str(place)))
+    place.chmod(0o777)
+    [copy] = copies(place)
     (copy / "openpista.py").write_text("raise SystemExit('a stranger wrote this')")
-    assert "others may write" in start(archive, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "open")).stderr
+    assert "others may write" in start(light, home, *HELLO, OPENPISTA_CACHE=str(place)).stderr
     assert len(copies(home / ".cache/openpista")) == 1
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_refuses_what_is_someone_elses(archive, home, tmp_path):
+def test_refuses_what_is_someone_elses(light, home, tmp_path):
     (tmp_path / "theirs").mkdir(mode=0o700)
     os.chown(tmp_path / "theirs", 12345, 12345)
-    assert "someone else's" in start(archive, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "theirs")).stderr
+    assert "someone else's" in start(light, home, *HELLO, OPENPISTA_CACHE=str(tmp_path / "theirs")).stderr
     assert not list((tmp_path / "theirs").iterdir())
 
 
@@ -312,7 +329,7 @@ def test_file_that_was_cut_short(version, archive, home, tmp_path):
 # Pruning
 
 
-def test_prunes_what_is_old_and_idle(archive, home):
+def test_prunes_what_is_old_and_idle(light, home):
     root = home / ".cache/openpista"
     old, used, fresh, strange = (root / name for name in ("a" * 32 + "-x", "b" * 32 + "-x", "c" * 32 + "-x", "notes"))
     for folder in (old, used, fresh, strange):
@@ -322,7 +339,7 @@ def test_prunes_what_is_old_and_idle(archive, home):
     root.chmod(0o700)
     running = os.open(used, os.O_RDONLY)
     fcntl.flock(running, fcntl.LOCK_SH)
-    assert says_hi(start(archive, home, *HELLO))
+    assert says_hi(start(light, home, *HELLO))
     os.close(running)
     left = {path.name for path in root.iterdir()}
     assert {used.name, fresh.name, strange.name} < left and len(left) == 4
@@ -368,12 +385,6 @@ def test_build_without_an_index(home, tmp_path):
     cut_off = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}
     done = start(ROOT / "build_zipapp.py", home, "--output", tmp_path / "x.pyz", **cut_off)
     assert done.returncode == 1 and one_line(done.stderr) and "pip could not download" in done.stderr
-
-
-def test_two_builds_are_bit_identical(archive, twin):
-    path, process = twin
-    assert process.communicate()[1] == "" and process.returncode == 0
-    assert path.read_bytes() == archive.read_bytes()
 
 
 def test_ctrl_c_while_the_program_is_still_loading(tmp_path):
