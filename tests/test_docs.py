@@ -171,10 +171,12 @@ def test_table_of_variables_is_true():
 
 def test_table_of_settings_is_true():
     for text in (README, KOREAN):
-        rows = re.findall(r"^\| `\[+([a-z.]+)\]+` \| (.+?) \|$", text, re.M)
+        rows = re.findall(r"^\| `\[+([a-zA-Z.]+)\]+` \| (.+?) \|$", text, re.M)
         named = [f"{section}.{name}" for section, cell in rows for name in re.findall(r"`(.+?)`", cell)]
-        jobs = [f"cron.{name}" for name in pista.CronConfig._fields]
-        assert sorted(named) == sorted([*(name for name in settings(pista.Config()) if name != "cron"), *jobs])
+        tables = {"cron": pista.CronConfig, "agents": pista.RoleConfig, "routes": pista.RouteConfig}  # of any number
+        many = {"agents": "agents.NAME"}
+        inner = [f"{many.get(name, name)}.{field}" for name, kind in tables.items() for field in kind._fields]
+        assert sorted(named) == sorted([*(name for name in settings(pista.Config()) if name not in tables), *inner])
 
 
 def test_settings_that_pages_name_exist():
