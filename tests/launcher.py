@@ -41,7 +41,8 @@ NUMBER = struct.Struct("!i")
 
 
 def inherited():
-    return {name: os.environ[name] for name in KEPT if name in os.environ}
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return kept | {"PYTHON_COLORS": "0"}  # from 3.13 on Python colours tracebacks: the escapes would not be ours
 
 
 def starts_alike(env):
