@@ -89,11 +89,11 @@ if wanted:
 sys.exit(o.main())
 """
 
-PLACES = """Hub.submit Hub.open Hub._begin Hub._answer Hub._announce Inbox.add Inbox.attempt Inbox.begin Inbox.finish
+PLACES = """Hub.submit Hub.open Hub._begin Hub._end Hub._announce Inbox.add Inbox.attempt Inbox.begin Inbox.finish
     Store.take_lease Store.add_usage Store.start_call Store.finish_call Child.__init__ Outbox.add Outbox.collected
     Jobs.fire Jobs.note Tickets.add Tickets.pop Listener.put Stream.finish""".split()
 APPENDS = ["Store.append user", "Store.append assistant", "Store.append tool"]
-CHAT_PLACES = """Telegram._take Telegram._submit Chats.advance Chats.turn_to Inbox.show Outbox.start Outbox.sent
+CHAT_PLACES = """Telegram._take Chats.advance Chats.turn_to Inbox.show Outbox.start Outbox.sent
     Outbox.later Approvals.ask Approvals.show Approvals.decide Approvals.use Hub.halt""".split()
 
 
