@@ -1497,6 +1497,10 @@ class Database:
                 self._run(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._run(f"PRAGMA user_version = {version + 1}")
 
+    def version(self) -> tuple[int, int]:
+        """Another one once anything was written, here or by another process; cheaper to ask for than to look."""
+        return self._pragma("data_version"), self.db.total_changes
+
     def _pragma(self, name: str) -> int:
         return self._value(f"PRAGMA {name}")
 
@@ -13398,13 +13402,15 @@ class Gateway:
 
     async def _look(self) -> None:
         """Notice what other processes do: devices that come and go, a new certificate."""
-        last = ""
+        last, seen = "", None
         for count in itertools.count(1):
             await asyncio.sleep(self.LOOK)
             try:
-                await self._cut_revoked()
-                if self.config.host == "auto":
-                    await self._move(gateway_hosts(self.config, self.devices.list()), self.config.port)
+                if seen != (version := (self.store.version(), self.config)):
+                    await self._cut_revoked()
+                    if self.config.host == "auto":
+                        await self._move(gateway_hosts(self.config, self.devices.list()), self.config.port)
+                    seen = version
                 self._reread()
                 if count % 3_600 == 1:
                     self.tickets.table.prune()
@@ -15395,7 +15401,7 @@ class Telegram:
 
     async def _tick(self) -> None:
         """Notice that the machine slept, and what other processes put into the outbox."""
-        drift = self.clock() - time.monotonic()
+        drift, seen = self.clock() - time.monotonic(), None
         while True:
             await asyncio.sleep(self.TICK)
             if abs(self.clock() - time.monotonic() - drift) > self.JUMP:
@@ -15404,7 +15410,9 @@ class Telegram:
                     if self._limit:
                         self._limit.reschedule(0.0)
             with contextlib.suppress(StoreError):
-                self.hub.courier.look()
+                if seen != (version := self.store.version()):
+                    self.hub.courier.look()
+                    seen = version
 
     def health(self) -> dict[str, str]:
         """How it goes, for `status`."""
