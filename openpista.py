@@ -2088,6 +2088,11 @@ class Approvals(Table):
         """The questions that a channel has not answered."""
         return self._some("approvals.state = 'waiting' AND used_at IS NULL AND channel = ?", channel)
 
+    def left(self, prefix: str) -> list[Approval]:
+        """The questions without an answer of channels that begin so whose turns are over."""
+        where = f"approvals.state = 'waiting' AND substr(channel, 1, ?) = ? AND NOT inbox.{Inbox.OPEN}"
+        return self._some(where, len(prefix), prefix)
+
     def denied(self, inbox_id: int) -> bool:
         """Whether the person has said no in this turn."""
         return bool(self._some("inbox_id = ? AND approvals.state = 'deny'", inbox_id))
@@ -15411,6 +15416,8 @@ class Telegram:
                         self._limit.reschedule(0.0)
             with contextlib.suppress(StoreError):
                 if seen != (version := self.store.version()):
+                    for question in self.post.approvals.left("telegram:"):  # stopped before it was taken up again
+                        self.questions.decide(question, "withdrawn")
                     self.hub.courier.look()
                     seen = version
 

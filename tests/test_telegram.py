@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -1597,3 +1598,14 @@ def test_a_turn_says_that_a_stronger_model_took_over_and_what_is_used_up(line, b
     bot.wait(63, "I am m9\n\n(After two failed rounds openai/m9 took over.)")
     bot.say(63, "again")
     bot.wait(63, "⚠️ the agent default has used 3 of 3 calls that it may use a day; it goes on at midnight")
+
+
+def test_a_question_whose_turn_is_over_is_withdrawn(line, bot, risky):
+    one, (words, _) = line(), risky
+    bot.say(63, words)
+    asked(bot, 63)
+    one.close()
+    with sqlite3.connect(one.home / "memory.db") as db:
+        db.execute("UPDATE inbox SET state = 'stopped', done_at = received_at")
+    line()
+    bot.wait(63, "◽ no longer asked")
